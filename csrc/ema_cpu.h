@@ -1,0 +1,11 @@
+// What the CPU runner offers to the plan.
+#pragma once
+
+#include "table.h"
+
+namespace fused_ema {
+
+// Runs one operation over all rows, on the threads of at::parallel_for. 0 <= decay <= 1.
+void run_cpu(Op op, const Tables& tables, double decay);
+
+}  // namespace fused_ema

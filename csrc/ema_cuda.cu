@@ -1,0 +1,34 @@
+// The CUDA runner: tiles over one grid, a block per tile. The grid is not persistent: short blocks that the hardware
+// scheduler balances stream faster than a grid-stride loop (as CUB's DeviceTransform found too).
+#include "ema_cuda.h"
+
+namespace fused_ema {
+namespace {
+
+template <Op kOp>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) ema_kernel(const __grid_constant__ Launch launch) {
+  run_tile<kOp>(launch, blockIdx.x, threadIdx.x);
+}
+
+}  // namespace
+
+cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream) {
+  if (launch.tile_count == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(launch.tile_count));
+  switch (op) {
+    case Op::update: ema_kernel<Op::update><<<grid, kThreads, 0, stream>>>(launch); break;
+    case Op::copy: ema_kernel<Op::copy><<<grid, kThreads, 0, stream>>>(launch); break;
+    case Op::swap: ema_kernel<Op::swap><<<grid, kThreads, 0, stream>>>(launch); break;
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t load_cuda_kernels() {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::update>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::copy>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::swap>);
+  return error;
+}
+
+}  // namespace fused_ema

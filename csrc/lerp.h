@@ -1,0 +1,186 @@
+// One element of an exponential moving average: the numeric contract, for host and device alike.
+//
+//     e' = e + (1 - decay) * (p - e)
+//
+// in one subtraction and one fused multiply-add, then one round-to-nearest-even store. The same source runs in
+// the CUDA kernel, in the CPU loops and in the emulated grid of the tests, so the bits agree everywhere:
+//   - FMA is always explicit, and the build turns contraction off;
+//   - the branch on the weight and every rounding of decay happen once, in `Weights`, never per element.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define FUSED_EMA_HD __host__ __device__ __forceinline__
+#define FUSED_EMA_UNROLL_LOOP _Pragma("unroll")
+#define FUSED_EMA_KEEP_LOOP _Pragma("unroll 1")
+#else
+#ifdef __GNUC__
+#define FUSED_EMA_HD inline __attribute__((always_inline))
+#else
+#define FUSED_EMA_HD inline
+#endif
+#define FUSED_EMA_UNROLL_LOOP
+#define FUSED_EMA_KEEP_LOOP
+#endif
+
+#ifndef __CUDA_ARCH__
+#include <cmath>
+#endif
+
+namespace fused_ema {
+
+// Storage types. bf16 and f16 are plain bits: they are only ever converted, never computed with.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+using f32 = float;
+using f64 = double;
+
+template <class To, class From>
+FUSED_EMA_HD To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FUSED_EMA_HD float to_float(float x) { return x; }
+
+FUSED_EMA_HD float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+FUSED_EMA_HD float to_float(f16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  // Integer steps and one subtraction of normal numbers, so that every instruction set vectorises it and no
+  // flush-to-zero mode changes it.
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t special = magnitude >= 0x7c00u ? 112u << 23 : 0u;  // Inf and NaN
+  const uint32_t normal = (magnitude << 13) + (112u << 23) + special;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3f000000u | magnitude) - 0.5f);
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  return bit_cast<float>((magnitude < 0x400u ? subnormal : normal) | sign);
+#endif
+}
+
+// Round to nearest even, from float32. NaN stays NaN.
+template <class To>
+FUSED_EMA_HD To from_float(float x);
+
+template <>
+FUSED_EMA_HD float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+FUSED_EMA_HD bf16 from_float<bf16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return bf16{uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded)};
+#endif
+}
+
+template <>
+FUSED_EMA_HD f16 from_float<f16>(float x) {
+#ifdef __CUDA_ARCH__
+  return f16{__half_as_ushort(__float2half_rn(x))};
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias the exponent and round in integers; a carry out of the mantissa is the right answer,
+  // and so is one into Inf. Subnormal results: adding 0.5 makes the float adder do the rounding.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;  // 2^16 and above: Inf
+  half = magnitude > 0x7f800000u ? 0x7fffu : half;    // NaN
+  return f16{uint16_t(half | (magnitude > 0x7f800000u ? 0u : bits >> 16 & 0x8000u))};
+#endif
+}
+
+// The type the arithmetic runs in: float64 where either side is float64, else float32.
+template <class E, class P>
+struct Compute {
+  using type = float;
+};
+template <class P>
+struct Compute<double, P> {
+  using type = double;
+};
+template <class E>
+struct Compute<E, double> {
+  using type = double;
+};
+template <>
+struct Compute<double, double> {
+  using type = double;
+};
+
+// A value of one storage type as another: exact upwards; downwards through float32 as PyTorch's own casts go.
+template <class To, class From>
+struct Cast {
+  static FUSED_EMA_HD To apply(From x) { return from_float<To>(to_float(x)); }
+};
+template <class T>
+struct Cast<T, T> {
+  static FUSED_EMA_HD T apply(T x) { return x; }
+};
+template <class From>
+struct Cast<double, From> {
+  static FUSED_EMA_HD double apply(From x) { return double(to_float(x)); }
+};
+template <class To>
+struct Cast<To, double> {
+  static FUSED_EMA_HD To apply(double x) { return from_float<To>(float(x)); }
+};
+template <>
+struct Cast<double, double> {
+  static FUSED_EMA_HD double apply(double x) { return x; }
+};
+
+FUSED_EMA_HD float fused_multiply_add(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+FUSED_EMA_HD double fused_multiply_add(double a, double b, double c) {
+#ifdef __CUDA_ARCH__
+  return __fma_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// What one update needs of decay. 1 - decay is taken in double and rounded once: 1 - float(decay) is off by
+// 1.7e-4 (relative) at decay 0.9999.
+struct Weights {
+  double decay;
+  FUSED_EMA_HD explicit Weights(double decay_) : decay(decay_) {}
+  FUSED_EMA_HD bool near_average() const { return 1.0 - decay < 0.5; }  // the small factor multiplies, always
+  template <class T>
+  FUSED_EMA_HD T factor() const {
+    return near_average() ? T(1.0 - decay) : T(-decay);
+  }
+};
+
+// e' for 0 < decay < 1. The select keeps an average bitwise where it equals the model: fma(w, +0, -0) is +0.
+template <class T>
+FUSED_EMA_HD T lerp(T e, T p, T factor, bool near_average) {
+  const T t = p - e;
+  const T result = fused_multiply_add(factor, t, near_average ? e : p);
+  return t == T(0) ? e : result;
+}
+
+}  // namespace fused_ema

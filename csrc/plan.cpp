@@ -1,0 +1,240 @@
+#include "plan.h"
+
+#include <pthread.h>
+
+#include <atomic>
+
+#include "ema_cpu.h"
+
+#ifdef FUSED_EMA_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "ema_cuda.h"
+#endif
+
+namespace fused_ema {
+namespace {
+
+// Counts forks, so that a child never touches the locks and device memory of its parent's plans.
+std::atomic<uint64_t> fork_count{0};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
+
+const void* data_of(const at::Tensor& tensor, bool written) {
+  return written ? tensor.mutable_data_ptr() : tensor.const_data_ptr();
+}
+
+Type float_type(const Entry& entry, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat: return Type::f32;
+    case at::kDouble:
+    case at::kComplexDouble: return Type::f64;
+    case at::kBFloat16: return Type::bf16;
+    case at::kHalf: return Type::f16;
+    default: TORCH_CHECK(false, "'", entry.name, "': no kernel for ", dtype);
+  }
+}
+
+Type raw_type(size_t itemsize) {
+  return itemsize == 1 ? Type::raw1 : itemsize == 2 ? Type::raw2 : itemsize == 4 ? Type::raw4 : Type::raw8;
+}
+
+// Adds an entry to the tables of its device. A complex tensor, and any of 16-byte elements, gets a last dimension of 2.
+void add_entry(Tables& tables, const Entry& entry, bool with_tiles) {
+  const at::Tensor &ema = entry.ema, &model = entry.model;
+  TORCH_CHECK(ema.sizes() == model.sizes() && ema.device() == model.device() && ema.is_complex() == model.is_complex(),
+              "'", entry.name, "': sizes, devices and kinds must agree");
+  Pair pair{};
+  pair.ema = ema.mutable_data_ptr();
+  pair.model = const_cast<void*>(model.const_data_ptr());
+  pair.average = entry.action == Action::average;
+  const bool doubled = ema.is_complex();
+  if (!pair.average && ema.scalar_type() == model.scalar_type()) {
+    pair.ema_type = pair.model_type = raw_type(ema.element_size() / (doubled ? 2 : 1));
+  } else {
+    pair.ema_type = float_type(entry, ema.scalar_type());
+    pair.model_type = float_type(entry, model.scalar_type());
+  }
+  std::vector<int64_t> sizes(ema.sizes().begin(), ema.sizes().end());
+  std::vector<int64_t> ema_strides(ema.strides().begin(), ema.strides().end());
+  std::vector<int64_t> model_strides(model.strides().begin(), model.strides().end());
+  if (doubled) {
+    for (auto& stride : ema_strides) stride *= 2;
+    for (auto& stride : model_strides) stride *= 2;
+    sizes.push_back(2);
+    ema_strides.push_back(1);
+    model_strides.push_back(1);
+  }
+  pair.dims = static_cast<int>(sizes.size());
+  pair.sizes = sizes.data();
+  pair.ema_strides = ema_strides.data();
+  pair.model_strides = model_strides.data();
+  TORCH_CHECK(add_pair(tables, pair, with_tiles), "'", entry.name, "': expected at most ", kMaxDims,
+              " dimensions that cannot be merged, found more");
+}
+
+}  // namespace
+
+struct DeviceTables {
+  c10::Device device;
+  Tables tables;
+
+#ifdef FUSED_EMA_CUDA
+  c10::DataPtr memory;
+  c10::cuda::CUDAStream owner = c10::cuda::getDefaultCUDAStream(0);
+  Launch launch{};
+
+  // One allocation, one copy. Waiting for the copy here, where plans are made, is what lets every later launch, on any
+  // stream and inside a graph capture, read the tables without an event.
+  void upload() {
+    const c10::cuda::CUDAGuard guard(device);
+    owner = c10::cuda::getCurrentCUDAStream(device.index());
+    const size_t rows = tables.rows.size() * sizeof(Row), layouts = tables.layouts.size() * sizeof(Layout),
+                 tiles = tables.tiles.size() * sizeof(Tile);
+    std::vector<char> staging(rows + layouts + tiles);
+    std::memcpy(staging.data(), tables.rows.data(), rows);
+    if (layouts) std::memcpy(staging.data() + rows, tables.layouts.data(), layouts);
+    std::memcpy(staging.data() + rows + layouts, tables.tiles.data(), tiles);
+    memory = c10::cuda::CUDACachingAllocator::get()->allocate(staging.size());
+    C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), staging.data(), staging.size(), cudaMemcpyHostToDevice, owner));
+    C10_CUDA_CHECK(cudaStreamSynchronize(owner));
+    C10_CUDA_CHECK(load_cuda_kernels());
+    const char* base = static_cast<const char*>(memory.get());
+    launch.rows = reinterpret_cast<const Row*>(base);
+    launch.layouts = reinterpret_cast<const Layout*>(base + rows);
+    launch.tiles = reinterpret_cast<const Tile*>(base + rows + layouts);
+    launch.tile_count = static_cast<int64_t>(tables.tiles.size());
+    TORCH_CHECK(launch.tile_count < (int64_t(1) << 31), "too many elements for one launch on ", device);
+    tables.tiles = {};
+  }
+
+  void run(Op op, double decay, const at::Tensor& device_decay) {
+    const c10::cuda::CUDAGuard guard(device);
+    const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    if (stream != owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
+    Launch now = launch;
+    now.decay = decay;
+    if (device_decay.defined()) {
+      now.device_decay = device_decay.const_data_ptr();
+      now.device_decay_is_f64 = device_decay.scalar_type() == at::kDouble;
+    }
+    C10_CUDA_CHECK(launch_cuda(op, now, stream));
+  }
+#else
+  void upload() { TORCH_CHECK(false, "this build of fused_ema has no CUDA kernels"); }
+  void run(Op, double, const at::Tensor&) {}
+#endif
+};
+
+Seen::Seen(const at::Tensor& tensor, bool written)
+    : data_(data_of(tensor, written)),
+      storage_bytes_(tensor.storage().nbytes()),
+      keys_(tensor.key_set()),
+      dtype_(tensor.scalar_type()) {
+  sizes_and_strides_.append(tensor.sizes().begin(), tensor.sizes().end());
+  sizes_and_strides_.append(tensor.strides().begin(), tensor.strides().end());
+}
+
+bool Seen::matches(const at::Tensor& tensor, bool written) const {
+  if (tensor.key_set() != keys_ || tensor.scalar_type() != dtype_ || data_of(tensor, written) != data_ ||
+      tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes() != storage_bytes_)
+    return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t dims = sizes.size();
+  return dims * 2 == sizes_and_strides_.size() && std::equal(sizes.begin(), sizes.end(), sizes_and_strides_.begin()) &&
+         std::equal(strides.begin(), strides.end(), sizes_and_strides_.begin() + static_cast<ptrdiff_t>(dims));
+}
+
+Plan::Plan(std::vector<Entry> entries) : entries_(std::move(entries)), fork_generation_(fork_count) {
+  for (auto& entry : entries_) {
+    entry.ema_seen = Seen(entry.ema, true);
+    entry.model_seen = Seen(entry.model, false);
+    if (entry.action == Action::none) continue;
+    const auto device = entry.ema.device();
+    auto found = std::find_if(devices_.begin(), devices_.end(), [&](auto& d) { return d->device == device; });
+    if (found == devices_.end()) {
+      devices_.emplace_back(new DeviceTables{device, {}});
+      found = devices_.end() - 1;
+    }
+    add_entry((*found)->tables, entry, !device.is_cpu());
+  }
+  // Launches are asynchronous: they go out before the CPU's share is worked off.
+  std::stable_partition(devices_.begin(), devices_.end(), [](auto& d) { return !d->device.is_cpu(); });
+  for (auto& device : devices_)
+    if (!device->device.is_cpu()) device->upload();
+}
+
+Plan::~Plan() = default;
+
+bool Plan::forked() const { return fork_generation_ != fork_count; }
+
+bool Plan::current() const {
+  for (const auto& entry : entries_)
+    if (!entry.ema_seen.matches(entry.ema, true) || !entry.model_seen.matches(entry.model, false)) return false;
+  return true;
+}
+
+bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model) {
+  if (ema.size() != entries_.size() || model.size() != entries_.size()) return false;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (!entries_[i].ema_seen.matches(ema[i], true) || !entries_[i].model_seen.matches(model[i], false)) return false;
+  }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    entries_[i].ema = ema[i];
+    entries_[i].model = model[i];
+  }
+  return true;
+}
+
+void Plan::release() {
+  for (auto& entry : entries_) entry.ema = entry.model = at::Tensor();
+}
+
+void Plan::run(Op op, double decay, const at::Tensor& device_decay) {
+  for (auto& device : devices_) {
+    if (device->device.is_cpu()) {
+      run_cpu(op, device->tables, decay);
+    } else {
+      device->run(op, decay, device_decay);
+    }
+  }
+}
+
+void Plan::bump_versions(Op op) const {
+  const auto bump = [](const at::Tensor& tensor) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  };
+  for (const auto& entry : entries_) {
+    if (entry.action == Action::none) continue;
+    bump(entry.ema);
+    if (op == Op::swap) bump(entry.model);
+  }
+}
+
+bool Plan::large() const {
+  constexpr int64_t kLarge = int64_t(1) << 20;  // elements: about a millisecond
+  return !devices_.empty() && devices_.back()->device.is_cpu() && devices_.back()->tables.elements >= kLarge;
+}
+
+std::vector<c10::Storage> Plan::storages() const {
+  std::vector<c10::Storage> storages;
+  storages.reserve(2 * entries_.size());
+  for (const auto& entry : entries_) {
+    storages.push_back(entry.ema.storage());
+    storages.push_back(entry.model.storage());
+  }
+  return storages;
+}
+
+bool cuda_built() {
+#ifdef FUSED_EMA_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace fused_ema

@@ -1,0 +1,103 @@
+// From pairs of strided arrays to the tables of the plan. Host only, no torch headers, no allocation of tensors: the
+// tests feed it shapes of 2^40 elements.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "tiles.h"
+
+namespace fused_ema {
+
+// One pair as the plan gets it: equal sizes on both sides; strides in elements of the side's own type.
+struct Pair {
+  void* ema;
+  void* model;
+  Type ema_type;
+  Type model_type;
+  bool average;
+  int dims;
+  const int64_t* sizes;
+  const int64_t* ema_strides;
+  const int64_t* model_strides;
+};
+
+struct Tables {
+  std::vector<Row> rows;
+  std::vector<Layout> layouts;
+  std::vector<Tile> tiles;
+  int64_t elements = 0;
+};
+
+// The dimensions of a pair, those of size 1 left out, ordered by the average's strides (outermost first), with
+// neighbours merged wherever both sides run on without a gap. False: more than kMaxDims are left.
+inline bool make_layout(const Pair& pair, Layout& layout) {
+  std::vector<int> order;
+  for (int d = 0; d < pair.dims; ++d)
+    if (pair.sizes[d] != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return pair.ema_strides[a] > pair.ema_strides[b]; });
+  layout.dims = 0;
+  for (int d : order) {
+    const int64_t size = pair.sizes[d], ema = pair.ema_strides[d], model = pair.model_strides[d];
+    const int last = layout.dims - 1;
+    if (last >= 0 && layout.ema_stride[last] == ema * size && layout.model_stride[last] == model * size) {
+      layout.size[last] *= size;
+      layout.ema_stride[last] = ema;
+      layout.model_stride[last] = model;
+      continue;
+    }
+    if (layout.dims == kMaxDims) return false;
+    layout.size[layout.dims] = size;
+    layout.ema_stride[layout.dims] = ema;
+    layout.model_stride[layout.dims] = model;
+    ++layout.dims;
+  }
+  return true;
+}
+
+inline bool is_flat(const Layout& layout) {
+  return layout.dims == 0 || (layout.dims == 1 && layout.ema_stride[0] == 1 && layout.model_stride[0] == 1);
+}
+
+// Appends one pair: a row, its layout unless it is flat, and (where a grid will run it) its tiles. An empty pair adds
+// nothing. False: the pair has more than kMaxDims dimensions that do not merge; the tables are as they were.
+inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
+  int64_t numel = 1;
+  for (int d = 0; d < pair.dims; ++d) numel *= pair.sizes[d];
+  if (numel == 0) return true;
+  Layout layout;
+  if (!make_layout(pair, layout)) return false;
+
+  const int ema_size = size_of(pair.ema_type), model_size = size_of(pair.model_type);
+  Row row{};
+  row.ema = pair.ema;
+  row.model = pair.model;
+  row.numel = numel;
+  row.first = tables.elements;
+  row.layout = -1;
+  row.ema_type = pair.ema_type;
+  row.model_type = pair.model_type;
+  row.average = pair.average;
+  if (is_flat(layout)) {
+    const int model_vector = std::min(kVectorBytes, kVectorBytes / ema_size * model_size);
+    const auto ema = reinterpret_cast<uintptr_t>(pair.ema), model = reinterpret_cast<uintptr_t>(pair.model);
+    row.misaligned = static_cast<uint8_t>(ema % kVectorBytes / ema_size);
+    row.model_aligned = (model - uintptr_t(row.misaligned) * model_size) % model_vector == 0;
+  } else {
+    row.layout = static_cast<int32_t>(tables.layouts.size());
+    tables.layouts.push_back(layout);
+  }
+  if (with_tiles) {
+    const int64_t tile = tile_elements(ema_size);
+    const int64_t count = (numel + row.misaligned + tile - 1) / tile;
+    for (int64_t i = 0; i < count; ++i) {
+      tables.tiles.push_back(Tile{static_cast<uint32_t>(tables.rows.size()), static_cast<uint32_t>(i)});
+    }
+  }
+  tables.rows.push_back(row);
+  tables.elements += numel;
+  return true;
+}
+
+}  // namespace fused_ema

@@ -1,0 +1,343 @@
+// The plan as plain data, and how one block of threads runs one tile of it. No torch headers: the CUDA kernel is
+// run_tile over a grid, and the tests build the same function with g++ and run it over an emulated grid.
+#pragma once
+
+#include "lerp.h"
+
+namespace fused_ema {
+
+enum class Type : uint8_t { f32, f64, bf16, f16, raw1, raw2, raw4, raw8 };  // rawN: N bytes, only ever copied
+enum class Op : uint8_t { update, copy, swap };
+
+constexpr int kMaxDims = 12;  // of a strided tensor, after neighbouring dimensions were merged
+
+// Offsets of a pair whose two sides do not walk through memory alike; dimensions ordered by the average's strides.
+struct Layout {
+  int32_t dims;
+  int64_t size[kMaxDims];
+  int64_t ema_stride[kMaxDims];  // elements
+  int64_t model_stride[kMaxDims];
+};
+
+// One pair of tensors. The tensor table is an array of these, 48 bytes each.
+struct Row {
+  void* ema;
+  void* model;
+  int64_t numel;
+  int64_t first;   // elements of all rows before this one: the CPU splits the work over threads by it
+  int32_t layout;  // index of its Layout, or -1: both sides dense with equal strides, so flat
+  Type ema_type;
+  Type model_type;
+  bool average;        // else copied
+  uint8_t misaligned;  // elements from the last 16-byte boundary to the average's first element
+  bool model_aligned;  // flat, and the model's vectors are aligned wherever the average's are
+};
+
+// One block's work: elements [index * tile - misaligned, (index + 1) * tile - misaligned) of a row.
+struct Tile {
+  uint32_t row;
+  uint32_t index;
+};
+
+// Everything a launch reads. Small, since it travels as a kernel argument; the tables stay on the device.
+struct Launch {
+  const Row* rows;
+  const Layout* layouts;
+  const Tile* tiles;
+  int64_t tile_count;
+  double decay;
+  const void* device_decay;  // where not null, decay is read from here: float32, or
+  bool device_decay_is_f64;  // float64
+};
+
+// Compile-time parameters of the kernel; benchmarks/TUNING.md says how to sweep them.
+#ifndef FUSED_EMA_THREADS
+#define FUSED_EMA_THREADS 256
+#endif
+#ifndef FUSED_EMA_UNROLL
+#define FUSED_EMA_UNROLL 4  // vectors a thread loads before its first arithmetic
+#endif
+#ifndef FUSED_EMA_STEPS
+#define FUSED_EMA_STEPS 1  // such rounds per tile
+#endif
+#ifndef FUSED_EMA_ON_STORE
+#define FUSED_EMA_ON_STORE(pointer, bytes)  // the tests count writes here
+#endif
+constexpr int kThreads = FUSED_EMA_THREADS;
+constexpr int kUnroll = FUSED_EMA_UNROLL;
+constexpr int kSteps = FUSED_EMA_STEPS;
+constexpr int kVectorBytes = 16;  // of the average; the model's vector has as many elements
+
+FUSED_EMA_HD constexpr int size_of(Type type) {
+  return type == Type::raw1                                              ? 1
+         : type == Type::bf16 || type == Type::f16 || type == Type::raw2 ? 2
+         : type == Type::f32 || type == Type::raw4                       ? 4
+                                                                         : 8;
+}
+FUSED_EMA_HD constexpr int64_t tile_elements(int ema_size) {
+  return int64_t(kThreads) * kUnroll * kSteps * (kVectorBytes / ema_size);
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vector {
+  T lane[N];
+};
+
+template <class V>
+FUSED_EMA_HD V load(const void* pointer) {
+  return *reinterpret_cast<const V*>(pointer);
+}
+// Parameters are only read by the launch, so they may come through the read-only path; an average never may.
+template <class V>
+FUSED_EMA_HD V load_read_only(const void* pointer) {
+#ifdef __CUDA_ARCH__
+  V value;
+  if constexpr (sizeof(V) >= 16) {
+    uint4 words[sizeof(V) / 16];
+    FUSED_EMA_UNROLL_LOOP
+    for (int i = 0; i < int(sizeof(V) / 16); ++i) words[i] = __ldg(static_cast<const uint4*>(pointer) + i);
+    memcpy(&value, words, sizeof(V));
+  } else if constexpr (sizeof(V) == 8) {
+    const uint2 word = __ldg(static_cast<const uint2*>(pointer));
+    memcpy(&value, &word, sizeof(V));
+  } else if constexpr (sizeof(V) == 4) {
+    const uint32_t word = __ldg(static_cast<const uint32_t*>(pointer));
+    memcpy(&value, &word, sizeof(V));
+  } else {
+    value = load<V>(pointer);
+  }
+  return value;
+#else
+  return load<V>(pointer);
+#endif
+}
+template <class V>
+FUSED_EMA_HD void store(void* pointer, const V& value) {
+  FUSED_EMA_ON_STORE(pointer, sizeof(V));
+  *reinterpret_cast<V*>(pointer) = value;
+}
+
+// What happens to N neighbouring elements. `reads_ema` and `writes_model` spare the traffic that is not needed.
+template <class E, class P>
+struct Lerp {
+  using C = typename Compute<E, P>::type;
+  static constexpr bool reads_ema = true, writes_model = false;
+  C factor;
+  bool near_average;
+  FUSED_EMA_HD explicit Lerp(const Weights& weights)
+      : factor(weights.factor<C>()), near_average(weights.near_average()) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+    FUSED_EMA_UNROLL_LOOP
+    for (int i = 0; i < N; ++i) {
+      e.lane[i] =
+          Cast<E, C>::apply(lerp(Cast<C, E>::apply(e.lane[i]), Cast<C, P>::apply(p.lane[i]), factor, near_average));
+    }
+  }
+};
+template <class E, class P>
+struct Copy {
+  static constexpr bool reads_ema = false, writes_model = false;
+  FUSED_EMA_HD explicit Copy(const Weights&) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+    FUSED_EMA_UNROLL_LOOP
+    for (int i = 0; i < N; ++i) e.lane[i] = Cast<E, P>::apply(p.lane[i]);
+  }
+};
+template <class E>
+struct Copy<E, E> {
+  static constexpr bool reads_ema = false, writes_model = false;
+  FUSED_EMA_HD explicit Copy(const Weights&) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<E, N>& p) const {
+    e = p;
+  }
+};
+template <class E, class P>
+struct Swap {
+  static constexpr bool reads_ema = true, writes_model = true;
+  FUSED_EMA_HD explicit Swap(const Weights&) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+    const Vector<E, N> old = e;
+    e = p;
+    p = old;
+  }
+};
+
+// Offsets, in elements, of element i of a strided pair.
+struct Offsets {
+  int64_t ema;
+  int64_t model;
+};
+FUSED_EMA_HD Offsets offsets_of(const Layout& layout, int64_t i) {
+  Offsets at{0, 0};
+  FUSED_EMA_KEEP_LOOP
+  for (int d = layout.dims - 1; d >= 0; --d) {
+    const int64_t index = i % layout.size[d];
+    i /= layout.size[d];
+    at.ema += index * layout.ema_stride[d];
+    at.model += index * layout.model_stride[d];
+  }
+  return at;
+}
+
+// A whole, aligned tile of a flat pair: vectors, no guards, every load of a step before its first arithmetic.
+template <class E, class P, class F>
+FUSED_EMA_HD void run_vectors(E* ema, P* model, int thread, const F& f) {
+  constexpr int kLanes = kVectorBytes / int(sizeof(E));
+  using VE = Vector<E, kLanes>;
+  using VP = Vector<P, kLanes>;
+  FUSED_EMA_KEEP_LOOP
+  for (int step = 0; step < kSteps; ++step) {
+    VE e[kUnroll];
+    VP p[kUnroll];
+    FUSED_EMA_UNROLL_LOOP
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
+      if (F::reads_ema) e[u] = load<VE>(ema + at);
+      p[u] = F::writes_model ? load<VP>(model + at) : load_read_only<VP>(model + at);
+    }
+    FUSED_EMA_UNROLL_LOOP
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
+      f(e[u], p[u]);
+      store(ema + at, e[u]);
+      if (F::writes_model) store(model + at, p[u]);
+    }
+  }
+}
+
+// Any other range of a flat pair: a tensor's head and tail, a model misaligned against its average. Neighbouring
+// threads take neighbouring elements.
+template <class E, class P, class F>
+FUSED_EMA_HD void run_elements(E* ema, P* model, int64_t begin, int64_t end, int thread, const F& f) {
+  constexpr int kBatch = 4;
+  FUSED_EMA_KEEP_LOOP
+  for (int64_t first = begin + thread; first < end; first += kBatch * kThreads) {
+    Vector<E, 1> e[kBatch];
+    Vector<P, 1> p[kBatch];
+    FUSED_EMA_UNROLL_LOOP
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + b * kThreads >= end) continue;
+      if (F::reads_ema) e[b].lane[0] = ema[first + b * kThreads];
+      p[b].lane[0] = model[first + b * kThreads];
+    }
+    FUSED_EMA_UNROLL_LOOP
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + b * kThreads >= end) continue;
+      f(e[b], p[b]);
+      store(ema + first + b * kThreads, e[b].lane[0]);
+      if (F::writes_model) store(model + first + b * kThreads, p[b].lane[0]);
+    }
+  }
+}
+
+// A visitor of with_lerp, with_copy and with_raw below: elements begin, begin + step, ... of a strided pair.
+struct StridedRun {
+  const Layout& layout;
+  int64_t begin, end;
+  int step;
+  template <class E, class P, class F>
+  FUSED_EMA_HD void run(const Row& row, const F& f) const {
+    E* const ema = static_cast<E*>(row.ema);
+    P* const model = static_cast<P*>(row.model);
+    FUSED_EMA_KEEP_LOOP
+    for (int64_t i = begin; i < end; i += step) {
+      const Offsets at = offsets_of(layout, i);
+      Vector<E, 1> e{{ema[at.ema]}};
+      Vector<P, 1> p{{model[at.model]}};
+      f(e, p);
+      store(ema + at.ema, e.lane[0]);
+      if (F::writes_model) store(model + at.model, p.lane[0]);
+    }
+  }
+};
+
+// Another: one thread's part of one tile.
+struct TileRun {
+  const Launch& launch;
+  uint32_t index;
+  int thread;
+  template <class E, class P, class F>
+  FUSED_EMA_HD void run(const Row& row, const F& f) const {
+    constexpr int64_t kTile = tile_elements(sizeof(E));
+    E* const ema = static_cast<E*>(row.ema);
+    P* const model = static_cast<P*>(row.model);
+    const int64_t begin = int64_t(index) * kTile - row.misaligned;
+    const int64_t low = begin > 0 ? begin : 0;
+    const int64_t high = begin + kTile < row.numel ? begin + kTile : row.numel;
+    if (row.layout >= 0) {
+      StridedRun{launch.layouts[row.layout], low + thread, high, kThreads}.run<E, P>(row, f);
+    } else if (high - low == kTile && row.model_aligned) {
+      run_vectors(ema + low, model + low, thread, f);
+    } else {
+      run_elements(ema, model, low, high, thread, f);
+    }
+  }
+};
+
+// The pairs of types. F(E, P) is expanded once for each.
+#define FUSED_EMA_LERP_PAIRS(F)                                                                                    \
+  F(f32, f32)                                                                                                      \
+  F(f32, bf16) F(f32, f16) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, bf16) F(bf16, f16) F(f16, f16) \
+      F(f16, bf16)
+#define FUSED_EMA_CAST_PAIRS(F)                                                                                   \
+  F(f32, bf16)                                                                                                    \
+  F(f32, f16) F(f32, f64) F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) \
+      F(f16, f64) F(f16, bf16)
+
+constexpr int pair_of(Type ema, Type model) { return int(ema) * 16 + int(model); }
+
+// Exact copies and exchanges move bits: the types are told apart by size alone.
+template <template <class, class> class F, class Run>
+FUSED_EMA_HD void with_raw(const Row& row, const Weights& weights, const Run& run) {
+  switch (size_of(row.ema_type)) {
+    case 1: return run.template run<uint8_t, uint8_t>(row, F<uint8_t, uint8_t>(weights));
+    case 2: return run.template run<uint16_t, uint16_t>(row, F<uint16_t, uint16_t>(weights));
+    case 4: return run.template run<uint32_t, uint32_t>(row, F<uint32_t, uint32_t>(weights));
+    default: return run.template run<uint64_t, uint64_t>(row, F<uint64_t, uint64_t>(weights));
+  }
+}
+
+template <class Run>
+FUSED_EMA_HD void with_lerp(const Row& row, const Weights& weights, const Run& run) {
+  switch (pair_of(row.ema_type, row.model_type)) {
+#define FUSED_EMA_CASE(E, P) \
+  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Lerp<E, P>(weights));
+    FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+}
+
+template <class Run>
+FUSED_EMA_HD void with_copy(const Row& row, const Weights& weights, const Run& run) {
+  if (row.ema_type == row.model_type) return with_raw<Copy>(row, weights, run);
+  switch (pair_of(row.ema_type, row.model_type)) {
+#define FUSED_EMA_CASE(E, P) \
+  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Copy<E, P>(weights));
+    FUSED_EMA_CAST_PAIRS(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+}
+
+// Thread `thread` of the block that runs tile `tile`.
+template <Op kOp>
+FUSED_EMA_HD void run_tile(const Launch& launch, int64_t tile, int thread) {
+  double decay = launch.decay;
+  if (kOp == Op::update && launch.device_decay) {
+    decay = launch.device_decay_is_f64 ? *static_cast<const double*>(launch.device_decay)
+                                       : double(*static_cast<const float*>(launch.device_decay));
+    if (decay == 1.0) return;
+  }
+  const Weights weights(decay);
+  const Tile at = launch.tiles[tile];
+  const Row& row = launch.rows[at.row];
+  const TileRun run{launch, at.index, thread};
+  if (kOp == Op::swap) return with_raw<Swap>(row, weights, run);
+  if (kOp == Op::update && row.average && decay != 0.0) return with_lerp(row, weights, run);
+  with_copy(row, weights, run);
+}
+
+}  // namespace fused_ema
