@@ -83,7 +83,7 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i)
-    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i]), {}, {}});
+    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i])});
   return entries;
 }
 
@@ -133,6 +133,7 @@ class PyPlan {
         if (plan) plan->release();
       }
     } const at_exit{release ? &plan_ : nullptr};
+    if (op == Op::update && !device_decay && decay == 1.0) return true;
     const at::Tensor device = device_decay.value_or(at::Tensor());
     if (plan_.large()) {
       const auto held = plan_.storages();  // other threads may replace what the tensors hold meanwhile

@@ -22,8 +22,13 @@ namespace {
 std::atomic<uint64_t> fork_count{0};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
+// The address of the first element. As the tensor's own accessors, it makes a copy-on-write storage its own where the
+// tensor will be written; unlike them it takes no branch for tensors without elements.
 const void* data_of(const at::Tensor& tensor, bool written) {
-  return written ? tensor.mutable_data_ptr() : tensor.const_data_ptr();
+  const auto* impl = tensor.unsafeGetTensorImpl();
+  auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const void* base = written ? storage->mutable_data() : storage->data();
+  return static_cast<const char*>(base) + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
 }
 
 Type float_type(const Entry& entry, at::ScalarType dtype) {
@@ -129,29 +134,32 @@ struct DeviceTables {
 #endif
 };
 
-Seen::Seen(const at::Tensor& tensor, bool written)
-    : data_(data_of(tensor, written)),
-      storage_bytes_(tensor.storage().nbytes()),
-      keys_(tensor.key_set()),
-      dtype_(tensor.scalar_type()) {
-  sizes_and_strides_.append(tensor.sizes().begin(), tensor.sizes().end());
-  sizes_and_strides_.append(tensor.strides().begin(), tensor.strides().end());
+void Snapshot::add(const at::Tensor& tensor, bool written) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  seen_.push_back(Seen{data_of(tensor, written), tensor.storage().nbytes(), tensor.key_set(), tensor.scalar_type(),
+                       static_cast<uint32_t>(sizes.size())});
+  shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+  shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
 
-bool Seen::matches(const at::Tensor& tensor, bool written) const {
-  if (tensor.key_set() != keys_ || tensor.scalar_type() != dtype_ || data_of(tensor, written) != data_ ||
-      tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes() != storage_bytes_)
+bool Snapshot::Cursor::next_matches(const at::Tensor& tensor, bool written) {
+  const auto* impl = tensor.unsafeGetTensorImpl();
+  const Seen& seen = *seen_++;
+  if (impl->key_set() != seen.keys) return false;  // first: other kinds of tensors may have no storage to look at
+  const auto sizes = impl->sizes(), strides = impl->strides();
+  if (impl->dtype() != seen.dtype || sizes.size() != seen.dims || data_of(tensor, written) != seen.data ||
+      impl->unsafe_storage().unsafeGetStorageImpl()->nbytes() != seen.storage_bytes)
     return false;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const size_t dims = sizes.size();
-  return dims * 2 == sizes_and_strides_.size() && std::equal(sizes.begin(), sizes.end(), sizes_and_strides_.begin()) &&
-         std::equal(strides.begin(), strides.end(), sizes_and_strides_.begin() + static_cast<ptrdiff_t>(dims));
+  for (uint32_t d = 0; d < seen.dims; ++d)
+    if (sizes[d] != shape_[d] || strides[d] != shape_[seen.dims + d]) return false;
+  shape_ += 2 * seen.dims;
+  return true;
 }
 
 Plan::Plan(std::vector<Entry> entries) : entries_(std::move(entries)), fork_generation_(fork_count) {
-  for (auto& entry : entries_) {
-    entry.ema_seen = Seen(entry.ema, true);
-    entry.model_seen = Seen(entry.model, false);
+  for (const auto& entry : entries_) {
+    snapshot_.add(entry.ema, true);
+    snapshot_.add(entry.model, false);
     if (entry.action == Action::none) continue;
     const auto device = entry.ema.device();
     auto found = std::find_if(devices_.begin(), devices_.end(), [&](auto& d) { return d->device == device; });
@@ -172,16 +180,17 @@ Plan::~Plan() = default;
 bool Plan::forked() const { return fork_generation_ != fork_count; }
 
 bool Plan::current() const {
+  Snapshot::Cursor at(snapshot_);
   for (const auto& entry : entries_)
-    if (!entry.ema_seen.matches(entry.ema, true) || !entry.model_seen.matches(entry.model, false)) return false;
+    if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, false)) return false;
   return true;
 }
 
 bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model) {
   if (ema.size() != entries_.size() || model.size() != entries_.size()) return false;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (!entries_[i].ema_seen.matches(ema[i], true) || !entries_[i].model_seen.matches(model[i], false)) return false;
-  }
+  Snapshot::Cursor at(snapshot_);
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (!at.next_matches(ema[i], true) || !at.next_matches(model[i], false)) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {
     entries_[i].ema = ema[i];
     entries_[i].model = model[i];

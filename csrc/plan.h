@@ -13,29 +13,40 @@ namespace fused_ema {
 
 enum class Action : uint8_t { none, copy, average };  // none: an empty pair, or a repeated one
 
-// What a tensor was when the plan was made. Compared at each call: a tensor that matches may be used through the
-// plan's raw pointers.
-class Seen {
- public:
-  Seen() = default;
-  Seen(const at::Tensor& tensor, bool written);
-  bool matches(const at::Tensor& tensor, bool written) const;
-
- private:
-  const void* data_ = nullptr;
-  size_t storage_bytes_ = 0;
-  c10::DispatchKeySet keys_;  // device type, layout, conj and neg bits, subclasses
-  at::ScalarType dtype_ = at::ScalarType::Undefined;
-  c10::SmallVector<int64_t, 8> sizes_and_strides_;
-};
-
 struct Entry {
   std::string name;
   at::Tensor ema;
   at::Tensor model;
   Action action;
-  Seen ema_seen;
-  Seen model_seen;
+};
+
+// What tensors were when the plan was made, in order. Compared at each call: as long as all match, the plan's raw
+// pointers are theirs. Packed, since this is most of what an update of many small tensors costs.
+struct Seen {
+  const void* data;
+  size_t storage_bytes;
+  c10::DispatchKeySet keys;  // device type, layout, conj and neg bits, subclasses
+  at::ScalarType dtype;
+  uint32_t dims;
+};
+class Snapshot {
+ public:
+  void add(const at::Tensor& tensor, bool written);
+
+  // Compares tensors one by one, in the order in which they were added.
+  class Cursor {
+   public:
+    explicit Cursor(const Snapshot& snapshot) : seen_(snapshot.seen_.data()), shape_(snapshot.shapes_.data()) {}
+    bool next_matches(const at::Tensor& tensor, bool written);
+
+   private:
+    const Seen* seen_;
+    const int64_t* shape_;
+  };
+
+ private:
+  std::vector<Seen> seen_;
+  std::vector<int64_t> shapes_;  // sizes and strides of all tensors, one after the other
 };
 
 struct DeviceTables;  // the tables of one device, and their copy on it
@@ -63,6 +74,7 @@ class Plan {
 
  private:
   std::vector<Entry> entries_;
+  Snapshot snapshot_;
   std::vector<std::unique_ptr<DeviceTables>> devices_;
   uint64_t fork_generation_;
 };

@@ -1,0 +1,6 @@
+"""The exponential moving average of a model's weights, in one kernel launch."""
+
+from ._version import __version__
+from .functional import Binding, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
+
+__all__ = ["Binding", "__version__", "backend", "bind", "copy_", "get_ema_multi_avg_fn", "swap_", "update"]

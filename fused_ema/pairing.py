@@ -1,0 +1,119 @@
+"""Modules, mappings, sequences → pairs of tensors, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+Source: TypeAlias = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
+
+# Path segments that wrappers put into names: DDP, torch.compile, activation checkpointing, FSDP.
+WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+class Pairs(NamedTuple):
+    """Tensors that belong together, by position. A label is what stands behind `ema` or `model` in an error."""
+
+    labels: list[str]
+    ema: list[Tensor]
+    model: list[Tensor]
+    parameter: list[bool]  # else a buffer
+
+
+def pair(ema: Source, model: Source, buffers: str) -> Pairs:
+    """Pairs the tensors of two sources of one kind; see `fused_ema.update` for the rules and the errors."""
+    if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
+        return _pair_modules(ema, model, buffers)
+    if isinstance(ema, Mapping) and isinstance(model, Mapping):
+        names = _match(dict(ema), dict(model))
+        return Pairs(
+            [f"[{name!r}]" for name, _ in names],
+            [ema[name] for name, _ in names],
+            [model[name] for _, name in names],
+            [True] * len(names),
+        )
+    if _is_sequence(ema) and _is_sequence(model):
+        if len(ema) != len(model):
+            raise ValueError(f"ema: expected {len(model)} tensors, as many as model, found {len(ema)}")
+        return Pairs([f"[{i}]" for i in range(len(ema))], list(ema), list(model), [True] * len(ema))
+    raise TypeError(
+        "expected ema and model to be two modules, two mappings of names to tensors or two sequences of tensors, "
+        f"found {_kind(ema)} and {_kind(model)}"
+    )
+
+
+def _is_sequence(source: object) -> bool:
+    return isinstance(source, Sequence) and not isinstance(source, (str, bytes))
+
+
+def _kind(source: object) -> str:
+    hint = " (wrap it in list())" if isinstance(source, Iterable) and not isinstance(source, Tensor) else ""
+    return f"{type(source).__module__}.{type(source).__qualname__}{hint if not _is_sequence(source) else ''}"
+
+
+def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
+    ours, theirs = _named_tensors(ema), _named_tensors(model)
+    if buffers == "ignore":
+        # A name stays if it is a parameter on either side.
+        kept = {_plain(name) for side in (ours, theirs) for name, (_, parameter) in side.items() if parameter}
+        ours = {name: entry for name, entry in ours.items() if _plain(name) in kept}
+        theirs = {name: entry for name, entry in theirs.items() if _plain(name) in kept}
+    names = _match(ours, theirs)
+    return Pairs(
+        [f"[{name!r}]" for name, _ in names],
+        [ours[name][0] for name, _ in names],
+        [theirs[name][0] for _, name in names],
+        [theirs[name][1] for _, name in names],
+    )
+
+
+def _named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Every name, tied ones too, with its tensor and whether that is a parameter."""
+    found: dict[str, tuple[Tensor, bool]] = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for registry, parameter in ((child._parameters, True), (child._buffers, False)):
+            for name, tensor in registry.items():
+                if tensor is not None:
+                    found[start + name] = (tensor, parameter)
+    return found
+
+
+def _plain(name: str) -> str:
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name in ema, name in model) for each tensor: the same name, or the same once wrappers' segments are dropped."""
+    if ours.keys() == theirs.keys():
+        return [(name, name) for name in ours]
+    plain_ours, plain_theirs = _by_plain_name("ema", ours), _by_plain_name("model", theirs)
+    missing = [name for name in plain_theirs if name not in plain_ours]
+    extra = [name for name in plain_ours if name not in plain_theirs]
+    if missing or extra:
+        raise ValueError(
+            f"ema and model: expected the same names, found {_listed(missing)} only in model "
+            f"and {_listed(extra)} only in ema"
+        )
+    return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
+
+
+def _by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
+    plain_names: dict[str, str] = {}
+    for name in names:
+        other = plain_names.setdefault(_plain(name), name)
+        if other != name:
+            raise ValueError(
+                f"{side}: {other!r} and {name!r} are one name once the segments of wrappers are dropped, "
+                "and the names of the other side differ from both; expected equal names on both sides"
+            )
+    return plain_names
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more

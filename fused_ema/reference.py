@@ -1,0 +1,68 @@
+"""The pure-PyTorch path: what runs where no kernel does, and the oracle of the tests.
+
+It keeps the one-step bound of the numeric contract, not the kernels' bits: arithmetic in float64, rounded once (in
+float32 on MPS, which has no float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CALLS_PER_AVERAGE = 7  # PyTorch operations, so launches on a device
+CALLS_PER_COPY = 1
+
+
+@torch.no_grad()
+def update_(ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool) -> None:
+    """ema ← decay * ema + (1 - decay) * model, or the copy that goes with it, in place; decay in [0, 1]."""
+    if isinstance(decay, Tensor):
+        return _update_on_device_(ema, model, decay, average)
+    if decay == 1:
+        return
+    if decay == 0 or not average:
+        ema.copy_(model)
+        return
+    weight = 1 - decay
+    ema, model = _reals(ema), _reals(model)
+    difference = model.to(_compute_type(ema)).sub(ema)
+    moved = difference.mul(weight).add_(ema) if weight < 0.5 else difference.mul(-decay).add_(model)
+    ema.copy_(torch.where(difference == 0, ema.to(moved.dtype), moved))
+
+
+def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool) -> None:
+    """The same, with a decay that the host does not know."""
+    if not average:
+        ema.copy_(torch.where(decay == 1, ema, model.to(ema.dtype)))
+        return
+    ema, model = _reals(ema), _reals(model)
+    decay = decay.to(_compute_type(ema))
+    weight = 1 - decay
+    old, new = ema.to(decay.dtype), model.to(decay.dtype)
+    difference = new - old
+    moved = torch.where(weight < 0.5, difference * weight + old, difference * -decay + new)
+    moved = torch.where((difference == 0) | (decay == 1), old, moved)
+    ema.copy_(torch.where(decay == 0, new, moved))
+
+
+@torch.no_grad()
+def copy_(ema: Tensor, model: Tensor) -> None:
+    """ema ← model."""
+    ema.copy_(model)
+
+
+@torch.no_grad()
+def swap_(ema: Tensor, model: Tensor) -> None:
+    """Exchanges the values of two tensors of one shape and dtype."""
+    old = ema.clone()
+    ema.copy_(model)
+    model.copy_(old)
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _compute_type(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
