@@ -15,7 +15,7 @@
 namespace fused_ema {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements: fewer are not worth a second thread
+constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a second thread's wake-up
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                                  \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, Weights weights) { \

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from .pairing import Pairs
 
@@ -41,8 +42,8 @@ class Checked(NamedTuple):
 
     pairs: Pairs
     actions: list[Action]
-    no_update: str | None
-    no_swap: str | None
+    no_update: Exception | None
+    no_swap: Exception | None
 
 
 class _Span(NamedTuple):
@@ -58,61 +59,54 @@ def check(pairs: Pairs, buffers: str) -> Checked:
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     if buffers not in floating_buffers:
         raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
-    actions: list[Action] = []
-    ema_spans: list[_Span] = []
-    model_spans: list[_Span] = []
-    fed_by: dict[tuple[object, ...], tuple[str, tuple[object, ...], str]] = {}
-    swapped_with: dict[tuple[object, ...], str] = {}
-    no_update = no_swap = None
+    actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
-        ema_name, model_name = f"ema{label}", f"model{label}"
-        _check_tensor(ema_name, ema)
-        _check_tensor(model_name, model)
-        _check_pair(ema_name, ema, model)
-        if ema.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(f"{ema_name}: Inplace update to inference tensor outside InferenceMode is not allowed")
+        _check_tensor(f"ema{label}", ema)
+        _check_tensor(f"model{label}", model)
+        _check_pair(f"ema{label}", ema, model)
+        floating = Action.AVERAGE if parameter else floating_buffers[buffers]
+        actions.append(Action.NONE if ema.numel() == 0 else floating if ema.dtype in WIDTH else Action.COPY)
+    _drop_repeated(pairs, actions)
 
-        action = Action.COPY
-        if ema.dtype in WIDTH:
-            action = Action.AVERAGE if parameter else floating_buffers[buffers]
-        ema_memory, model_memory = _memory(ema), _memory(model)
-        if ema.numel() == 0:
-            action = Action.NONE
-        elif ema_memory in fed_by:
-            other, other_memory, other_model = fed_by[ema_memory]
-            if other_memory != model_memory:
-                raise ValueError(
-                    f"{ema_name}: expected one model tensor for each average, found {other_model} and {model_name} "
-                    f"both feeding the average that is {other} and {ema_name}"
-                )
-            action = Action.NONE
-        else:
-            fed_by[ema_memory] = (ema_name, model_memory, model_name)
-            ema_spans.append(_span(ema_name, ema))
-            model_spans.append(_span(model_name, model))
-            twice = swapped_with.setdefault(model_memory, model_name)
-            if twice != model_name:
-                no_swap = no_swap or f"{model_name}: expected one average for each model tensor, found two; the other is {twice}"
-            no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model)
-        if action is Action.AVERAGE and WIDTH[ema.dtype] < WIDTH[model.dtype]:
-            no_update = no_update or (
-                f"{ema_name}: expected an average at least as wide as the model's {dtype_name(model)}, found {dtype_name(ema)}"
-            )
-        actions.append(action)
-
-    ema_spans.sort()
-    model_spans.sort()
-    _check_disjoint(ema_spans)
+    active = [
+        (f"ema{label}", ema, f"model{label}", model, action)
+        for label, ema, model, action in zip(*pairs[:3], actions, strict=True)
+        if action is not Action.NONE
+    ]
+    ema_spans = sorted(_span(name, ema) for name, ema, _, _, _ in active)
+    model_spans = sorted(_span(name, model) for _, _, name, model, _ in active)
+    if shared := _overlap(ema_spans):
+        raise shared
     _check_apart(ema_spans, model_spans)
-    if no_swap is None:
-        no_swap = _overlap(model_spans)
+    refusals = (_update_refusal(name, ema, model) for name, ema, _, model, act in active if act is Action.AVERAGE)
+    no_update = next((refusal for refusal in refusals if refusal), None)
+    refusals = (_swap_refusal(name, ema, other, model) for name, ema, other, model, _ in active)
+    no_swap = next((refusal for refusal in refusals if refusal), None) or _overlap(model_spans)
     return Checked(pairs, actions, no_update, no_swap)
+
+
+def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
+    """Tied tensors: a pair that comes again runs once; one average for two different tensors is an error."""
+    first: dict[tuple[object, ...], int] = {}
+    for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
+        if actions[i] is Action.NONE:
+            continue
+        before = first.setdefault(_memory(ema), i)
+        if before == i:
+            continue
+        if _memory(pairs.model[before]) != _memory(model):
+            one, other = pairs.labels[before], pairs.labels[i]
+            raise ValueError(
+                f"ema{other}: expected one model tensor for each average, "
+                f"found model{one} and model{other} both feeding the average ema{one}"
+            )
+        actions[i] = Action.NONE
 
 
 def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise RuntimeError(f"{name}: expected an initialised parameter, found a lazy one; run a forward pass first")
     if type(tensor) not in PLAIN_TYPES:
         raise TypeError(f"{name}: expected a plain tensor, found {type(tensor).__name__}")
@@ -133,50 +127,55 @@ def _check_tensor(name: str, tensor: object) -> None:
             state = "freed" if found == 0 else f"of {found} bytes"
             raise RuntimeError(f"{name}: expected a storage of at least {needed} bytes; storage of {name!r} is {state}")
         if tensor.data_ptr() % (tensor.element_size() // (2 if tensor.is_complex() else 1)):
-            raise ValueError(f"{name}: expected an address aligned to {dtype_name(tensor)}, found {tensor.data_ptr():#x}")
+            raise ValueError(
+                f"{name}: expected an address aligned to {dtype_name(tensor)}, found {tensor.data_ptr():#x}"
+            )
 
 
 def _check_pair(name: str, ema: Tensor, model: Tensor) -> None:
     if ema.shape != model.shape:
         raise ValueError(f"{name}: expected shape {tuple(model.shape)}, as in model, found {tuple(ema.shape)}")
     if ema.device != model.device:
-        raise ValueError(
-            f"{name}: expected {dtype_name(ema)} on {model.device}, as in model, found {dtype_name(ema)} on {ema.device}"
-        )
+        dtype = dtype_name(ema)
+        raise ValueError(f"{name}: expected {dtype} on {model.device}, as in model, found {dtype} on {ema.device}")
     both_real = ema.dtype.is_floating_point and model.dtype.is_floating_point
     both_complex = ema.dtype.is_complex and model.dtype.is_complex
     if ema.dtype != model.dtype and not both_real and not both_complex:
-        raise TypeError(f"{name}: expected {dtype_name(model)} or a type it can be averaged in, found {dtype_name(ema)}")
-    if ema.numel() and _overlaps_itself(ema):
-        raise ValueError(
-            f"{name}: expected an average whose elements have memory of their own, "
-            f"found shape {tuple(ema.shape)} with strides {ema.stride()}"
+        raise TypeError(
+            f"{name}: expected {dtype_name(model)} or a type it can be averaged in, found {dtype_name(ema)}"
         )
+    if refusal := _write_refusal(name, ema):
+        raise refusal
 
 
-def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor) -> str | None:
+def _update_refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
+    if WIDTH[ema.dtype] >= WIDTH[model.dtype]:
+        return None
+    wanted, found = dtype_name(model), dtype_name(ema)
+    return TypeError(f"{name}: expected an average at least as wide as the model's {wanted}, found {found}")
+
+
+def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor) -> Exception | None:
     if ema.dtype != model.dtype:
-        return f"{ema_name}: expected {dtype_name(model)}, as in model, to exchange values, found {dtype_name(ema)}"
-    if _overlaps_itself(model):
-        return (
-            f"{model_name}: expected elements with memory of their own, "
-            f"found shape {tuple(model.shape)} with strides {model.stride()}"
-        )
-    if model.is_inference() and not torch.is_inference_mode_enabled():
-        return f"{model_name}: Inplace update to inference tensor outside InferenceMode is not allowed"
+        wanted, found = dtype_name(model), dtype_name(ema)
+        return TypeError(f"{ema_name}: expected {wanted}, as in model, to exchange values, found {found}")
+    return _write_refusal(model_name, model)
+
+
+def _write_refusal(name: str, tensor: Tensor) -> Exception | None:
+    if tensor.numel() and _overlaps_itself(tensor):
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        return ValueError(f"{name}: expected elements with memory of their own, found {shape} with strides {strides}")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return RuntimeError(f"{name}: Inplace update to inference tensor outside InferenceMode is not allowed")
     return None
 
 
-def _check_disjoint(spans: list[_Span]) -> None:
-    if found := _overlap(spans):
-        raise ValueError(found)
-
-
-def _overlap(spans: list[_Span]) -> str | None:
-    """A sentence where two of the sorted spans share bytes."""
-    for before, after in zip(spans, spans[1:], strict=False):
+def _overlap(spans: list[_Span]) -> Exception | None:
+    """An error where two of the sorted spans share bytes."""
+    for before, after in itertools.pairwise(spans):
         if after.begin < before.end:
-            return f"{after.name}: expected memory of its own, found bytes shared with {before.name}"
+            return ValueError(f"{after.name}: expected memory of its own, found bytes shared with {before.name}")
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _native, reference
+from . import _native, ops, reference
 from .checks import PLAIN_TYPES, Action, Checked, check, dtype_name
 from .pairing import Pairs, Source, pair
 
@@ -50,7 +50,7 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             for name, buffer in ema.named_buffers():
                 buffer.copy_(theirs[name])
 
-    in float32 (float64 where either side is), rounded as docs/numerics.md says.
+    computed in float32 (float64 where either side is) and rounded once, with a fused multiply-add.
     """
     _run_cached("update", ema, model, decay, buffers)
 
@@ -216,7 +216,7 @@ class _Plan:
     def _prepare(self, op: OpName, decay: float | Tensor) -> tuple[float, Tensor | None]:
         """Decay as a number, or as a tensor to be read on the device."""
         if refusal := self._refusals[op]:
-            raise TypeError(refusal)
+            raise type(refusal)(*refusal.args)
         value = _decay(decay)
         if isinstance(value, float):
             if 0.0 < 1.0 - value < self._coarse and op == "update":
@@ -272,6 +272,8 @@ _plans: OrderedDict[tuple[Any, ...], tuple[_Plan, tuple[Any, ...]]] = OrderedDic
 
 
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
+    if op == "update" and torch.compiler.is_compiling():
+        return ops.trace_update(pair(ema, model, buffers), decay, buffers)
     if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         key: tuple[Any, ...] = (id(ema), id(model), buffers)
         cached = _plans.get(key)
@@ -376,3 +378,10 @@ def _warn_coarse(decay: float) -> None:
             "the last place and round away. Keep the averages in float32.",
             stacklevel=6,
         )
+
+
+def _update_lists(ema: list[Tensor], model: list[Tensor], decay: Tensor) -> None:
+    _run_cached("update", ema, model, decay, "copy")
+
+
+ops.implement(_update_lists)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def pair(ema: Source, model: Source, buffers: str) -> Pairs:
             [model[name] for _, name in names],
             [True] * len(names),
         )
-    if _is_sequence(ema) and _is_sequence(model):
+    if isinstance(ema, Sequence) and isinstance(model, Sequence) and not isinstance(ema, str):
         if len(ema) != len(model):
             raise ValueError(f"ema: expected {len(model)} tensors, as many as model, found {len(ema)}")
         return Pairs([f"[{i}]" for i in range(len(ema))], list(ema), list(model), [True] * len(ema))
@@ -44,13 +44,9 @@ def pair(ema: Source, model: Source, buffers: str) -> Pairs:
     )
 
 
-def _is_sequence(source: object) -> bool:
-    return isinstance(source, Sequence) and not isinstance(source, (str, bytes))
-
-
 def _kind(source: object) -> str:
-    hint = " (wrap it in list())" if isinstance(source, Iterable) and not isinstance(source, Tensor) else ""
-    return f"{type(source).__module__}.{type(source).__qualname__}{hint if not _is_sequence(source) else ''}"
+    hint = " (an iterator: wrap it in list())" if isinstance(source, Iterator) else ""
+    return f"{type(source).__module__}.{type(source).__qualname__}{hint}"
 
 
 def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:

@@ -1,0 +1,66 @@
+# Everything happens in $(VENV). `make test TORCH=torch==2.13.0` takes another torch; FUSED_EMA_CUDA and
+# FUSED_EMA_EXT (README.md) are respected.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+
+PY := $(VENV)/bin/python
+BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml fused_ema/_build.py fused_ema/_version.py
+
+# Stamps carry what they were made for in their names. The extension lies in the checkout, which can hold one: its
+# stamp lies there too, so that two environments rebuild it in turns rather than find the other's. The .json is
+# written with the extension: one that is newer than the stamp was not made by it.
+key = $(firstword $(shell echo '$(1)' | cksum))
+TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
+BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
+
+.PHONY: help setup demo test lint bench audit clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup: $(BUILD_STAMP)  ## environment and extension, for the torch and the compilers that are there
+
+demo: setup  ## train a small network with averaged weights: accuracy, and the cost of the update
+	@$(PY) examples/demo.py $(ARGS)
+
+test: setup  ## the tests; options for pytest in ARGS
+	@$(PY) -m pytest -q tests $(ARGS)
+
+lint: setup  ## ruff, clang-format and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h)
+	$(PY) -m mypy
+
+bench: setup  ## measure the update against what others do; options in ARGS
+	@$(PY) benchmarks/bench_update.py $(ARGS)
+
+# cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
+audit: setup  ## check the machine code of the CUDA kernels; needs no GPU
+	@command -v cuobjdump nvdisasm >/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/audit_sass.py
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info fused_ema/_C*.so fused_ema/_C*.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(TORCH_STAMP):
+	@echo "$(VENV): installing $(TORCH) and build tools"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.torch-*
+	@$(PY) -m pip install -q --disable-pip-version-check --upgrade '$(TORCH)' ninja 'setuptools>=77'
+	@touch $@
+
+# A compiler that fails is an error here, unless there is none, or the environment says otherwise.
+$(BUILD_STAMP): $(TORCH_STAMP) $(BUILD_SOURCES) $(wildcard fused_ema/_C*.json)
+	@echo "$(VENV): installing fused_ema, its tools, and the extension for this machine (log: build/make.log)"
+	@mkdir -p build && rm -f build/.made-*
+	@ext="$(FUSED_EMA_EXT)"; command -v $${CXX:-c++} >/dev/null && ext="$${ext:-1}"; \
+	FUSED_EMA_EXT=$$ext $(PY) -m pip install -v --disable-pip-version-check --no-build-isolation \
+	    -e '.[test,demo,bench,dev]' >build/make.log 2>&1 || { cat build/make.log; exit 1; }
+	@sed -n 's/^ *\(fused_ema: \)/\1/p' build/make.log
+	@$(PY) -m fused_ema
+	@touch $@

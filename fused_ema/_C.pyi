@@ -1,0 +1,35 @@
+# The compiled extension: csrc/bindings.cpp.
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+cuda_built: bool
+max_dims: int
+
+class Op(Enum):
+    update = ...
+    copy = ...
+    swap = ...
+
+class Plan:
+    def __init__(
+        self,
+        names: Sequence[str],
+        ema: Sequence[Tensor],
+        model: Sequence[Tensor],
+        actions: Sequence[int],
+        modules: Sequence[dict[str, Any]],
+        containers: Sequence[object],
+    ) -> None: ...
+    def run(self, op: Op, decay: float, device_decay: Tensor | None) -> bool: ...
+    def run_with(
+        self,
+        ema: Sequence[Tensor],
+        model: Sequence[Tensor],
+        op: Op,
+        decay: float,
+        device_decay: Tensor | None,
+    ) -> bool: ...
+    def launches(self) -> int: ...

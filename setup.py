@@ -1,0 +1,68 @@
+"""Builds the extension for the torch that is installed; without one, a pure-Python install that says so.
+
+All else is in pyproject.toml and fused_ema/_build.py.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+# By path: importing the package would import torch, which an isolated build does not have.
+spec = importlib.util.spec_from_file_location("_build", ROOT / "fused_ema" / "_build.py")
+_build = importlib.util.module_from_spec(spec)
+sys.modules["_build"] = _build  # dataclasses look their module up
+spec.loader.exec_module(_build)
+
+
+def give_up(reason):
+    """Ends as a pure-Python install, unless the environment asks for more."""
+    for name in ("FUSED_EMA_EXT", "FUSED_EMA_CUDA"):
+        if _build.switch(name):
+            sys.exit(f"fused_ema: {name}=1, but there is no extension: {reason}")
+    _build.say(f"WARNING: NO COMPILED EXTENSION, only the slower pure-PyTorch path: {reason}.")
+    _build.say("WARNING: for the fast one run `python -m fused_ema build` after this install,")
+    _build.say("WARNING: or `pip install --no-build-isolation .` in an environment that has torch.")
+
+
+class BuildExt(build_ext):
+    """Compiles through _build.py, which falls back from CUDA to the CPU part alone; here, to no extension."""
+
+    def run(self):
+        folder = Path(self.get_ext_fullpath(_build.NAME)).parent
+        # Kept between builds, so that ninja compiles what changed; one per torch, since headers of another
+        # may be older than the objects.
+        temp = ROOT / "build" / f"{_build.PYTHON_TAG}-torch-{_build.import_torch().__version__}"
+        try:
+            _build.place(_build.compile_extension(temp), folder)
+        except _build.BuildError as error:
+            _build.remove(folder)  # an older one must not pass for this one
+            give_up(error)
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if Path(path).is_file()]
+
+
+reason = None
+if _build.switch("FUSED_EMA_EXT") is False:
+    reason = "FUSED_EMA_EXT=0"
+else:
+    try:
+        _build.import_torch()
+    except _build.BuildError as error:
+        reason = error
+BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+if reason and BUILDING & set(sys.argv):
+    give_up(reason)
+
+setup(
+    packages=[*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema._csrc"],
+    package_dir={"fused_ema._csrc": "csrc"},
+    package_data={"fused_ema": ["py.typed", "*.pyi"], "fused_ema._csrc": ["*.h", "*.cpp", "*.cu"]},
+    ext_modules=[] if reason else [Extension(_build.NAME, sources=[])],
+    cmdclass={"build_ext": BuildExt},
+)
