@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <optional>
 
 #include "ema_cpu.h"
 
@@ -89,14 +90,15 @@ struct DeviceTables {
 
 #ifdef FUSED_EMA_CUDA
   c10::DataPtr memory;
-  c10::cuda::CUDAStream owner = c10::cuda::getDefaultCUDAStream(0);
+  std::optional<c10::cuda::CUDAStream> owner;  // whose order the memory's reuse follows
   Launch launch{};
 
   // One allocation, one copy. Waiting for the copy here, where plans are made, is what lets every later launch, on any
   // stream and inside a graph capture, read the tables without an event.
   void upload() {
     const c10::cuda::CUDAGuard guard(device);
-    owner = c10::cuda::getCurrentCUDAStream(device.index());
+    const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    owner = stream;
     const size_t rows = tables.rows.size() * sizeof(Row), layouts = tables.layouts.size() * sizeof(Layout),
                  tiles = tables.tiles.size() * sizeof(Tile);
     std::vector<char> staging(rows + layouts + tiles);
@@ -104,8 +106,8 @@ struct DeviceTables {
     if (layouts) std::memcpy(staging.data() + rows, tables.layouts.data(), layouts);
     std::memcpy(staging.data() + rows + layouts, tables.tiles.data(), tiles);
     memory = c10::cuda::CUDACachingAllocator::get()->allocate(staging.size());
-    C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), staging.data(), staging.size(), cudaMemcpyHostToDevice, owner));
-    C10_CUDA_CHECK(cudaStreamSynchronize(owner));
+    C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), staging.data(), staging.size(), cudaMemcpyHostToDevice, stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
     C10_CUDA_CHECK(load_cuda_kernels());
     const char* base = static_cast<const char*>(memory.get());
     launch.rows = reinterpret_cast<const Row*>(base);
@@ -119,7 +121,7 @@ struct DeviceTables {
   void run(Op op, double decay, const at::Tensor& device_decay) {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-    if (stream != owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
+    if (stream != *owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
     Launch now = launch;
     now.decay = decay;
     if (device_decay.defined()) {
