@@ -17,17 +17,12 @@ namespace {
 
 constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a second thread's wake-up
 
-#define FUSED_EMA_LERP_LOOP(E, P)                                                                                  \
-  FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, Weights weights) { \
-    using C = typename Compute<E, P>::type;                                                                        \
-    const C factor = weights.factor<C>();                                                                          \
-    if (weights.near_average()) {                                                                                  \
-      for (int64_t i = 0; i < n; ++i)                                                                              \
-        ema[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(ema[i]), Cast<C, P>::apply(model[i]), factor, true));    \
-    } else {                                                                                                       \
-      for (int64_t i = 0; i < n; ++i)                                                                              \
-        ema[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(ema[i]), Cast<C, P>::apply(model[i]), factor, false));   \
-    }                                                                                                              \
+#define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
+  FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
+    using C = typename Compute<E, P>::type;                                                                     \
+    const C factor = factor_of<C>(decay);                                                                       \
+    for (int64_t i = 0; i < n; ++i)                                                                             \
+      ema[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(ema[i]), Cast<C, P>::apply(model[i]), factor));         \
   }
 FUSED_EMA_LERP_PAIRS(FUSED_EMA_LERP_LOOP)
 #undef FUSED_EMA_LERP_LOOP
@@ -40,12 +35,12 @@ FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP
 
 // Elements [begin, end) of a flat row.
-void flat_lerp(const Row& row, int64_t begin, int64_t end, const Weights& weights) {
+void flat_lerp(const Row& row, int64_t begin, int64_t end, double decay) {
   switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P)                                                                                       \
   case pair_of(Type::E, Type::P):                                                                                  \
     return lerp_##E##_##P(static_cast<E*>(row.ema) + begin, static_cast<const P*>(row.model) + begin, end - begin, \
-                          weights);
+                          decay);
     FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }
@@ -74,18 +69,17 @@ void flat_swap(const Row& row, int64_t begin, int64_t end) {
 }
 
 // Elements [begin, end) of a strided row: the tile code's own path, as one thread.
-void strided(Op op, const Tables& tables, const Row& row, int64_t begin, int64_t end, const Weights& weights) {
+void strided(Op op, const Tables& tables, const Row& row, int64_t begin, int64_t end, double decay) {
   const Layout& layout = tables.layouts[size_t(row.layout)];
-  if (op == Op::swap) return with_raw<Swap>(row, weights, StridedRun{layout, begin, end, 1});
-  if (op == Op::update && row.average) return with_lerp(row, weights, StridedRun{layout, begin, end, 1});
-  with_copy(row, weights, StridedRun{layout, begin, end, 1});
+  if (op == Op::swap) return with_raw<Swap>(row, decay, StridedRun{layout, begin, end, 1});
+  if (op == Op::update && row.average) return with_lerp(row, decay, StridedRun{layout, begin, end, 1});
+  with_copy(row, decay, StridedRun{layout, begin, end, 1});
 }
 
 }  // namespace
 
 void run_cpu(Op op, const Tables& tables, double decay) {
   if (op == Op::update && decay == 0.0) op = Op::copy;
-  const Weights weights(decay);
   at::parallel_for(0, tables.elements, kGrain, [&](int64_t begin, int64_t end) {
     auto row = std::upper_bound(tables.rows.begin(), tables.rows.end(), begin,
                                 [](int64_t element, const Row& r) { return element < r.first; }) -
@@ -93,11 +87,11 @@ void run_cpu(Op op, const Tables& tables, double decay) {
     for (; row != tables.rows.end() && row->first < end; ++row) {
       const int64_t low = std::max<int64_t>(begin - row->first, 0), high = std::min(end - row->first, row->numel);
       if (row->layout >= 0) {
-        strided(op, tables, *row, low, high, weights);
+        strided(op, tables, *row, low, high, decay);
       } else if (op == Op::swap) {
         flat_swap(*row, low, high);
       } else if (op == Op::update && row->average) {
-        flat_lerp(*row, low, high, weights);
+        flat_lerp(*row, low, high, decay);
       } else {
         flat_copy(*row, low, high);
       }

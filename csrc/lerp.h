@@ -5,7 +5,7 @@
 // in one subtraction and one fused multiply-add, then one round-to-nearest-even store. The same source runs in
 // the CUDA kernel, in the CPU loops and in the emulated grid of the tests, so the bits agree everywhere:
 //   - FMA is always explicit, and the build turns contraction off;
-//   - the branch on the weight and every rounding of decay happen once, in `Weights`, never per element.
+//   - decay is rounded once, in `factor_of`, never per element.
 #pragma once
 
 #include <cstdint>
@@ -163,23 +163,18 @@ FUSED_EMA_HD double fused_multiply_add(double a, double b, double c) {
 #endif
 }
 
-// What one update needs of decay. 1 - decay is taken in double and rounded once: 1 - float(decay) is off by
-// 1.7e-4 (relative) at decay 0.9999.
-struct Weights {
-  double decay;
-  FUSED_EMA_HD explicit Weights(double decay_) : decay(decay_) {}
-  FUSED_EMA_HD bool near_average() const { return 1.0 - decay < 0.5; }  // the small factor multiplies, always
-  template <class T>
-  FUSED_EMA_HD T factor() const {
-    return near_average() ? T(1.0 - decay) : T(-decay);
-  }
-};
+// The factor of the smaller weight, which multiplies: 1 - decay, positive, or -decay. 1 - decay is taken in double and
+// rounded once: 1 - float(decay) is off by 1.7e-4 (relative) at decay 0.9999.
+template <class T>
+FUSED_EMA_HD T factor_of(double decay) {
+  return 1.0 - decay < 0.5 ? T(1.0 - decay) : T(-decay);
+}
 
 // e' for 0 < decay < 1. The select keeps an average bitwise where it equals the model: fma(w, +0, -0) is +0.
 template <class T>
-FUSED_EMA_HD T lerp(T e, T p, T factor, bool near_average) {
+FUSED_EMA_HD T lerp(T e, T p, T factor) {
   const T t = p - e;
-  const T result = fused_multiply_add(factor, t, near_average ? e : p);
+  const T result = fused_multiply_add(factor, t, factor > T(0) ? e : p);
   return t == T(0) ? e : result;
 }
 

@@ -123,22 +123,19 @@ struct Lerp {
   using C = typename Compute<E, P>::type;
   static constexpr bool reads_ema = true, writes_model = false;
   C factor;
-  bool near_average;
-  FUSED_EMA_HD explicit Lerp(const Weights& weights)
-      : factor(weights.factor<C>()), near_average(weights.near_average()) {}
+  FUSED_EMA_HD explicit Lerp(double decay) : factor(factor_of<C>(decay)) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
     FUSED_EMA_UNROLL_LOOP
     for (int i = 0; i < N; ++i) {
-      e.lane[i] =
-          Cast<E, C>::apply(lerp(Cast<C, E>::apply(e.lane[i]), Cast<C, P>::apply(p.lane[i]), factor, near_average));
+      e.lane[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(e.lane[i]), Cast<C, P>::apply(p.lane[i]), factor));
     }
   }
 };
 template <class E, class P>
 struct Copy {
   static constexpr bool reads_ema = false, writes_model = false;
-  FUSED_EMA_HD explicit Copy(const Weights&) {}
+  FUSED_EMA_HD explicit Copy(double) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
     FUSED_EMA_UNROLL_LOOP
@@ -148,7 +145,7 @@ struct Copy {
 template <class E>
 struct Copy<E, E> {
   static constexpr bool reads_ema = false, writes_model = false;
-  FUSED_EMA_HD explicit Copy(const Weights&) {}
+  FUSED_EMA_HD explicit Copy(double) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<E, N>& p) const {
     e = p;
@@ -157,7 +154,7 @@ struct Copy<E, E> {
 template <class E, class P>
 struct Swap {
   static constexpr bool reads_ema = true, writes_model = true;
-  FUSED_EMA_HD explicit Swap(const Weights&) {}
+  FUSED_EMA_HD explicit Swap(double) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
     const Vector<E, N> old = e;
@@ -265,6 +262,10 @@ struct TileRun {
     constexpr int64_t kTile = tile_elements(sizeof(E));
     E* const ema = static_cast<E*>(row.ema);
     P* const model = static_cast<P*>(row.model);
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(ema));  // from a table, so the compiler would emit generic loads and stores
+    __builtin_assume(__isGlobal(model));
+#endif
     const int64_t begin = int64_t(index) * kTile - row.misaligned;
     const int64_t low = begin > 0 ? begin : 0;
     const int64_t high = begin + kTile < row.numel ? begin + kTile : row.numel;
@@ -283,41 +284,41 @@ struct TileRun {
   F(f32, f32)                   \
   F(f32, bf16)                  \
   F(f32, f16) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, bf16) F(bf16, f16) F(f16, f16) F(f16, bf16)
-#define FUSED_EMA_CAST_PAIRS(F)                                                                                   \
-  F(f32, bf16)                                                                                                    \
-  F(f32, f16)                                                                                                     \
-  F(f32, f64) F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) F(f16, f64) \
-      F(f16, bf16)
+#define FUSED_EMA_CAST_PAIRS(F) \
+  F(f32, bf16)                  \
+  F(f32, f16)                   \
+  F(f32, f64)                   \
+  F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) F(f16, f64) F(f16, bf16)
 
 constexpr int pair_of(Type ema, Type model) { return int(ema) * 16 + int(model); }
 
 // Exact copies and exchanges move bits: the types are told apart by size alone.
 template <template <class, class> class F, class Run>
-FUSED_EMA_HD void with_raw(const Row& row, const Weights& weights, const Run& run) {
+FUSED_EMA_HD void with_raw(const Row& row, double decay, const Run& run) {
   switch (size_of(row.ema_type)) {
-    case 1: return run.template run<uint8_t, uint8_t>(row, F<uint8_t, uint8_t>(weights));
-    case 2: return run.template run<uint16_t, uint16_t>(row, F<uint16_t, uint16_t>(weights));
-    case 4: return run.template run<uint32_t, uint32_t>(row, F<uint32_t, uint32_t>(weights));
-    default: return run.template run<uint64_t, uint64_t>(row, F<uint64_t, uint64_t>(weights));
+    case 1: return run.template run<uint8_t, uint8_t>(row, F<uint8_t, uint8_t>(decay));
+    case 2: return run.template run<uint16_t, uint16_t>(row, F<uint16_t, uint16_t>(decay));
+    case 4: return run.template run<uint32_t, uint32_t>(row, F<uint32_t, uint32_t>(decay));
+    default: return run.template run<uint64_t, uint64_t>(row, F<uint64_t, uint64_t>(decay));
   }
 }
 
 template <class Run>
-FUSED_EMA_HD void with_lerp(const Row& row, const Weights& weights, const Run& run) {
+FUSED_EMA_HD void with_lerp(const Row& row, double decay, const Run& run) {
   switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P) \
-  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Lerp<E, P>(weights));
+  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Lerp<E, P>(decay));
     FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }
 }
 
 template <class Run>
-FUSED_EMA_HD void with_copy(const Row& row, const Weights& weights, const Run& run) {
-  if (row.ema_type == row.model_type) return with_raw<Copy>(row, weights, run);
+FUSED_EMA_HD void with_copy(const Row& row, double decay, const Run& run) {
+  if (row.ema_type == row.model_type) return with_raw<Copy>(row, decay, run);
   switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P) \
-  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Copy<E, P>(weights));
+  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Copy<E, P>(decay));
     FUSED_EMA_CAST_PAIRS(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }
@@ -332,13 +333,12 @@ FUSED_EMA_HD void run_tile(const Launch& launch, int64_t tile, int thread) {
                                        : double(*static_cast<const float*>(launch.device_decay));
     if (decay == 1.0) return;
   }
-  const Weights weights(decay);
   const Tile at = launch.tiles[tile];
   const Row& row = launch.rows[at.row];
   const TileRun run{launch, at.index, thread};
-  if (kOp == Op::swap) return with_raw<Swap>(row, weights, run);
-  if (kOp == Op::update && row.average && decay != 0.0) return with_lerp(row, weights, run);
-  with_copy(row, weights, run);
+  if (kOp == Op::swap) return with_raw<Swap>(row, decay, run);
+  if (kOp == Op::update && row.average && decay != 0.0) return with_lerp(row, decay, run);
+  with_copy(row, decay, run);
 }
 
 }  // namespace fused_ema

@@ -1,0 +1,116 @@
+// The CUDA kernel's own tile code, built for the host behind a plain C API. test_emulated_grid.py loads it by ctypes
+// and runs it over an emulated grid: every (block, thread) of a launch once, in shuffled order. Threads of the kernel
+// never wait for each other, so any such order is one a GPU may take.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+struct Store {
+  uintptr_t address;
+  uint64_t bytes;
+};
+static std::vector<Store> stores;  // every write of the last run
+
+static void on_store(const void* pointer, size_t bytes) {
+  stores.push_back(Store{reinterpret_cast<uintptr_t>(pointer), bytes});
+  if (stores.size() > size_t(1) << 24) {  // 256 MB: a loop that does not end must not take the machine with it
+    std::fputs("emulated grid: more writes than any test makes\n", stderr);
+    std::abort();
+  }
+}
+#define FUSED_EMA_ON_STORE(pointer, bytes) on_store(pointer, bytes)
+
+#include "../csrc/table.h"
+
+using namespace fused_ema;
+
+template <Op kOp>
+static void run_threads(const Launch& launch, const std::vector<int64_t>& order) {
+  for (int64_t i : order) run_tile<kOp>(launch, i / kThreads, static_cast<int>(i % kThreads));
+}
+
+template <class T>
+static void convert_to_float(const T* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+template <class T>
+static void convert_from_float(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
+}
+
+extern "C" {
+
+#define FUSED_EMA_NAME(E, P) #E "<-" #P " "
+const char* grid_lerp_pairs() { return FUSED_EMA_LERP_PAIRS(FUSED_EMA_NAME); }
+const char* grid_cast_pairs() { return FUSED_EMA_CAST_PAIRS(FUSED_EMA_NAME); }
+
+int64_t grid_tile_elements(int ema_size) { return tile_elements(ema_size); }
+
+Tables* grid_new() { return new Tables; }
+void grid_delete(Tables* tables) { delete tables; }
+
+int grid_add(Tables* tables, void* ema, void* model, int ema_type, int model_type, int average, int dims,
+             const int64_t* sizes, const int64_t* ema_strides, const int64_t* model_strides, int with_tiles) {
+  return add_pair(*tables,
+                  Pair{ema, model, static_cast<Type>(ema_type), static_cast<Type>(model_type), average != 0, dims,
+                       sizes, ema_strides, model_strides},
+                  with_tiles != 0);
+}
+
+// rows, layouts, tiles, elements
+void grid_counts(const Tables* tables, int64_t* out) {
+  out[0] = static_cast<int64_t>(tables->rows.size());
+  out[1] = static_cast<int64_t>(tables->layouts.size());
+  out[2] = static_cast<int64_t>(tables->tiles.size());
+  out[3] = tables->elements;
+}
+const Tile* grid_tiles(const Tables* tables) { return tables->tiles.data(); }
+
+// Dimensions of a row's layout, or -1 where the row is flat.
+int grid_dims(const Tables* tables, int64_t row) {
+  const int32_t layout = tables->rows[static_cast<size_t>(row)].layout;
+  return layout < 0 ? -1 : tables->layouts[static_cast<size_t>(layout)].dims;
+}
+
+// Offsets on both sides of element i of a strided row.
+void grid_offsets(const Tables* tables, int64_t row, int64_t i, int64_t* out) {
+  const int32_t layout = tables->rows[static_cast<size_t>(row)].layout;
+  const Offsets at = offsets_of(tables->layouts[static_cast<size_t>(layout)], i);
+  out[0] = at.ema;
+  out[1] = at.model;
+}
+
+// Runs `count` tiles of `tiles`, or, where that is null, all of the tables' own.
+void grid_run(const Tables* tables, int op, double decay, const void* device_decay, int device_decay_is_f64,
+              const Tile* tiles, int64_t count, uint64_t seed) {
+  stores.clear();
+  if (!tiles) {
+    tiles = tables->tiles.data();
+    count = static_cast<int64_t>(tables->tiles.size());
+  }
+  const Launch launch{tables->rows.data(), tables->layouts.data(),  tiles, count, decay,
+                      device_decay,        device_decay_is_f64 != 0};
+  std::vector<int64_t> order(static_cast<size_t>(count * kThreads));
+  std::iota(order.begin(), order.end(), int64_t(0));
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+  switch (static_cast<Op>(op)) {
+    case Op::update: return run_threads<Op::update>(launch, order);
+    case Op::copy: return run_threads<Op::copy>(launch, order);
+    case Op::swap: return run_threads<Op::swap>(launch, order);
+  }
+}
+
+int64_t grid_store_count() { return static_cast<int64_t>(stores.size()); }
+const Store* grid_stores() { return stores.data(); }
+
+void grid_bf16_to_float(const bf16* from, float* to, int64_t n) { convert_to_float(from, to, n); }
+void grid_f16_to_float(const f16* from, float* to, int64_t n) { convert_to_float(from, to, n); }
+void grid_bf16_from_float(const float* from, bf16* to, int64_t n) { convert_from_float(from, to, n); }
+void grid_f16_from_float(const float* from, f16* to, int64_t n) { convert_from_float(from, to, n); }
+
+}  // extern "C"
