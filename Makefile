@@ -31,7 +31,7 @@ test: setup  ## the tests; options for pytest in ARGS
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h benchmarks/*.cpp)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do; options in ARGS

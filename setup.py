@@ -23,7 +23,7 @@ def give_up(reason):
     """Ends as a pure-Python install, unless the environment asks for more."""
     for name in ("FUSED_EMA_EXT", "FUSED_EMA_CUDA"):
         if _build.switch(name):
-            sys.exit(f"fused_ema: {name}=1, but there is no extension: {reason}")
+            sys.exit(f"fused_ema: {reason}; {name}=1 makes that an error")
     _build.say(f"WARNING: NO COMPILED EXTENSION, only the slower pure-PyTorch path: {reason}.")
     _build.say("WARNING: for the fast one run `python -m fused_ema build` after this install,")
     _build.say("WARNING: or `pip install --no-build-isolation .` in an environment that has torch.")

@@ -250,10 +250,11 @@ class Built:
 @contextlib.contextmanager
 def _build_environment(toolkit: Toolkit | str) -> Iterator[None]:
     """What torch's BuildExtension reads, set for as long as it runs."""
-    wanted = {}
+    # An environment that is used without being activated has its ninja, but not on PATH.
+    wanted = {"PATH": os.pathsep.join((os.environ.get("PATH", ""), sysconfig.get_path("scripts")))}
     if isinstance(toolkit, Toolkit):
         # Never left unset: torch takes the visible GPUs then, and fails where there is none.
-        wanted = {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": toolkit.archs}
+        wanted |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": toolkit.archs}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -16,6 +16,7 @@ import torch  # before the extension, which links against its libraries
 from . import _build
 
 BUILD = "run `python -m fused_ema build`"
+REBUILD = "run `python -m fused_ema build --force`"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _mismatch(folder: Path, cached: bool) -> str | None:
         return f"{made_for} fused_ema {record.get('version')}, but this is {_build.VERSION}: {BUILD}"
     size = library.stat().st_size
     if record.get("size") != size:
-        return f"{library} is damaged ({size} bytes instead of {record.get('size')}): {BUILD} --force"
+        return f"{library} is damaged ({size} bytes instead of {record.get('size')}): {REBUILD}"
     if cached and record.get("sources") != _build.sources_digest():
         return f"{library} was built from other sources than this fused_ema's: {BUILD}"
     return None
@@ -83,7 +84,7 @@ def _find() -> _Found:
             return _Found(_import(library), library, record, None)
         except Exception as error:
             sys.modules.pop(_build.NAME, None)
-            reasons.append(f"importing {library} failed ({type(error).__name__}: {error}): {BUILD} --force")
+            reasons.append(f"importing {library} failed ({type(error).__name__}: {error}): {REBUILD}")
     return _Found(None, None, {}, "; ".join(reasons) or f"the extension is not built: {BUILD}")
 
 
