@@ -1,7 +1,9 @@
 // The only file that knows Python: the class `Plan` of fused_ema._C, and the slots it watches.
+#include <pthread.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <mutex>
 
 #include "plan.h"
@@ -13,56 +15,85 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// The content of a dict, list or tuple as it was: any added, removed, replaced or reordered item shows. Compared by
-// object identity, which needs no call into Python; references are held, so an address cannot come to mean another
-// object.
-class Container {
+// One value of a container, without a reference to what it means: tensors can be freed and swapped, modules die.
+struct Slot {
+  py::object key;         // of a dict
+  py::object held;        // the value, unless it is a module
+  const PyObject* value;  // compared by identity, which needs no call into Python
+  const at::TensorImpl* tensor =
+      nullptr;  // what the value held, if it is a tensor; torch.utils.swap_tensors changes it
+
+  bool current(PyObject* found) const {
+    return found == value && (!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor);
+  }
+};
+
+// The content of a dict, list or tuple as it was: any added, removed, replaced or reordered item shows.
+class Content {
  public:
-  explicit Container(py::object container) : container_(std::move(container)) {
-    if (PyDict_Check(container_.ptr())) {
-      for (auto item : py::reinterpret_borrow<py::dict>(container_)) push(item.first), push(item.second);
+  // `weak`: no reference to the values is kept; someone else sees to it that they are the same objects.
+  explicit Content(py::handle container, bool weak = false) {
+    if (PyDict_Check(container.ptr())) {
+      for (auto item : py::reinterpret_borrow<py::dict>(container)) push(item.first, item.second, weak);
     } else {
-      for (auto item : container_) push(item);
+      for (auto item : container) push({}, item, weak);
     }
   }
 
-  PyObject* object() const { return container_.ptr(); }
-
-  bool current() const {
-    PyObject* const object = container_.ptr();
+  bool current(PyObject* const container) const {
     size_t i = 0;
-    if (PyDict_Check(object)) {
-      if (static_cast<size_t>(PyDict_GET_SIZE(object)) * 2 != items_.size()) return false;
+    if (PyDict_Check(container)) {
+      if (static_cast<size_t>(PyDict_GET_SIZE(container)) != slots_.size()) return false;
       PyObject *key, *value;
-      for (Py_ssize_t at = 0; PyDict_Next(object, &at, &key, &value); i += 2)
-        if (i + 1 >= items_.size() || items_[i].ptr() != key || items_[i + 1].ptr() != value) return false;
+      for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value); ++i)
+        if (i >= slots_.size() || slots_[i].key.ptr() != key || !slots_[i].current(value)) return false;
       return true;
     }
-    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(object)) != items_.size()) return false;
-    PyObject* const* const found = PySequence_Fast_ITEMS(object);
-    for (; i < items_.size(); ++i)
-      if (items_[i].ptr() != found[i]) return false;
+    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(container)) != slots_.size()) return false;
+    PyObject* const* const found = PySequence_Fast_ITEMS(container);
+    for (; i < slots_.size(); ++i)
+      if (!slots_[i].current(found[i])) return false;
     return true;
   }
 
  private:
-  void push(py::handle item) { items_.push_back(py::reinterpret_borrow<py::object>(item)); }
-  py::object container_;
-  std::vector<py::object> items_;
+  void push(py::handle key, py::handle value, bool weak) {
+    Slot slot{py::reinterpret_borrow<py::object>(key), {}, value.ptr()};
+    if (!weak) slot.held = py::reinterpret_borrow<py::object>(value);
+    if (THPVariable_Check(value.ptr())) slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+    slots_.push_back(std::move(slot));
+  }
+  std::vector<Slot> slots_;
 };
 
-// A module's three registries, found through its __dict__ at each call since code in the wild replaces them.
+class Container {
+ public:
+  explicit Container(py::object container) : container_(std::move(container)), content_(container_) {}
+  bool current() const { return content_.current(container_.ptr()); }
+
+ private:
+  py::object container_;
+  Content content_;
+};
+
+// A module's three registries, found through its __dict__ at each call since code in the wild replaces them. The module
+// is held weakly: a plan that outlives it, in a cache, must not keep it alive.
 class Module {
  public:
-  explicit Module(py::dict attributes) : attributes_(std::move(attributes)) {
-    for (size_t i = 0; i < 3; ++i) registries_.emplace_back(attributes_[name(i)]);
+  explicit Module(const py::object& module) : module_(module) {
+    const py::dict attributes = module.attr("__dict__");
+    for (size_t i = 0; i < 3; ++i) registries_.emplace_back(attributes[name(i)], /*weak=*/i == 2);
   }
 
   bool current() const {
-    for (size_t i = 0; i < 3; ++i)
-      if (PyDict_GetItemWithError(attributes_.ptr(), name(i).ptr()) != registries_[i].object() ||
-          !registries_[i].current())
-        return false;
+    PyObject* const module = PyWeakref_GET_OBJECT(module_.ptr());
+    if (module == Py_None) return false;
+    PyObject** const attributes = _PyObject_GetDictPtr(module);
+    if (!attributes || !*attributes) return false;
+    for (size_t i = 0; i < 3; ++i) {
+      PyObject* const registry = PyDict_GetItemWithError(*attributes, name(i).ptr());
+      if (!registry || !PyDict_Check(registry) || !registries_[i].current(registry)) return false;
+    }
     return true;
   }
 
@@ -72,9 +103,17 @@ class Module {
                                       PyUnicode_InternFromString("_modules")};
     return names[i];
   }
-  py::dict attributes_;
-  std::vector<Container> registries_;
+  py::weakref module_;
+  std::vector<Content> registries_;
 };
+
+// CPU work of one thread at a time, whatever the plans: two may share tensors. A forked child gets a lock of its own.
+std::mutex& one_at_a_time() {
+  static std::atomic<std::mutex*> lock{new std::mutex};
+  static const int handler = pthread_atfork(nullptr, nullptr, [] { lock = new std::mutex; });
+  (void)handler;
+  return *lock;
+}
 
 std::vector<Entry> make_entries(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
                                 const std::vector<int>& actions) {
@@ -90,10 +129,10 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
 class PyPlan {
  public:
   PyPlan(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
-         const std::vector<int>& actions, const std::vector<py::dict>& modules,
+         const std::vector<int>& actions, const std::vector<py::object>& modules,
          const std::vector<py::object>& containers)
       : plan_(make_entries(names, ema, model, actions)) {
-    for (const auto& attributes : modules) modules_.emplace_back(attributes);
+    for (const auto& module : modules) modules_.emplace_back(module);
     for (const auto& container : containers) containers_.emplace_back(container);
   }
 
@@ -103,14 +142,14 @@ class PyPlan {
     return run_if(
         [&] {
           return std::all_of(modules_.begin(), modules_.end(), current) &&
-                 std::all_of(containers_.begin(), containers_.end(), current) && plan_.current();
+                 std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
         },
         op, decay, device_decay);
   }
   // For tensor objects that are new at each call; no reference to them is kept.
   bool run_with(const Tensors& ema, const Tensors& model, Op op, double decay,
                 const std::optional<at::Tensor>& device_decay) {
-    return run_if([&] { return plan_.adopt(ema, model); }, op, decay, device_decay, /*release=*/true);
+    return run_if([&] { return plan_.adopt(ema, model, op); }, op, decay, device_decay);
   }
 
   int64_t launches() const { return plan_.launches(); }
@@ -118,25 +157,19 @@ class PyPlan {
  private:
   // One thread at a time. The interpreter lock is never held while waiting for the plan's, so the two can't deadlock.
   template <class Fits>
-  bool run_if(const Fits& fits, Op op, double decay, const std::optional<at::Tensor>& device_decay,
-              bool release = false) {
+  bool run_if(const Fits& fits, Op op, double decay, const std::optional<at::Tensor>& device_decay) {
     if (plan_.forked()) return false;
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
     if (!lock.owns_lock()) {
       const py::gil_scoped_release unlocked;
       lock.lock();
     }
     if (!fits()) return false;
-    struct Release {
-      Plan* plan;
-      ~Release() {
-        if (plan) plan->release();
-      }
-    } const at_exit{release ? &plan_ : nullptr};
     if (op == Op::update && !device_decay && decay == 1.0) return true;
     const at::Tensor device = device_decay.value_or(at::Tensor());
     if (plan_.large()) {
-      const auto held = plan_.storages();  // other threads may replace what the tensors hold meanwhile
+      const auto tensors = plan_.tensors();
+      const auto storages = plan_.storages();  // other threads may replace what the tensors hold meanwhile
       const py::gil_scoped_release unlocked;
       plan_.run(op, decay, device);
     } else {
@@ -149,7 +182,6 @@ class PyPlan {
   Plan plan_;
   std::vector<Module> modules_;
   std::vector<Container> containers_;
-  std::mutex mutex_;
 };
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -159,7 +191,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::enum_<Op>(m, "Op").value("update", Op::update).value("copy", Op::copy).value("swap", Op::swap);
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
-                    const std::vector<py::dict>&, const std::vector<py::object>&>(),
+                    const std::vector<py::object>&, const std::vector<py::object>&>(),
            py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("modules"),
            py::arg("containers"))
       .def("run", &PyPlan::run, py::arg("op"), py::arg("decay"), py::arg("device_decay"))

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <c10/core/InferenceMode.h>
+#include <c10/core/UndefinedTensorImpl.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -25,8 +27,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
 // The address of the first element. As the tensor's own accessors, it makes a copy-on-write storage its own where the
 // tensor will be written; unlike them it takes no branch for tensors without elements.
-const void* data_of(const at::Tensor& tensor, bool written) {
-  const auto* impl = tensor.unsafeGetTensorImpl();
+const void* data_of(const at::TensorImpl* impl, bool written) {
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const void* base = written ? storage->mutable_data() : storage->data();
   return static_cast<const char*>(base) + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
@@ -78,7 +79,7 @@ void add_entry(Tables& tables, const Entry& entry, bool with_tiles) {
   pair.sizes = sizes.data();
   pair.ema_strides = ema_strides.data();
   pair.model_strides = model_strides.data();
-  TORCH_CHECK(add_pair(tables, pair, with_tiles), "'", entry.name, "': expected at most ", kMaxDims,
+  TORCH_CHECK(add_pair(tables, pair, with_tiles), "ema", entry.name, ": expected at most ", kMaxDims,
               " dimensions that cannot be merged, found more");
 }
 
@@ -136,20 +137,19 @@ struct DeviceTables {
 #endif
 };
 
-void Snapshot::add(const at::Tensor& tensor, bool written) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  seen_.push_back(Seen{data_of(tensor, written), tensor.storage().nbytes(), tensor.key_set(), tensor.scalar_type(),
-                       static_cast<uint32_t>(sizes.size())});
+void Snapshot::add(const at::TensorImpl* impl, bool written) {
+  const auto sizes = impl->sizes(), strides = impl->strides();
+  seen_.push_back(Seen{data_of(impl, written), impl->storage().nbytes(), impl->key_set(),
+                       c10::typeMetaToScalarType(impl->dtype()), static_cast<uint32_t>(sizes.size())});
   shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
 
-bool Snapshot::Cursor::next_matches(const at::Tensor& tensor, bool written) {
-  const auto* impl = tensor.unsafeGetTensorImpl();
+bool Snapshot::Cursor::next_matches(const at::TensorImpl* impl, bool written) {
   const Seen& seen = *seen_++;
   if (impl->key_set() != seen.keys) return false;  // first: other kinds of tensors may have no storage to look at
   const auto sizes = impl->sizes(), strides = impl->strides();
-  if (impl->dtype() != seen.dtype || sizes.size() != seen.dims || data_of(tensor, written) != seen.data ||
+  if (impl->dtype() != seen.dtype || sizes.size() != seen.dims || data_of(impl, written) != seen.data ||
       impl->unsafe_storage().unsafeGetStorageImpl()->nbytes() != seen.storage_bytes)
     return false;
   for (uint32_t d = 0; d < seen.dims; ++d)
@@ -158,10 +158,14 @@ bool Snapshot::Cursor::next_matches(const at::Tensor& tensor, bool written) {
   return true;
 }
 
-Plan::Plan(std::vector<Entry> entries) : entries_(std::move(entries)), fork_generation_(fork_count) {
-  for (const auto& entry : entries_) {
-    snapshot_.add(entry.ema, true);
-    snapshot_.add(entry.model, false);
+Plan::Plan(std::vector<Entry> entries) : fork_generation_(fork_count) {
+  for (const auto& entry : entries) {
+    entries_.push_back(
+        {entry.ema.unsafeGetTensorImpl(), entry.model.unsafeGetTensorImpl(), entry.action != Action::none});
+    snapshot_.add(entries_.back().ema, true);
+    snapshot_.add(entries_.back().model, false);
+    inference_ema_ |= entry.ema.is_inference();
+    inference_model_ |= entry.model.is_inference();
     if (entry.action == Action::none) continue;
     const auto device = entry.ema.device();
     auto found = std::find_if(devices_.begin(), devices_.end(), [&](auto& d) { return d->device == device; });
@@ -181,27 +185,24 @@ Plan::~Plan() = default;
 
 bool Plan::forked() const { return fork_generation_ != fork_count; }
 
-bool Plan::current() const {
+bool Plan::writable(Op op) const {
+  return c10::InferenceMode::is_enabled() || !(inference_ema_ || (op == Op::swap && inference_model_));
+}
+
+bool Plan::current(Op op) const {
   Snapshot::Cursor at(snapshot_);
   for (const auto& entry : entries_)
-    if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, false)) return false;
-  return true;
+    if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, op == Op::swap)) return false;
+  return writable(op);
 }
 
-bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model) {
+bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op) {
   if (ema.size() != entries_.size() || model.size() != entries_.size()) return false;
-  Snapshot::Cursor at(snapshot_);
-  for (size_t i = 0; i < entries_.size(); ++i)
-    if (!at.next_matches(ema[i], true) || !at.next_matches(model[i], false)) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {
-    entries_[i].ema = ema[i];
-    entries_[i].model = model[i];
+    entries_[i].ema = ema[i].unsafeGetTensorImpl();
+    entries_[i].model = model[i].unsafeGetTensorImpl();
   }
-  return true;
-}
-
-void Plan::release() {
-  for (auto& entry : entries_) entry.ema = entry.model = at::Tensor();
+  return current(op);
 }
 
 void Plan::run(Op op, double decay, const at::Tensor& device_decay) {
@@ -215,11 +216,11 @@ void Plan::run(Op op, double decay, const at::Tensor& device_decay) {
 }
 
 void Plan::bump_versions(Op op) const {
-  const auto bump = [](const at::Tensor& tensor) {
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  const auto bump = [](at::TensorImpl* tensor) {
+    if (!tensor->is_inference()) tensor->bump_version();
   };
   for (const auto& entry : entries_) {
-    if (entry.action == Action::none) continue;
+    if (!entry.active) continue;
     bump(entry.ema);
     if (op == Op::swap) bump(entry.model);
   }
@@ -230,12 +231,21 @@ bool Plan::large() const {
   return !devices_.empty() && devices_.back()->device.is_cpu() && devices_.back()->tables.elements >= kLarge;
 }
 
+std::vector<at::Tensor> Plan::tensors() const {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(2 * entries_.size());
+  for (const auto& entry : entries_)
+    for (auto* impl : {entry.ema, entry.model})
+      tensors.emplace_back(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(impl));
+  return tensors;
+}
+
 std::vector<c10::Storage> Plan::storages() const {
   std::vector<c10::Storage> storages;
   storages.reserve(2 * entries_.size());
   for (const auto& entry : entries_) {
-    storages.push_back(entry.ema.storage());
-    storages.push_back(entry.model.storage());
+    storages.push_back(entry.ema->storage());
+    storages.push_back(entry.model->storage());
   }
   return storages;
 }

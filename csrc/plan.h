@@ -31,13 +31,13 @@ struct Seen {
 };
 class Snapshot {
  public:
-  void add(const at::Tensor& tensor, bool written);
+  void add(const at::TensorImpl* tensor, bool written);
 
   // Compares tensors one by one, in the order in which they were added.
   class Cursor {
    public:
     explicit Cursor(const Snapshot& snapshot) : seen_(snapshot.seen_.data()), shape_(snapshot.shapes_.data()) {}
-    bool next_matches(const at::Tensor& tensor, bool written);
+    bool next_matches(const at::TensorImpl* tensor, bool written);
 
    private:
     const Seen* seen_;
@@ -57,23 +57,32 @@ class Plan {
   explicit Plan(std::vector<Entry> entries);
   ~Plan();
 
-  bool forked() const;   // made by a parent process: must not be touched
-  bool current() const;  // every tensor still is what it was
+  bool forked() const;  // made by a parent process: must not be touched
+  // Every tensor still is what it was, and may be written. The plan holds no references to tensors, so that they can be
+  // freed and swapped: the caller has made sure that they are alive.
+  bool current(Op op) const;
   // The same for other tensor objects, which then take the place of the plan's own.
-  bool adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model);
-  void release();  // drops the references to tensors, until adopt() sets them again
+  bool adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op);
 
   // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (0-d, on the averages' device) takes
   // the place of `decay` where it is defined.
   void run(Op op, double decay, const at::Tensor& device_decay);
   void bump_versions(Op op) const;
 
-  bool large() const;  // worth giving other threads the interpreter meanwhile
+  bool large() const;                       // worth giving other threads the interpreter meanwhile
+  std::vector<at::Tensor> tensors() const;  // references, for as long as other threads run
   std::vector<c10::Storage> storages() const;
   int64_t launches() const { return static_cast<int64_t>(devices_.size()); }
 
  private:
-  std::vector<Entry> entries_;
+  struct Watched {
+    at::TensorImpl* ema;
+    at::TensorImpl* model;
+    bool active;
+  };
+  bool writable(Op op) const;
+  std::vector<Watched> entries_;
+  bool inference_ema_ = false, inference_model_ = false;
   Snapshot snapshot_;
   std::vector<std::unique_ptr<DeviceTables>> devices_;
   uint64_t fork_generation_;

@@ -1,9 +1,8 @@
 # The compiled extension: csrc/bindings.cpp.
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 cuda_built: bool
 max_dims: int
@@ -20,7 +19,7 @@ class Plan:
         ema: Sequence[Tensor],
         model: Sequence[Tensor],
         actions: Sequence[int],
-        modules: Sequence[dict[str, Any]],
+        modules: Sequence[nn.Module],
         containers: Sequence[object],
     ) -> None: ...
     def run(self, op: Op, decay: float, device_decay: Tensor | None) -> bool: ...

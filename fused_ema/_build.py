@@ -174,7 +174,7 @@ def cxx_flags() -> tuple[list[str], list[str]]:
     """For the compiler and the linker. No -std: torch adds its own. No -march: ema_cpu.cpp asks the CPU."""
     if sys.platform == "win32":
         return ["/O2", "/openmp", "/fp:precise"], []
-    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # without it at::parallel_for is serial
     return flags + openmp, openmp
 

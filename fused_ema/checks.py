@@ -26,7 +26,7 @@ COPIED = frozenset(
     {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
     | {dtype for name in ("uint16", "uint32", "uint64") if (dtype := getattr(torch, name, None))}
 )
-PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
+PLAIN_TYPES = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
 class Action(enum.IntEnum):
@@ -112,6 +112,8 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a plain tensor, found {type(tensor).__name__}")
     if _is_functorch(tensor):
         raise RuntimeError(f"{name}: expected a plain tensor, found one inside a torch.func transform such as vmap")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, found a nested one")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, found layout {tensor.layout}")
     if tensor.dtype not in WIDTH and tensor.dtype not in COPIED:
@@ -120,7 +122,7 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise ValueError(f"{name}: expected a tensor with data, found one on the meta device")
     if tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"{name}: expected resolved values, found a lazy conjugate or negation; clone it first")
-    if tensor.numel() and _has_addresses(tensor):
+    if tensor.numel() and has_address(tensor):
         needed = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
         found = tensor.untyped_storage().nbytes()
         if found < needed:
@@ -202,12 +204,12 @@ def _span(name: str, tensor: Tensor) -> _Span:
 
 
 def _address(tensor: Tensor) -> int:
-    # Elsewhere data_ptr() is no address of bytes, and a tensor's identity has to do.
-    return tensor.data_ptr() if _has_addresses(tensor) else id(tensor) << 64
+    return tensor.data_ptr() if has_address(tensor) else id(tensor) << 64
 
 
-def _has_addresses(tensor: Tensor) -> bool:
-    return tensor.device.type in ("cpu", "cuda")
+def has_address(tensor: Tensor) -> bool:
+    """Whether data_ptr() is an address of bytes, which raises or means nothing for other kinds."""
+    return tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided and not _is_functorch(tensor)
 
 
 def _extent(tensor: Tensor) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import os
+import sys
+import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from . import _native, ops, reference
-from .checks import PLAIN_TYPES, Action, Checked, check, dtype_name
+from .checks import PLAIN_TYPES, Action, Checked, check, dtype_name, has_address
 from .pairing import Pairs, Source, pair
 
 Buffers = Literal["copy", "average", "ignore"]
@@ -142,7 +147,7 @@ class EMAMultiAvgFn:
     def __init__(self, decay: float) -> None:
         value = _decay(decay)
         if not isinstance(value, float):
-            raise TypeError("decay: expected a number, found a tensor")
+            raise TypeError("decay: expected a number, found Tensor")
         self.decay = value
 
     def __call__(self, averages: list[Tensor], parameters: list[Tensor], _: Any = None) -> None:
@@ -165,27 +170,25 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
 
 
 class _Plan:
-    """Checked pairs and what runs them.
+    """Checked pairs, and what runs them."""
 
-    `run` is False, and has written nothing, once the pairs are not what they were. The pure-PyTorch path can't tell,
-    and runs once.
-    """
-
-    def __init__(self, pairs: Pairs, buffers: Buffers, watched: Iterable[Source] = ()) -> None:
+    def __init__(self, pairs: Pairs, buffers: Buffers, watched: Sequence[Source] = ()) -> None:
         checked = check(pairs, buffers)
+        self.watches = bool(watched)  # sees by itself when the sources hold something else
         self._about = _describe(checked)
+        self._devices: tuple[str, ...] = tuple(self._about["devices"])
         self._refusals = {"update": checked.no_update, "copy": None, "swap": checked.no_swap}
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
         self._once: Checked | None = None
         self._native: Any = None
         extension = _native.load()
         if extension and self._about["backend"] != "torch":
-            _refuse_capture(self._about["devices"])
+            _refuse_capture(self._devices)
             self._ops = extension.Op.__members__
             self._native = extension.Plan(
                 *pairs[:3],
                 checked.actions,
-                [vars(child) for source in watched if isinstance(source, nn.Module) for child in source.modules()],
+                [child for source in watched if isinstance(source, nn.Module) for child in source.modules()],
                 [source for source in watched if not isinstance(source, nn.Module)],
             )
             self._about["launches_per_update"] = self._native.launches()
@@ -194,77 +197,88 @@ class _Plan:
 
     @classmethod
     def of(cls, ema: Source, model: Source, buffers: Buffers) -> _Plan:
-        """A plan that watches both sources, and is stale once either holds other tensors."""
-        return cls(pair(ema, model, buffers), buffers, (ema, model))
+        watched = (ema, model) if _watchable(ema) and _watchable(model) else ()
+        return cls(pair(ema, model, buffers), buffers, watched)
 
-    def run(self, op: OpName, decay: float | Tensor) -> bool:
-        value, on_device = self._prepare(op, decay)
-        if self._native:
-            return bool(self._native.run(self._ops[op], value, on_device))
-        return self._run_once(op, value, on_device)
+    def run(self, op: OpName, decay: float | Tensor, pairs: Pairs | None = None, *, fresh: bool = False) -> bool:
+        """False, and nothing written, where the plan may not fit what there is now.
 
-    def run_with(self, op: OpName, decay: float | Tensor, pairs: Pairs) -> bool:
-        """The same on other tensor objects, which must be in the state that this plan was made for."""
-        value, on_device = self._prepare(op, decay)
-        if self._native:
-            return bool(self._native.run_with(pairs.ema, pairs.model, self._ops[op], value, on_device))
-        return self._run_once(op, value, on_device)
+        With `pairs`, runs on those tensor objects. `fresh` says that the plan was made in this very call: its refusals
+        hold, and so does a plan of the pure-PyTorch path, which can't be compared with the tensors as they are.
+        """
+        value = _decay(decay)
+        if not fresh and (self._native is None or self._refusal(op, value)):
+            return False
+        if refusal := self._refusal(op, value):
+            raise type(refusal)(*refusal.args)
+        if isinstance(value, Tensor):
+            number, on_device = (float(_decay(value.item())), None) if value.device.type == "cpu" else (1.0, value)
+        else:
+            number, on_device = value, None
+        if 0.0 < 1.0 - number < self._coarse and op == "update" and not _warned:
+            if not fresh:
+                return False  # the averages may have been cast since
+            _warn_coarse(number)
+        if self._native is None:
+            return self._run_once(op, number if on_device is None else on_device)
+        if pairs is None:
+            return bool(self._native.run(self._ops[op], number, on_device))
+        return bool(self._native.run_with(pairs.ema, pairs.model, self._ops[op], number, on_device))
 
     def describe(self) -> dict[str, Any]:
-        return dict(self._about)
+        return copy.deepcopy(self._about)
 
-    def _prepare(self, op: OpName, decay: float | Tensor) -> tuple[float, Tensor | None]:
-        """Decay as a number, or as a tensor to be read on the device."""
-        if refusal := self._refusals[op]:
-            raise type(refusal)(*refusal.args)
-        value = _decay(decay)
-        if isinstance(value, float):
-            if 0.0 < 1.0 - value < self._coarse and op == "update":
-                _warn_coarse(value)
-            return value, None
-        devices = self._about["devices"]
-        if devices not in ([], [str(value.device)]):
-            raise ValueError(
-                f"decay: expected a number or a tensor on the averages' device, {' and '.join(devices)}, "
-                f"found one on {value.device}"
+    def _refusal(self, op: OpName, decay: float | Tensor) -> Exception | None:
+        if isinstance(decay, Tensor) and self._devices not in ((), (str(decay.device),)):
+            return ValueError(
+                f"decay: expected a number or a tensor on the averages' device, {' and '.join(self._devices)}, "
+                f"found one on {decay.device}"
             )
-        return (_decay(value.item()), None) if value.device.type == "cpu" else (1.0, value)  # type: ignore[return-value]
+        return self._refusals[op]
 
-    def _run_once(self, op: OpName, value: float, on_device: Tensor | None) -> bool:
+    def _run_once(self, op: OpName, decay: float | Tensor) -> bool:
         checked, self._once = self._once, None
-        if checked is None:
-            return False
-        decay = value if on_device is None else on_device
-        for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
-            if action is Action.NONE:
-                continue
-            if op == "update":
-                reference.update_(ema, model, decay, average=action is Action.AVERAGE)
-            elif op == "copy":
-                reference.copy_(ema, model)
-            else:
-                reference.swap_(ema, model)
+        assert checked is not None, "a fresh plan has not run yet"
+        with _one_at_a_time:
+            for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
+                if action is Action.NONE:
+                    continue
+                if op == "update":
+                    reference.update_(ema, model, decay, average=action is Action.AVERAGE)
+                elif op == "copy":
+                    reference.copy_(ema, model)
+                else:
+                    reference.swap_(ema, model)
         return True
 
 
-def _run(plan: _Plan, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> _Plan:
+_one_at_a_time = threading.Lock()  # for the pure-PyTorch path; the extension has its own
+
+
+def _renew_lock() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _run(plan: _Plan | None, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> _Plan:
     """Runs `plan` if it still fits what the sources hold, else a new one; returns the one that ran."""
-    if not (_watchable(ema) and _watchable(model)):
-        pairs = pair(ema, model, buffers)
-        if not plan.run_with(op, decay, pairs):
-            plan = _Plan(pairs, buffers)
-            plan.run_with(op, decay, pairs)
+    if plan and plan.run(op, decay, None if plan.watches else pair(ema, model, buffers)):
         return plan
-    if not plan.run(op, decay):
-        plan = _Plan.of(ema, model, buffers)
-        if not plan.run(op, decay):
-            raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+    plan = _Plan.of(ema, model, buffers)
+    if not plan.run(op, decay, None if plan.watches else pair(ema, model, buffers), fresh=True):
+        raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
     return plan
 
 
 def _watchable(source: Source) -> bool:
     """Whether C++ can see by itself that a source holds something else than before."""
-    return isinstance(source, (nn.Module, dict, list, tuple))
+    if isinstance(source, nn.Module):  # the registries of a ScriptModule are no dicts
+        return not any(isinstance(child, torch.jit.ScriptModule) for child in source.modules())
+    return isinstance(source, (dict, list, tuple))
 
 
 # Plans of `update` and its kin. Those of modules end with the modules; those of other sources hold no tensors.
@@ -276,24 +290,26 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
         return ops.trace_update(pair(ema, model, buffers), decay, buffers)
     if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         key: tuple[Any, ...] = (id(ema), id(model), buffers)
-        cached = _plans.get(key)
-        plan = cached[0] if cached else _Plan.of(ema, model, buffers)
+        plan = _plans.get(key, (None, ()))[0]
         used = _run(plan, op, decay, ema, model, buffers)
-        if not cached or used is not plan:
+        if used is not plan:
             _keep(key, used, tuple(weakref.ref(side, lambda _: _plans.pop(key, None)) for side in (ema, model)))
         return
     pairs = pair(ema, model, buffers)
-    key = (len(pairs.ema), buffers, id(type(ema)), *(t.data_ptr() for t in pairs.ema[:1] if type(t) in PLAIN_TYPES))
-    cached = _plans.get(key)
-    if not cached or not cached[0].run_with(op, decay, pairs):
+    kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
+    first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
+    key = (len(pairs.ema), buffers, type(ema), kinds, first)
+    plan = _plans.get(key, (None, ()))[0]
+    if not plan or not plan.run(op, decay, pairs):
         plan = _Plan(pairs, buffers)
-        plan.run_with(op, decay, pairs)
+        if not plan.run(op, decay, pairs, fresh=True):
+            raise RuntimeError("fused_ema: the tensors changed while they were checked; is another thread at work?")
         _keep(key, plan, ())
 
 
 def _keep(key: tuple[Any, ...], plan: _Plan, references: tuple[Any, ...]) -> None:
+    _plans.pop(key, None)
     _plans[key] = (plan, references)
-    _plans.move_to_end(key)
     while len(_plans) > _CACHED:
         _plans.popitem(last=False)
 
@@ -335,7 +351,7 @@ def _describe(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _refuse_capture(devices: list[str]) -> None:
+def _refuse_capture(devices: Sequence[str]) -> None:
     if any(device.startswith("cuda") for device in devices) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "fused_ema: expected the tensors that were bound or updated before this CUDA graph capture began, "
@@ -351,10 +367,15 @@ def _decay(decay: float | Tensor) -> float | Tensor:
                 f"found shape {tuple(decay.shape)} and {dtype_name(decay)}"
             )
         return decay
+    wrong_type = TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}")
+    if not isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
+        raise wrong_type
     try:
         value = float(decay)
+    except OverflowError:
+        value = math.inf
     except (TypeError, ValueError):
-        raise TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}") from None
+        raise wrong_type from None
     if not 0.0 <= value <= 1.0:  # false for NaN too
         raise ValueError(f"decay: expected a value in [0, 1], found {value}")
     return value
@@ -376,8 +397,16 @@ def _warn_coarse(decay: float) -> None:
         warnings.warn(
             f"fused_ema: averages in 16 bits stand still at decay {decay}: most steps are smaller than half a unit in "
             "the last place and round away. Keep the averages in float32.",
-            stacklevel=6,
+            stacklevel=_outside(),
         )
+
+
+def _outside() -> int:
+    """The stacklevel, as seen from the caller, of the first frame outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and os.path.dirname(frame.f_code.co_filename) == os.path.dirname(__file__):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _update_lists(ema: list[Tensor], model: list[Tensor], decay: Tensor) -> None:

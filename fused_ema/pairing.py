@@ -52,10 +52,8 @@ def _kind(source: object) -> str:
 def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
     ours, theirs = _named_tensors(ema), _named_tensors(model)
     if buffers == "ignore":
-        # A name stays if it is a parameter on either side.
-        kept = {_plain(name) for side in (ours, theirs) for name, (_, parameter) in side.items() if parameter}
-        ours = {name: entry for name, entry in ours.items() if _plain(name) in kept}
-        theirs = {name: entry for name, entry in theirs.items() if _plain(name) in kept}
+        ours = {name: entry for name, entry in ours.items() if entry[1]}
+        theirs = {name: entry for name, entry in theirs.items() if entry[1]}
     names = _match(ours, theirs)
     return Pairs(
         [f"[{name!r}]" for name, _ in names],
@@ -78,6 +76,8 @@ def _named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
 
 
 def _plain(name: str) -> str:
+    if not isinstance(name, str):  # the key of a mapping
+        return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 

@@ -27,10 +27,13 @@ def update_(ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool)
         ema.copy_(model)
         return
     weight = 1 - decay
-    for e, p in _blocks(_reals(ema), _reals(model)):
+    # Written through .data, whose blocks would count one change each.
+    for e, p in _blocks(_reals(ema.data), _reals(model)):
         difference = p.to(_compute_type(e)).sub(e)
         moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
         e.copy_(torch.where(difference == 0, e.to(moved.dtype), moved))
+    if not ema.is_inference():
+        torch.autograd.graph.increment_version(ema)
 
 
 def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool) -> None:

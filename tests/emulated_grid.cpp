@@ -1,4 +1,4 @@
-// The CUDA kernel's own tile code, built for the host behind a plain C API. test_emulated_grid.py loads it by ctypes
+// The CUDA kernel's own tile code, built for the host behind a plain C API. emulated_grid.py loads it by ctypes
 // and runs it over an emulated grid: every (block, thread) of a launch once, in shuffled order. Threads of the kernel
 // never wait for each other, so any such order is one a GPU may take.
 #include <algorithm>

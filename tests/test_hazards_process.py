@@ -1,0 +1,255 @@
+"""HAZARDS 29 and 30, and what must not stay in memory: threads, forks, copies, garbage."""
+
+import copy
+import gc
+import os
+import pickle
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from conftest import bits, net, same_bits, source, tensors_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import fused_ema
+from fused_ema import functional
+
+# ---- 29: threads and forks
+
+THREADS, STEPS = 4, 12
+
+
+@pytest.mark.parametrize("size", [10, 2**20 + 3], ids=["small", "large"])  # large: without the interpreter's lock
+@pytest.mark.parametrize("way", ["bound", "module", "list"])
+def test_29_threads_update_one_after_the_other(backend, way, size):
+    ema, model = source("module", {"w": torch.ones(size)}), source("module", {"w": torch.zeros(size)})
+    handle = fused_ema.bind(ema, model)
+    steps = {
+        "bound": lambda: handle.update(0.5),
+        "module": lambda: fused_ema.update(ema, model, 0.5),
+        "list": lambda: fused_ema.update([ema.w], [model.w], 0.5),
+    }
+    start, errors = threading.Barrier(THREADS), []
+
+    def work():
+        try:
+            start.wait(30)
+            for _ in range(STEPS):
+                steps[way]()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert errors == []
+    assert ema.w.unique().tolist() == [0.5 ** (THREADS * STEPS)]
+
+
+@pytest.mark.parametrize("way", ["module", "module and list"])
+def test_29_first_calls_of_threads(backend, way):
+    # Each thread may find no plan yet, and make one of its own.
+    size = 2**20
+    for _ in range(20):
+        ema, model = source("module", {"w": torch.ones(size)}), source("module", {"w": torch.zeros(size)})
+        start = threading.Barrier(THREADS)
+
+        def work(turn, ema=ema, model=model, start=start):
+            start.wait(30)
+            if turn % 2 and way == "module and list":
+                fused_ema.update([ema.w], [model.w], 0.5)
+            else:
+                fused_ema.update(ema, model, 0.5)
+
+        threads = [threading.Thread(target=work, args=(turn,), daemon=True) for turn in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads), "deadlock"
+        assert ema.w.unique().tolist() == [0.5**THREADS]
+
+
+def test_29_threads_with_models_of_their_own(backend):
+    # More models than plans are kept, so that the threads evict each other's.
+    errors = []
+
+    def work(seed):
+        try:
+            for i in range(60):
+                e, p = torch.ones(1 + i % 3), torch.zeros(1 + i % 3)
+                ema, model = source("module", {"w": e}), source("module", {"w": p})
+                for _ in range(3):
+                    fused_ema.update(ema, model, 0.5)
+                assert e.unique().tolist() == [0.125]
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert errors == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 warns of forks in threaded programs
+def test_29_a_forked_child_updates_with_an_inherited_binding(backend):
+    ema, model = net(), net()
+    handle = fused_ema.bind(ema, model)
+    for step in (handle.update, lambda decay: fused_ema.update(ema, model, decay)):
+        step(0.5)
+        child = os.fork()
+        if child == 0:  # nothing of pytest may run here
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                with torch.no_grad():
+                    model[0].weight.add_(1)
+                step(0.0)
+                status = 0 if same_bits(bits(model), ema) else 2
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert not torch.equal(ema[0].weight, model[0].weight)
+        step(0.5)  # the parent's plan still works
+
+
+# ---- 30: pickling and copies
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_30_the_function_for_averaged_models(backend, copied):
+    function = copied(fused_ema.get_ema_multi_avg_fn(0.75))
+    e, p = torch.full((3,), 8.0), torch.zeros(3)
+    function([e], [p], 1)
+    assert e.tolist() == [6.0] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_30_averaged_model_with_the_function_in_it(backend, copied, use_buffers):
+    model = net()
+    averaged = AveragedModel(model, multi_avg_fn=fused_ema.get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    averaged.update_parameters(model)  # the first is a copy
+    before = averaged.module[0].weight.clone()
+    again = copied(averaged)
+    with torch.no_grad():
+        model[0].weight.add_(2)
+        model[1].num_batches_tracked.add_(3)
+    again.update_parameters(model)
+    assert torch.allclose(again.module[0].weight, before + 1, atol=1e-5)
+    assert torch.equal(again.module[1].num_batches_tracked, model[1].num_batches_tracked)
+    assert torch.equal(averaged.module[0].weight, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_30_a_binding_travels_with_its_modules(backend, copied):
+    ema, model = net(), net()
+    handle = fused_ema.bind(ema, model, buffers="ignore")
+    handle.update(0.5)
+    before = bits(ema, model)
+    other_ema, other_model, other = copied((ema, model, handle))
+    with torch.no_grad():
+        other_model[0].weight.fill_(3)
+    other.update(0.0)
+    assert other_ema[0].weight.unique().tolist() == [3.0]
+    assert not torch.equal(other_ema[1].running_mean, other_model[1].running_mean)
+    assert same_bits(before, ema, model)
+
+
+# ---- garbage: what the package must not keep alive
+
+
+class Knot(nn.Module):
+    """Refers to itself, as modules with hooks, bound methods or parents in their attributes do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.callback = self.forward
+        self.layer.register_forward_hook(self.hook)
+
+    def hook(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("make", [net, Knot], ids=["plain", "knot"])
+@pytest.mark.parametrize("operation", [lambda e, m: fused_ema.update(e, m, 0.5), fused_ema.copy_, fused_ema.swap_])
+def test_garbage_cached_plans_keep_no_module_alive(backend, make, operation):
+    ema, model = make(), make()
+    operation(ema, model)
+    dead = [weakref.ref(x) for side in (ema, model) for x in (side, *side.parameters())]
+    memory = weakref.ref(model.get_parameter("0.weight" if make is net else "layer.weight").untyped_storage())
+    del ema, model
+    gc.collect()
+    assert [reference() for reference in dead] == [None] * len(dead)
+    assert memory() is None
+    assert not functional._plans
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_garbage_cached_plans_keep_no_tensor_alive(backend, kind):
+    ema, model = source(kind, {"w": torch.ones(3)}), source(kind, {"w": torch.zeros(3)})
+    fused_ema.update(ema, model, 0.5)
+    fused_ema.update(ema, model, 1.0)
+    with pytest.raises(ValueError, match="decay"):
+        fused_ema.update(ema, model, 2.0)
+    dead = [weakref.ref(tensor) for tensor in tensors_of(ema, model)]
+    del ema, model
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
+
+
+@pytest.mark.parametrize("make", [net, Knot], ids=["plain", "knot"])
+def test_garbage_a_dropped_binding_frees_its_modules(backend, make):
+    ema, model = make(), make()
+    handle = fused_ema.bind(ema, model)
+    handle.update(0.5)
+    dead = [weakref.ref(ema), weakref.ref(model), weakref.ref(next(model.parameters()))]
+    del ema, model, handle
+    gc.collect()
+    assert [reference() for reference in dead] == [None] * 3
+
+
+def test_garbage_a_binding_kept_by_its_own_model(backend):
+    ema, model = net(), net()
+    model.handle = fused_ema.bind(ema, model)
+    model.handle.update(0.5)
+    dead = weakref.ref(model)
+    del ema, model
+    gc.collect()
+    assert dead() is None
+
+
+def test_garbage_replaced_tensors_are_freed_by_the_next_update(backend):
+    ema, model = net(), net()
+    fused_ema.update(ema, model, 0.5)
+    dead = weakref.ref(model[0].weight)
+    model[0].weight = nn.Parameter(torch.ones(4, 3))
+    fused_ema.update(ema, model, 0.5)
+    gc.collect()
+    assert dead() is None
+
+
+def test_garbage_a_new_model_at_an_old_address(backend):
+    for value in range(50):
+        ema, model = nn.Linear(2, 2), nn.Linear(2, 2)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        fused_ema.update(ema, model, 0.0)
+        assert ema.weight.unique().tolist() == [value]
