@@ -207,10 +207,12 @@ class _Plan:
         hold, and so does a plan of the pure-PyTorch path, which can't be compared with the tensors as they are.
         """
         value = _decay(decay)
-        if not fresh and (self._native is None or self._refusal(op, value)):
+        if self._native is None and not fresh:
             return False
         if refusal := self._refusal(op, value):
-            raise type(refusal)(*refusal.args)
+            if not fresh:
+                return False
+            raise refusal
         if isinstance(value, Tensor):
             number, on_device = (float(_decay(value.item())), None) if value.device.type == "cpu" else (1.0, value)
         else:
@@ -367,18 +369,21 @@ def _decay(decay: float | Tensor) -> float | Tensor:
                 f"found shape {tuple(decay.shape)} and {dtype_name(decay)}"
             )
         return decay
-    wrong_type = TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}")
-    if not isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
-        raise wrong_type
-    try:
-        value = float(decay)
-    except OverflowError:
-        value = math.inf
-    except (TypeError, ValueError):
-        raise wrong_type from None
+    value = decay if type(decay) is float else _number(decay)
     if not 0.0 <= value <= 1.0:  # false for NaN too
         raise ValueError(f"decay: expected a value in [0, 1], found {value}")
     return value
+
+
+def _number(decay: object) -> float:
+    try:
+        if isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
+            return float(decay)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}")
 
 
 def _sixteen_bits(checked: Checked) -> set[torch.dtype]:
