@@ -9,7 +9,7 @@ from conftest import bits, net, same_bits, source, tensors_of
 from torch import nn
 
 import fused_ema
-from fused_ema import functional
+from fused_ema import plan
 
 NAN, INF = float("nan"), float("inf")
 REAL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -94,7 +94,7 @@ def test_32_bad_values_stay_where_they_are(update):
 
 @pytest.fixture
 def unwarned(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", False)
+    monkeypatch.setattr(plan, "_warned", False)
 
 
 @pytest.mark.parametrize(("dtype", "decay"), [(torch.bfloat16, 0.99), (torch.float16, 0.999)])
@@ -112,7 +112,7 @@ def test_33_the_warning_points_at_the_caller(backend, kind, unwarned, monkeypatc
     ema, model = source(kind, average), source(kind, model)
     steps = [lambda: fused_ema.update(ema, model, 0.9999), lambda: fused_ema.bind(ema, model).update(0.9999)]
     for step in steps:
-        monkeypatch.setattr(functional, "_warned", False)
+        monkeypatch.setattr(plan, "_warned", False)
         with pytest.warns(UserWarning, match="16 bits") as caught:
             step()
         assert caught[0].filename == __file__
