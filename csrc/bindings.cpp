@@ -187,7 +187,6 @@ class PyPlan {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of fused_ema: see csrc/.";
   m.attr("cuda_built") = cuda_built();
-  m.attr("max_dims") = kMaxDims;
   py::enum_<Op>(m, "Op").value("update", Op::update).value("copy", Op::copy).value("swap", Op::swap);
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,

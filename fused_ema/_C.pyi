@@ -5,7 +5,6 @@ from enum import Enum
 from torch import Tensor, nn
 
 cuda_built: bool
-max_dims: int
 
 class Op(Enum):
     update = ...
