@@ -19,17 +19,16 @@ constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
-    using C = typename Compute<E, P>::type;                                                                     \
+    using C = Compute<E, P>;                                                                                    \
     const C factor = factor_of<C>(decay);                                                                       \
-    for (int64_t i = 0; i < n; ++i)                                                                             \
-      ema[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(ema[i]), Cast<C, P>::apply(model[i]), factor));         \
+    for (int64_t i = 0; i < n; ++i) ema[i] = cast<E>(lerp(cast<C>(ema[i]), cast<C>(model[i]), factor));         \
   }
 FUSED_EMA_LERP_PAIRS(FUSED_EMA_LERP_LOOP)
 #undef FUSED_EMA_LERP_LOOP
 
 #define FUSED_EMA_CAST_LOOP(E, P)                                                                 \
   FUSED_EMA_CLONES void cast_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) ema[i] = Cast<E, P>::apply(model[i]);                         \
+    for (int64_t i = 0; i < n; ++i) ema[i] = cast<E>(model[i]);                                   \
   }
 FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP

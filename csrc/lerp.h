@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -110,43 +111,21 @@ FUSED_EMA_HD f16 from_float<f16>(float x) {
 
 // The type the arithmetic runs in: float64 where either side is float64, else float32.
 template <class E, class P>
-struct Compute {
-  using type = float;
-};
-template <class P>
-struct Compute<double, P> {
-  using type = double;
-};
-template <class E>
-struct Compute<E, double> {
-  using type = double;
-};
-template <>
-struct Compute<double, double> {
-  using type = double;
-};
+using Compute = std::conditional_t<std::is_same_v<E, double> || std::is_same_v<P, double>, double, float>;
 
 // A value of one storage type as another: exact upwards; downwards through float32 as PyTorch's own casts go.
 template <class To, class From>
-struct Cast {
-  static FUSED_EMA_HD To apply(From x) { return from_float<To>(to_float(x)); }
-};
-template <class T>
-struct Cast<T, T> {
-  static FUSED_EMA_HD T apply(T x) { return x; }
-};
-template <class From>
-struct Cast<double, From> {
-  static FUSED_EMA_HD double apply(From x) { return double(to_float(x)); }
-};
-template <class To>
-struct Cast<To, double> {
-  static FUSED_EMA_HD To apply(double x) { return from_float<To>(float(x)); }
-};
-template <>
-struct Cast<double, double> {
-  static FUSED_EMA_HD double apply(double x) { return x; }
-};
+FUSED_EMA_HD To cast(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (std::is_same_v<To, double>) {
+    return double(to_float(x));
+  } else if constexpr (std::is_same_v<From, double>) {
+    return from_float<To>(float(x));
+  } else {
+    return from_float<To>(to_float(x));
+  }
+}
 
 FUSED_EMA_HD float fused_multiply_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__

@@ -120,7 +120,7 @@ FUSED_EMA_HD void store(void* pointer, const V& value) {
 // What happens to N neighbouring elements. `reads_ema` and `writes_model` spare the traffic that is not needed.
 template <class E, class P>
 struct Lerp {
-  using C = typename Compute<E, P>::type;
+  using C = Compute<E, P>;
   static constexpr bool reads_ema = true, writes_model = false;
   C factor;
   FUSED_EMA_HD explicit Lerp(double decay) : factor(factor_of<C>(decay)) {}
@@ -128,7 +128,7 @@ struct Lerp {
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
     FUSED_EMA_UNROLL_LOOP
     for (int i = 0; i < N; ++i) {
-      e.lane[i] = Cast<E, C>::apply(lerp(Cast<C, E>::apply(e.lane[i]), Cast<C, P>::apply(p.lane[i]), factor));
+      e.lane[i] = cast<E>(lerp(cast<C>(e.lane[i]), cast<C>(p.lane[i]), factor));
     }
   }
 };
@@ -139,7 +139,7 @@ struct Copy {
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
     FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < N; ++i) e.lane[i] = Cast<E, P>::apply(p.lane[i]);
+    for (int i = 0; i < N; ++i) e.lane[i] = cast<E>(p.lane[i]);
   }
 };
 template <class E>
