@@ -142,15 +142,6 @@ struct Copy {
     for (int i = 0; i < N; ++i) e.lane[i] = cast<E>(p.lane[i]);
   }
 };
-template <class E>
-struct Copy<E, E> {
-  static constexpr bool reads_ema = false, writes_model = false;
-  FUSED_EMA_HD explicit Copy(double) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<E, N>& p) const {
-    e = p;
-  }
-};
 template <class E, class P>
 struct Swap {
   static constexpr bool reads_ema = true, writes_model = true;
