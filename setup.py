@@ -3,8 +3,9 @@
 All else is in pyproject.toml and fused_ema/_build.py.
 """
 
-import importlib.util
+import importlib
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -12,11 +13,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# By path: importing the package would import torch, which an isolated build does not have.
-spec = importlib.util.spec_from_file_location("_build", ROOT / "fused_ema" / "_build.py")
-_build = importlib.util.module_from_spec(spec)
-sys.modules["_build"] = _build  # dataclasses look their module up
-spec.loader.exec_module(_build)
+# A bare package takes the place of the real one, whose __init__.py imports torch: an isolated build does not have it.
+package = types.ModuleType("fused_ema")
+package.__path__ = [str(ROOT / "fused_ema")]
+sys.modules["fused_ema"] = package
+_build = importlib.import_module("fused_ema._build")
 
 
 def give_up(reason):

@@ -11,7 +11,7 @@ import torch
 
 import fused_ema
 
-from . import _build, _native
+from . import _build, _native, _toolkit
 
 
 def _built_for(record: dict[str, object]) -> str:
@@ -20,10 +20,10 @@ def _built_for(record: dict[str, object]) -> str:
 
 
 def _nvcc() -> str:
-    home = _build.find_cuda_home()
+    home = _toolkit.find_cuda_home()
     if home is None:
         return "not found"
-    version = _build.nvcc_version(home)
+    version = _toolkit.nvcc_version(home)
     return f"{version[0]}.{version[1]} in {home}" if version else f"in {home}, but its --version fails"
 
 

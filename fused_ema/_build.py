@@ -1,7 +1,6 @@
 """The one description of sources and flags, for setup.py and for `python -m fused_ema build`.
 
-setup.py loads this file by its path, in an environment that may lack torch: nothing here imports torch,
-setuptools or the package at import.
+setup.py loads this in an environment that may lack torch: nothing here imports torch or setuptools at import.
 """
 
 from __future__ import annotations
@@ -10,10 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -22,25 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._switch import switch
+from ._toolkit import Toolkit, find_toolkit
+from ._version import __version__
+
 NAME = "fused_ema._C"
 PACKAGE = Path(__file__).resolve().parent
-VERSION: str = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
 LIBRARY = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 RECORD = LIBRARY.rpartition(".")[0] + ".json"  # beside the library: what it was built for
 PYTHON_TAG: str = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag or "python"
-
-USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
-
-# Architectures with the first nvcc and the first torch that know them.
-ARCHITECTURES = (
-    ("7.5", (10, 0), (2, 0)),
-    ("8.0", (11, 0), (2, 0)),
-    ("8.6", (11, 1), (2, 0)),
-    ("8.9", (11, 8), (2, 0)),
-    ("9.0", (11, 8), (2, 0)),
-    ("10.0", (12, 8), (2, 7)),
-    ("12.0", (12, 8), (2, 7)),
-)
 
 
 class BuildError(RuntimeError):
@@ -49,18 +35,6 @@ class BuildError(RuntimeError):
 
 def say(text: str) -> None:
     print(f"fused_ema: {text}", file=sys.stderr, flush=True)
-
-
-def switch(name: str) -> bool | None:
-    """FUSED_EMA_EXT, FUSED_EMA_CUDA: False leaves the part out, True makes its absence an error, None takes
-    what there is."""
-    value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{name}={value!r}: expected 0 (leave it out), 1 (an error without it), or nothing")
-    return None if value == "" else value == "1"
-
-
-# ---- What is there -------------------------------------------------------------------------------
 
 
 def import_torch() -> Any:
@@ -75,90 +49,6 @@ def source_folder() -> Path:
     """fused_ema/_csrc in an installed package, csrc beside fused_ema in a checkout."""
     installed = PACKAGE / "_csrc"
     return installed if installed.is_dir() else PACKAGE.parent / "csrc"
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-def _nvcc(home: Path) -> Path:
-    return home / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
-
-
-def _output_of(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr
-
-
-def _cuda_homes() -> Iterator[Path]:
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            yield Path(os.environ[name])
-    if found := shutil.which("nvcc"):
-        yield Path(found).resolve().parent.parent
-        # That nvcc may be a wrapper script far away from the toolkit: ask it.
-        top = re.search(r"^#\$ TOP=(.+)$", _output_of(found, "--dryrun", "-c", "none.cu"), re.MULTILINE)
-        if top:
-            yield Path(top[1].strip()).resolve()
-    for usual in USUAL_PLACES:
-        yield usual / "cuda"
-        yield from sorted(usual.glob("cuda-*"), key=lambda folder: _numbers(folder.name), reverse=True)
-
-
-def find_cuda_home() -> Path | None:
-    """The first toolkit that has both the compiler and the headers."""
-    for home in _cuda_homes():
-        if _nvcc(home).is_file() and (home / "include" / "cuda_runtime.h").is_file():
-            return home
-    return None
-
-
-def nvcc_version(home: Path) -> tuple[int, int] | None:
-    found = re.search(r"release (\d+)\.(\d+)", _output_of(str(_nvcc(home)), "--version"))
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def arch_list(nvcc: tuple[int, int], torch: tuple[int, int]) -> str:
-    """What to set TORCH_CUDA_ARCH_LIST to: all that this nvcc and this torch support, and PTX of the last."""
-    known = [arch for arch, since_nvcc, since_torch in ARCHITECTURES if nvcc >= since_nvcc and torch >= since_torch]
-    return ";".join(known) + "+PTX"
-
-
-@dataclass(frozen=True)
-class Toolkit:
-    home: Path
-    version: tuple[int, int]
-    archs: str
-
-
-def find_toolkit(torch: Any) -> Toolkit | str:
-    """The CUDA toolkit to build with, or a sentence that says why there is none."""
-    if switch("FUSED_EMA_CUDA") is False:
-        return "FUSED_EMA_CUDA=0 switched CUDA off"
-    if torch.version.hip is not None:
-        return f"torch {torch.__version__} is a ROCm build, and the kernel is CUDA only"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA: install a CUDA build of torch"
-    home = find_cuda_home()
-    if home is None:
-        return (
-            "no toolkit (bin/nvcc and include/cuda_runtime.h) at $CUDA_HOME, $CUDA_PATH, the nvcc on PATH, "
-            f"/usr/local/cuda* or /opt/cuda: install that of CUDA {torch.version.cuda}, or set CUDA_HOME"
-        )
-    version = nvcc_version(home)
-    if version is None:
-        return f"{_nvcc(home)} --version failed: repair that toolkit, or set CUDA_HOME to another"
-    if version[0] != int(torch.version.cuda.split(".")[0]):
-        return (
-            f"{home} is CUDA {version[0]}.{version[1]}, but torch {torch.__version__} was built "
-            f"with CUDA {torch.version.cuda}, and the major versions must agree: set CUDA_HOME to another"
-        )
-    major, minor = _numbers(torch.__version__)[:2]
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version, (major, minor))
-    return Toolkit(home, version, archs)
 
 
 # ---- The description -----------------------------------------------------------------------------
@@ -217,7 +107,7 @@ def describe(torch: Any, toolkit: Toolkit | str) -> dict[str, str | int | None]:
         "archs": toolkit.archs if isinstance(toolkit, Toolkit) else None,
         "cuda_why_not": None if with_cuda else str(toolkit),
         "python": PYTHON_TAG,
-        "version": VERSION,
+        "version": __version__,
         "sources": sources_digest(),
     }
 

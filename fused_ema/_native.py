@@ -14,6 +14,8 @@ from typing import Any
 import torch  # before the extension, which links against its libraries
 
 from . import _build
+from ._switch import switch
+from ._version import __version__
 
 BUILD = "run `python -m fused_ema build`"
 REBUILD = "run `python -m fused_ema build --force`"
@@ -40,8 +42,8 @@ def _mismatch(folder: Path, cached: bool) -> str | None:
         return f"{made_for} torch {record.get('torch')}, but torch {torch.__version__} is installed: {BUILD}"
     if record.get("python") != _build.PYTHON_TAG:
         return f"{made_for} {record.get('python')}, but this is {_build.PYTHON_TAG}: {BUILD}"
-    if record.get("version") != _build.VERSION:
-        return f"{made_for} fused_ema {record.get('version')}, but this is {_build.VERSION}: {BUILD}"
+    if record.get("version") != __version__:
+        return f"{made_for} fused_ema {record.get('version')}, but this is {__version__}: {BUILD}"
     size = library.stat().st_size
     if record.get("size") != size:
         return f"{library} is damaged ({size} bytes instead of {record.get('size')}): {REBUILD}"
@@ -61,7 +63,7 @@ def _import(library: Path) -> ModuleType:
 
 
 def _find() -> _Found:
-    if _build.switch("FUSED_EMA_EXT") is False:
+    if switch("FUSED_EMA_EXT") is False:
         return _Found(None, None, {}, "FUSED_EMA_EXT=0 switches the extension off: unset it")
     reasons: list[str] = []
     usable: list[tuple[Path, dict[str, Any]]] = []
@@ -90,7 +92,7 @@ def _find() -> _Found:
 
 def _cuda_kernel_why_not() -> str | None:
     """As `cuda_why_not`, but for what does not depend on a GPU being there."""
-    if _build.switch("FUSED_EMA_CUDA") is False:
+    if switch("FUSED_EMA_CUDA") is False:
         return "FUSED_EMA_CUDA=0 switches the CUDA kernel off: unset it"
     if torch.version.hip is not None:
         return f"torch {torch.__version__} is a ROCm build, and the kernel is CUDA only"
@@ -141,7 +143,7 @@ _found = _find()
 cuda_enabled: bool = _cuda_kernel_why_not() is None
 
 if not _serves_the_command_line():
-    if _build.switch("FUSED_EMA_EXT") and _found.module is None:
+    if switch("FUSED_EMA_EXT") and _found.module is None:
         raise ImportError(f"FUSED_EMA_EXT=1, but {_found.why_not}")
-    if _build.switch("FUSED_EMA_CUDA") and not cuda_enabled:
+    if switch("FUSED_EMA_CUDA") and not cuda_enabled:
         raise ImportError(f"FUSED_EMA_CUDA=1, but {_cuda_kernel_why_not()}")

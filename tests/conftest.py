@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fused_ema
-from fused_ema import _native, functional
+from fused_ema import _native, _toolkit, functional
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -137,3 +137,14 @@ def grid(request, capfd):
     """The kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
     yield emulated_grid.build(getattr(request, "param", "default"))
     assert "runtime error" not in capfd.readouterr().err
+
+
+@pytest.fixture
+def bare_environment(monkeypatch, tmp_path):
+    """None of this machine's toolkits, switches or caches."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "FUSED_EMA_EXT", "FUSED_EMA_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_toolkit, "USUAL_PLACES", (tmp_path / "local",))

@@ -1,0 +1,14 @@
+"""The environment variables that switch parts off, or make their absence an error."""
+
+from __future__ import annotations
+
+import os
+
+
+def switch(name: str) -> bool | None:
+    """FUSED_EMA_EXT, FUSED_EMA_CUDA: False leaves the part out, True makes its absence an error, None takes
+    what there is."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name}={value!r}: expected 0 (leave it out), 1 (an error without it), or nothing")
+    return None if value == "" else value == "1"

@@ -1,0 +1,115 @@
+"""The CUDA toolkit to build with: where it is, whether it fits the installed torch, which GPUs it can build for.
+
+setup.py loads this in an environment that may lack torch: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._switch import switch
+
+USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
+
+# Architectures with the first nvcc and the first torch that know them.
+ARCHITECTURES = (
+    ("7.5", (10, 0), (2, 0)),
+    ("8.0", (11, 0), (2, 0)),
+    ("8.6", (11, 1), (2, 0)),
+    ("8.9", (11, 8), (2, 0)),
+    ("9.0", (11, 8), (2, 0)),
+    ("10.0", (12, 8), (2, 7)),
+    ("12.0", (12, 8), (2, 7)),
+)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _nvcc(home: Path) -> Path:
+    return home / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
+
+
+def _output_of(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout + done.stderr
+
+
+def _cuda_homes() -> Iterator[Path]:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield Path(os.environ[name])
+    if found := shutil.which("nvcc"):
+        yield Path(found).resolve().parent.parent
+        # That nvcc may be a wrapper script far away from the toolkit: ask it.
+        top = re.search(r"^#\$ TOP=(.+)$", _output_of(found, "--dryrun", "-c", "none.cu"), re.MULTILINE)
+        if top:
+            yield Path(top[1].strip()).resolve()
+    for usual in USUAL_PLACES:
+        yield usual / "cuda"
+        yield from sorted(usual.glob("cuda-*"), key=lambda folder: _numbers(folder.name), reverse=True)
+
+
+def find_cuda_home() -> Path | None:
+    """The first toolkit that has both the compiler and the headers."""
+    for home in _cuda_homes():
+        if _nvcc(home).is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def nvcc_version(home: Path) -> tuple[int, int] | None:
+    found = re.search(r"release (\d+)\.(\d+)", _output_of(str(_nvcc(home)), "--version"))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def arch_list(nvcc: tuple[int, int], torch: tuple[int, int]) -> str:
+    """What to set TORCH_CUDA_ARCH_LIST to: all that this nvcc and this torch support, and PTX of the last."""
+    known = [arch for arch, since_nvcc, since_torch in ARCHITECTURES if nvcc >= since_nvcc and torch >= since_torch]
+    return ";".join(known) + "+PTX"
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    home: Path
+    version: tuple[int, int]
+    archs: str
+
+
+def find_toolkit(torch: Any) -> Toolkit | str:
+    """The CUDA toolkit to build with, or a sentence that says why there is none."""
+    if switch("FUSED_EMA_CUDA") is False:
+        return "FUSED_EMA_CUDA=0 switched CUDA off"
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is a ROCm build, and the kernel is CUDA only"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA: install a CUDA build of torch"
+    home = find_cuda_home()
+    if home is None:
+        return (
+            "no toolkit (bin/nvcc and include/cuda_runtime.h) at $CUDA_HOME, $CUDA_PATH, the nvcc on PATH, "
+            f"/usr/local/cuda* or /opt/cuda: install that of CUDA {torch.version.cuda}, or set CUDA_HOME"
+        )
+    version = nvcc_version(home)
+    if version is None:
+        return f"{_nvcc(home)} --version failed: repair that toolkit, or set CUDA_HOME to another"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return (
+            f"{home} is CUDA {version[0]}.{version[1]}, but torch {torch.__version__} was built "
+            f"with CUDA {torch.version.cuda}, and the major versions must agree: set CUDA_HOME to another"
+        )
+    major, minor = _numbers(torch.__version__)[:2]
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version, (major, minor))
+    return Toolkit(home, version, archs)

@@ -1,0 +1,152 @@
+"""The command line, and setup.py with and without torch."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from build_fakes import install
+
+import fused_ema
+from fused_ema import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+pytestmark = pytest.mark.usefixtures("bare_environment")
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_info_without_the_extension():
+    code, output = python("-m", "fused_ema", FUSED_EMA_EXT="0")
+    assert code == 0
+    versions = (f"fused_ema  {fused_ema.__version__}", f"torch      {torch.__version__}")
+    for text in (*versions, "cpu: torch", "FUSED_EMA_EXT=0"):
+        assert text in output
+
+
+def test_info_about_the_extension():
+    code, output = python("-m", "fused_ema")
+    assert code == 0
+    record = _build.read_record(_build.PACKAGE)
+    if record and record["torch"] == str(torch.__version__):
+        assert str(_build.PACKAGE / _build.LIBRARY) in output
+        assert f"built for torch {torch.__version__}" in output
+        assert "backend    cpu: cpu" in output
+    else:
+        assert "not active: " in output
+        assert "run `python -m fused_ema build`" in output
+
+
+def test_build_fails_with_a_sentence(tmp_path):
+    assert python("-m", "fused_ema", "build", FUSED_EMA_EXT="0") == (
+        1,
+        "fused_ema: no extension was built: FUSED_EMA_EXT=0 switched the extension off: unset it to build one\n",
+    )
+    code, output = python("-m", "fused_ema", "build", FUSED_EMA_CUDA="maybe")
+    assert code != 0
+    assert "FUSED_EMA_CUDA='maybe'" in output
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "checkout"
+    for pattern in (
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "csrc/*",
+        "fused_ema/*.py*",
+        "fused_ema/py.typed",
+    ):
+        for path in ROOT.glob(pattern):
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                copy.write_bytes(path.read_bytes())
+    (folder / "README.md").touch()
+    return folder
+
+
+@pytest.fixture
+def no_torch(tmp_path):
+    """A PYTHONPATH under which torch cannot be imported, as in an isolated build."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    return str(tmp_path / "empty")
+
+
+def test_wheel_without_torch(checkout, no_torch):
+    code, output = python("setup.py", "-q", "bdist_wheel", cwd=checkout, PYTHONPATH=no_torch)
+    assert code == 0, output
+    assert "NO COMPILED EXTENSION" in output
+    assert "No module named 'torch'" in output
+    assert "python -m fused_ema build" in output
+    assert "pip install --no-build-isolation ." in output
+    (wheel,) = (checkout / "dist").iterdir()
+    assert wheel.name == f"fused_ema-{fused_ema.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {path.name for path in (ROOT / "csrc").iterdir()}
+    assert {f"fused_ema/_csrc/{name}" for name in sources} <= names
+    assert {"fused_ema/py.typed", "fused_ema/_C.pyi", "fused_ema/_build.py", "fused_ema/__main__.py"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("name", ["FUSED_EMA_EXT", "FUSED_EMA_CUDA"])
+def test_wheel_without_torch_as_an_error(checkout, no_torch, name):
+    code, output = python("setup.py", "-q", "bdist_wheel", cwd=checkout, PYTHONPATH=no_torch, **{name: "1"})
+    assert code != 0
+    assert "torch cannot be imported" in output
+    assert f"{name}=1 makes that an error" in output
+
+
+def test_setup_names_a_wrong_switch(checkout):
+    code, output = python("setup.py", "-q", "bdist_wheel", cwd=checkout, FUSED_EMA_EXT="yes")
+    assert code != 0
+    assert "FUSED_EMA_EXT='yes'" in output
+
+
+def test_setup_switched_off(checkout):
+    code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, FUSED_EMA_EXT="0")
+    assert code == 0
+    assert "NO COMPILED EXTENSION" in output
+    assert not list((checkout / "fused_ema").glob("*.so"))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_setup_where_nothing_compiles(checkout, required):
+    install(checkout / "fused_ema")  # of an earlier build
+    switches = {
+        "CXX": "false",
+        "CC": "false",
+        "FUSED_EMA_CUDA": "0",
+        "FUSED_EMA_EXT": "1" if required else "",
+    }
+    code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **switches)
+    assert "compiling failed" in output
+    assert ("FUSED_EMA_EXT=1 makes that an error" if required else "NO COMPILED EXTENSION") in output
+    assert (code == 0) is not required
+    assert not list((checkout / "fused_ema").glob("_C*.so"))
+
+
+def test_the_description_needs_no_torch():
+    code = (
+        "import sys, types; package = sys.modules['fused_ema'] = types.ModuleType('fused_ema'); "
+        "package.__path__ = [sys.argv[1]]; import fused_ema._build; "
+        "assert not {'torch', 'setuptools'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "fused_ema")], check=True)
