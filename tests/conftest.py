@@ -10,6 +10,8 @@ from torch import nn
 import fused_ema
 from fused_ema import _native, _toolkit, functional
 
+pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that their failures show values
+
 
 @pytest.fixture(params=["cpu", "torch"])
 def backend(request, monkeypatch):

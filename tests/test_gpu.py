@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import DECAYS, FLOATS, INNER_DECAYS, PAIRS, check_step, reals, same_bits, value_pair, values
-from test_numerics import (
+from step_checks import (
     COUNTS,
     check_averaged_model,
     check_copy,
