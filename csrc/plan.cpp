@@ -181,7 +181,11 @@ Plan::Plan(std::vector<Entry> entries) : fork_generation_(fork_count) {
     if (!device->device.is_cpu()) device->upload();
 }
 
-Plan::~Plan() = default;
+// In a forked child the memory of the tables is not ours to free: that would call CUDA, which is not there.
+Plan::~Plan() {
+  if (forked())
+    for (auto& device : devices_) (void)device.release();
+}
 
 bool Plan::forked() const { return fork_generation_ != fork_count; }
 
