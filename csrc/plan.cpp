@@ -12,6 +12,7 @@
 #ifdef FUSED_EMA_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -86,6 +87,8 @@ void add_entry(Tables& tables, const Entry& entry, bool with_tiles) {
 }  // namespace
 
 struct DeviceTables {
+  explicit DeviceTables(c10::Device on) : device(on) {}
+
   c10::Device device;
   Tables tables;
 
@@ -93,6 +96,12 @@ struct DeviceTables {
   c10::DataPtr memory;
   std::optional<c10::cuda::CUDAStream> owner;  // whose order the memory's reuse follows
   Launch launch{};
+  bool captured = false;
+
+  // A graph reads the tables at each replay, and nothing says when it ends: what was captured stays for good.
+  ~DeviceTables() {
+    if (captured) (void)memory.release_context();
+  }
 
   // One allocation, one copy. Waiting for the copy here, where plans are made, is what lets every later launch, on any
   // stream and inside a graph capture, read the tables without an event.
@@ -122,6 +131,7 @@ struct DeviceTables {
   void run(Op op, double decay, const at::Tensor& device_decay) {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    captured |= c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     if (stream != *owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
     Launch now = launch;
     now.decay = decay;
@@ -170,7 +180,7 @@ Plan::Plan(std::vector<Entry> entries) : fork_generation_(fork_count) {
     const auto device = entry.ema.device();
     auto found = std::find_if(devices_.begin(), devices_.end(), [&](auto& d) { return d->device == device; });
     if (found == devices_.end()) {
-      devices_.emplace_back(new DeviceTables{device, {}});
+      devices_.push_back(std::make_unique<DeviceTables>(device));
       found = devices_.end() - 1;
     }
     add_entry((*found)->tables, entry, !device.is_cpu());
