@@ -35,7 +35,7 @@ def table(path: str) -> str:
         cells = []
         for case in shown:
             row = case["methods"].get(method)
-            cells.append(f"{duration(row['median_s'])} ({row['ratio']:.2f})" if row else "–")
+            cells.append(f"{duration(row['median_s'])} ({row['ratio']:.2f})" if row else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines.append("")
     lines.append(

@@ -1,3 +1,4 @@
+// Torch tensors → tables, whether the tensors still are what they were, and the launches.
 #include "plan.h"
 
 #include <c10/core/InferenceMode.h>
@@ -12,6 +13,7 @@
 #ifdef FUSED_EMA_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -103,11 +105,20 @@ struct DeviceTables {
     if (captured) (void)memory.release_context();
   }
 
+  static bool capturing() {
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  }
+
   // One allocation, one copy. Waiting for the copy here, where plans are made, is what lets every later launch, on any
   // stream and inside a graph capture, read the tables without an event.
   void upload() {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    TORCH_CHECK(
+        !capturing(),
+        "fused_ema: expected the tensors that were bound or updated before this CUDA graph capture began, found "
+        "new or moved ones on ",
+        device, ", whose addresses can't be uploaded during a capture");
     owner = stream;
     const size_t rows = tables.rows.size() * sizeof(Row), layouts = tables.layouts.size() * sizeof(Layout),
                  tiles = tables.tiles.size() * sizeof(Tile);
@@ -117,7 +128,7 @@ struct DeviceTables {
     std::memcpy(staging.data() + rows + layouts, tables.tiles.data(), tiles);
     memory = c10::cuda::CUDACachingAllocator::get()->allocate(staging.size());
     C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), staging.data(), staging.size(), cudaMemcpyHostToDevice, stream));
-    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    c10::cuda::stream_synchronize(stream);
     C10_CUDA_CHECK(load_cuda_kernels());
     const char* base = static_cast<const char*>(memory.get());
     launch.rows = reinterpret_cast<const Row*>(base);
@@ -131,7 +142,7 @@ struct DeviceTables {
   void run(Op op, double decay, const at::Tensor& device_decay) {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-    captured |= c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+    captured |= capturing();
     if (stream != *owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
     Launch now = launch;
     now.decay = decay;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
         return ops.trace_update(pair(ema, model, buffers), decay, buffers)
     if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         key: tuple[Any, ...] = (id(ema), id(model), buffers)
-        plan = _plans.get(key, (None, ()))[0]
+        plan = _cached(key)
         used = _run(plan, op, decay, ema, model, buffers)
         if used is not plan:
             _keep(key, used, tuple(weakref.ref(side, lambda _: _plans.pop(key, None)) for side in (ema, model)))
@@ -189,7 +190,7 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
     key = (len(pairs.ema), buffers, type(ema), kinds, first)
-    plan = _plans.get(key, (None, ()))[0]
+    plan = _cached(key)
     if not plan or not plan.run(op, decay, pairs):
         plan = Plan(pairs, buffers)
         if not plan.run(op, decay, pairs, fresh=True):
@@ -197,9 +198,19 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
         _keep(key, plan, ())
 
 
+def _cached(key: tuple[Any, ...]) -> Plan | None:
+    found = _plans.get(key)
+    if found is None:
+        return None
+    with contextlib.suppress(KeyError):  # another thread may have dropped it by now
+        _plans.move_to_end(key)
+    return found[0]
+
+
 def _keep(key: tuple[Any, ...], plan: Plan, references: tuple[Any, ...]) -> None:
     _plans.pop(key, None)
-    _plans[key] = (plan, references)
+    if plan.reusable:
+        _plans[key] = (plan, references)
     while len(_plans) > _CACHED:
         _plans.popitem(last=False)
 

@@ -37,7 +37,6 @@ class Plan:
         self._native: Any = None
         extension = _native.load()
         if extension and self._about["backend"] != "torch":
-            _refuse_capture(self._devices)
             self._ops = extension.Op.__members__
             self._native = extension.Plan(
                 *pairs[:3],
@@ -48,6 +47,7 @@ class Plan:
             self._about["launches_per_update"] = self._native.launches()
         else:
             self._once = checked
+        self.reusable = self._native is not None
 
     @classmethod
     def of(cls, ema: Source, model: Source, buffers: Buffers) -> Plan:
@@ -162,14 +162,6 @@ def _describe(checked: Checked) -> dict[str, Any]:
         "bytes_per_update": size,
         "launches_per_update": averaged * reference.CALLS_PER_AVERAGE + copied * reference.CALLS_PER_COPY,
     }
-
-
-def _refuse_capture(devices: Sequence[str]) -> None:
-    if any(device.startswith("cuda") for device in devices) and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "fused_ema: expected the tensors that were bound or updated before this CUDA graph capture began, "
-            "found new or moved ones, whose addresses can't be uploaded during a capture"
-        )
 
 
 def check_decay(decay: float | Tensor) -> float | Tensor:
