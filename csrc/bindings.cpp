@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <unordered_set>
 
 #include "plan.h"
 
@@ -15,13 +16,14 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
+using Addresses = std::unordered_set<const void*>;
+
 // One value of a container, without a reference to what it means: tensors can be freed and swapped, modules die.
 struct Slot {
-  py::object key;         // of a dict
-  py::object held;        // the value, unless it is a module
-  const PyObject* value;  // compared by identity, which needs no call into Python
-  const at::TensorImpl* tensor =
-      nullptr;  // what the value held, if it is a tensor; torch.utils.swap_tensors changes it
+  py::object key;                          // of a dict
+  py::object held;                         // the value, unless it is a module
+  const PyObject* value;                   // compared by identity, which needs no call into Python
+  const at::TensorImpl* tensor = nullptr;  // what it held, if a tensor: torch.utils.swap_tensors changes that
 
   bool current(PyObject* found) const {
     return found == value && (!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor);
@@ -56,6 +58,15 @@ class Content {
     return true;
   }
 
+  void add_tensors(Addresses& addresses) const {
+    for (const auto& slot : slots_)
+      if (slot.tensor) addresses.insert(slot.tensor);
+  }
+  bool all_in(const Addresses& addresses) const {
+    return std::all_of(slots_.begin(), slots_.end(),
+                       [&](const Slot& slot) { return slot.value == Py_None || addresses.count(slot.value); });
+  }
+
  private:
   void push(py::handle key, py::handle value, bool weak) {
     Slot slot{py::reinterpret_borrow<py::object>(key), {}, value.ptr()};
@@ -70,6 +81,7 @@ class Container {
  public:
   explicit Container(py::object container) : container_(std::move(container)), content_(container_) {}
   bool current() const { return content_.current(container_.ptr()); }
+  void add_tensors(Addresses& addresses) const { content_.add_tensors(addresses); }
 
  private:
   py::object container_;
@@ -96,6 +108,10 @@ class Module {
     }
     return true;
   }
+  void add_tensors(Addresses& addresses) const {
+    for (const auto& registry : registries_) registry.add_tensors(addresses);
+  }
+  bool children_in(const Addresses& addresses) const { return registries_[2].all_in(addresses); }
 
  private:
   static py::handle name(size_t i) {
@@ -132,8 +148,14 @@ class PyPlan {
          const std::vector<int>& actions, const std::vector<py::object>& modules,
          const std::vector<py::object>& containers)
       : plan_(make_entries(names, ema, model, actions)) {
-    for (const auto& module : modules) modules_.emplace_back(module);
+    Addresses watched;
+    for (const auto& module : modules) modules_.emplace_back(module), watched.insert(module.ptr());
     for (const auto& container : containers) containers_.emplace_back(container);
+    for (const auto& module : modules_) module.add_tensors(watched);
+    for (const auto& container : containers_) container.add_tensors(watched);
+    const auto in_slot = [&](const at::Tensor& tensor) { return watched.count(tensor.unsafeGetTensorImpl()) != 0; };
+    complete_ = std::all_of(ema.begin(), ema.end(), in_slot) && std::all_of(model.begin(), model.end(), in_slot) &&
+                std::all_of(modules_.begin(), modules_.end(), [&](auto& m) { return m.children_in(watched); });
   }
 
   // Both return false, and have written nothing, where the plan no longer fits what it was made from.
@@ -141,7 +163,7 @@ class PyPlan {
     const auto current = [](const auto& watched) { return watched.current(); };
     return run_if(
         [&] {
-          return std::all_of(modules_.begin(), modules_.end(), current) &&
+          return complete_ && std::all_of(modules_.begin(), modules_.end(), current) &&
                  std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
         },
         op, decay, device_decay);
@@ -182,6 +204,9 @@ class PyPlan {
   Plan plan_;
   std::vector<Module> modules_;
   std::vector<Container> containers_;
+  // Whether what is watched holds every tensor of the plan, and so keeps it alive. Not so where another thread put
+  // something else there while Python was pairing.
+  bool complete_;
 };
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -5,6 +5,9 @@
 #include "ema_cpu.h"
 
 #include <ATen/Parallel.h>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FUSED_EMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -75,11 +78,24 @@ void strided(Op op, const Tables& tables, const Row& row, int64_t begin, int64_t
   with_copy(row, decay, StridedRun{layout, begin, end, 1});
 }
 
+// Subnormals are kept on every thread, whatever torch.set_flush_denormal() did to the calling one.
+class KeepSubnormals {
+ public:
+#ifdef __SSE2__
+  KeepSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }  // flush to zero, denormals are zero
+  ~KeepSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 }  // namespace
 
 void run_cpu(Op op, const Tables& tables, double decay) {
   if (op == Op::update && decay == 0.0) op = Op::copy;
   at::parallel_for(0, tables.elements, kGrain, [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
     auto row = std::upper_bound(tables.rows.begin(), tables.rows.end(), begin,
                                 [](int64_t element, const Row& r) { return element < r.first; }) -
                1;

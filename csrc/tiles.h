@@ -50,7 +50,7 @@ struct Launch {
   bool device_decay_is_f64;  // float64
 };
 
-// Compile-time parameters of the kernel; benchmarks/TUNING.md says how to sweep them.
+// Compile-time parameters of the kernel, to be tuned by compiling it with others.
 #ifndef FUSED_EMA_THREADS
 #define FUSED_EMA_THREADS 256
 #endif

@@ -279,7 +279,10 @@ def build(target: Path | None = None, force: bool = False) -> tuple[Path, bool]:
                 raise BuildError(f"{reason}; set XDG_CACHE_HOME to a folder of your own, or use --into")
     target.mkdir(parents=True, exist_ok=True)
     with _locked(target):
-        wanted = describe(torch, find_toolkit(torch))
+        toolkit = find_toolkit(torch)
+        if switch("FUSED_EMA_CUDA") and isinstance(toolkit, str):
+            raise BuildError(f"FUSED_EMA_CUDA=1, but {toolkit}")
+        wanted = describe(torch, toolkit)
         if switch("FUSED_EMA_EXT") is not False and not force and is_built(target, wanted):
             return target / LIBRARY, False
         with tempfile.TemporaryDirectory(prefix="fused_ema-") as temp:

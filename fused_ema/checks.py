@@ -54,11 +54,15 @@ class _Span(NamedTuple):
     name: str
 
 
+def check_buffers(buffers: str) -> None:
+    if buffers not in ("copy", "average", "ignore"):
+        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
+
+
 def check(pairs: Pairs, buffers: str) -> Checked:
     """Raises ValueError, TypeError or RuntimeError, naming the tensor, where a pair can't be used."""
+    check_buffers(buffers)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
-    if buffers not in floating_buffers:
-        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
     actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
         _check_tensor(f"ema{label}", ema)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checks import PLAIN_TYPES, has_address
-from .pairing import Source, pair
+from .checks import PLAIN_TYPES, check_buffers, has_address
+from .pairing import Pairs, Source, pair
 from .plan import Buffers, OpName, Plan, backend_on, check_decay
-
-_CACHED = 16  # plans kept for `update` and its kin, beside those of live Bindings
 
 
 def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy") -> None:
@@ -79,7 +76,7 @@ class Binding:
 
     def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
         self._sources = (ema, model, buffers)
-        self._plan = Plan.of(ema, model, buffers)
+        self._plan = Plan(pair(ema, model, buffers), buffers, (ema, model))
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
@@ -164,55 +161,53 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
 
 def _run(plan: Plan | None, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> Plan:
     """Runs `plan` if it still fits what the sources hold, else a new one; returns the one that ran."""
-    if plan and plan.run(op, decay, None if plan.watches else pair(ema, model, buffers)):
+    if plan and plan.watches and plan.run(op, decay):
         return plan
-    plan = Plan.of(ema, model, buffers)
-    if not plan.run(op, decay, None if plan.watches else pair(ema, model, buffers), fresh=True):
+    pairs = pair(ema, model, buffers)
+    if plan and not plan.watches and plan.run(op, decay, pairs):
+        return plan
+    plan = Plan(pairs, buffers, (ema, model))
+    if not plan.run(op, decay, None if plan.watches else pairs, fresh=True):
         raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
     return plan
 
 
-# Plans of `update` and its kin. Those of modules end with the modules; those of other sources hold no tensors.
-_plans: OrderedDict[tuple[Any, ...], tuple[Plan, tuple[Any, ...]]] = OrderedDict()
+# The plans of `update` and its kin. Those of modules end with the modules; the others hold no tensors, and the least
+# recently used goes when there are too many.
+_module_plans: dict[tuple[int, int, str], tuple[Plan, tuple[Any, ...]]] = {}
+_list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+_MOST_LISTS = 16
 
 
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
     if op == "update" and torch.compiler.is_compiling():
-        return ops.trace_update(pair(ema, model, buffers), decay, buffers)
-    if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        key: tuple[Any, ...] = (id(ema), id(model), buffers)
-        plan = _cached(key)
+        ops.trace_update(pair(ema, model, buffers), decay, buffers)
+    elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
+        check_buffers(buffers)
+        key = (id(ema), id(model), buffers)
+        plan = _module_plans.get(key, (None, ()))[0]
         used = _run(plan, op, decay, ema, model, buffers)
-        if used is not plan:
-            _keep(key, used, tuple(weakref.ref(side, lambda _: _plans.pop(key, None)) for side in (ema, model)))
-        return
-    pairs = pair(ema, model, buffers)
+        if used is not plan and used.reusable:
+            ends = tuple(weakref.ref(side, lambda _: _module_plans.pop(key, None)) for side in (ema, model))
+            _module_plans[key] = (used, ends)
+    else:
+        _run_lists(op, pair(ema, model, buffers), decay, buffers)
+
+
+def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
+    check_buffers(buffers)
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
-    key = (len(pairs.ema), buffers, type(ema), kinds, first)
-    plan = _cached(key)
-    if not plan or not plan.run(op, decay, pairs):
+    key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
+    plan = _list_plans.pop(key, None)
+    if plan is None or not plan.run(op, decay, pairs):
         plan = Plan(pairs, buffers)
         if not plan.run(op, decay, pairs, fresh=True):
             raise RuntimeError("fused_ema: the tensors changed while they were checked; is another thread at work?")
-        _keep(key, plan, ())
-
-
-def _cached(key: tuple[Any, ...]) -> Plan | None:
-    found = _plans.get(key)
-    if found is None:
-        return None
-    with contextlib.suppress(KeyError):  # another thread may have dropped it by now
-        _plans.move_to_end(key)
-    return found[0]
-
-
-def _keep(key: tuple[Any, ...], plan: Plan, references: tuple[Any, ...]) -> None:
-    _plans.pop(key, None)
     if plan.reusable:
-        _plans[key] = (plan, references)
-    while len(_plans) > _CACHED:
-        _plans.popitem(last=False)
+        _list_plans[key] = plan
+        while len(_list_plans) > _MOST_LISTS:
+            _list_plans.popitem(last=False)
 
 
-ops.implement(update)
+ops.implement(lambda pairs, decay, buffers: _run_lists("update", pairs, decay, buffers))  # type: ignore[arg-type]

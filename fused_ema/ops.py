@@ -1,4 +1,4 @@
-"""The operation as a node of a traced graph: `torch.ops.fused_ema.lerp_`, used while torch.compile traces and only then
+"""`update` as one node of a traced graph, `torch.ops.fused_ema.lerp_`: used while torch.compile traces, and only then
 (outside, the plain call is several times cheaper than the dispatcher with its lists)."""
 
 from __future__ import annotations
@@ -10,28 +10,38 @@ from torch import Tensor
 
 from .pairing import Pairs
 
-torch.library.define("fused_ema::lerp_", "(Tensor(a!)[] ema, Tensor[] param, Tensor decay) -> ()")
-torch.library.register_fake("fused_ema::lerp_", lambda ema, param, decay: None)
+torch.library.define(
+    "fused_ema::lerp_",
+    '(Tensor(a!)[] ema, Tensor[] param, Tensor decay, str[]? labels=None, bool[]? parameter=None, str buffers="copy") '
+    "-> ()",
+)
+torch.library.register_fake("fused_ema::lerp_", lambda *_, **__: None)
 
 
-def implement(update: Callable[[list[Tensor], list[Tensor], Tensor], None]) -> None:
-    """Makes `update` what the operation runs, once real tensors arrive."""
-    torch.library.impl("fused_ema::lerp_", "CompositeExplicitAutograd", update)
+def implement(update: Callable[[Pairs, Tensor, str], None]) -> None:
+    """Makes `update` what the operation runs, checks and all, once real tensors arrive."""
+
+    def run(
+        ema: list[Tensor],
+        param: list[Tensor],
+        decay: Tensor,
+        labels: list[str] | None = None,
+        parameter: list[bool] | None = None,
+        buffers: str = "copy",
+    ) -> None:
+        labels = labels or [f"[{i}]" for i in range(len(ema))]
+        update(Pairs(labels, ema, param, parameter or [True] * len(ema)), decay, buffers)
+
+    torch.library.impl("fused_ema::lerp_", "CompositeExplicitAutograd", run)
 
 
 def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
-    """`fused_ema.update` as nodes of the graph that is being traced; the operation checks the tensors when it runs."""
-    average = [
-        (parameter or buffers == "average") and ema.dtype.is_floating_point | ema.dtype.is_complex
-        for ema, parameter in zip(pairs.ema, pairs.parameter, strict=True)
-    ]
-    averaged = [(e, p) for e, p, yes in zip(pairs.ema, pairs.model, average, strict=True) if yes]
-    copied = [(e, p) for e, p, yes in zip(pairs.ema, pairs.model, average, strict=True) if not yes]
-    device = pairs.ema[0].device if pairs.ema else None
+    if not pairs.ema:
+        return
     if not isinstance(decay, Tensor):
-        decay = torch.full((), decay, dtype=torch.float64, device=device)
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay: expected a value in [0, 1], found {decay}")
+        # A product, since torch.full would bake the number in, and compile again for each one.
+        decay = torch.ones((), dtype=torch.float64, device=pairs.ema[0].device) * decay
     with torch.no_grad():
-        if averaged:
-            torch.ops.fused_ema.lerp_([e for e, _ in averaged], [p for _, p in averaged], decay)
-        for ema, model in copied:
-            ema.copy_(torch.where(decay == 1, ema, model))
+        torch.ops.fused_ema.lerp_(pairs.ema, pairs.model, decay, pairs.labels, pairs.parameter, buffers)

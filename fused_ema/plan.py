@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import _native, reference
 from .checks import Action, Checked, check, dtype_name
-from .pairing import Pairs, Source, pair
+from .pairing import Pairs, Source
 
 Buffers = Literal["copy", "average", "ignore"]
 OpName = Literal["update", "copy", "swap"]
@@ -28,7 +28,8 @@ class Plan:
 
     def __init__(self, pairs: Pairs, buffers: Buffers, watched: Sequence[Source] = ()) -> None:
         checked = check(pairs, buffers)
-        self.watches = bool(watched)  # sees by itself when the sources hold something else
+        # Sees by itself when the sources hold something else.
+        self.watches = bool(watched) and all(map(_watchable, watched))
         self._about = _describe(checked)
         self._devices: tuple[str, ...] = tuple(self._about["devices"])
         self._refusals = {"update": checked.no_update, "copy": None, "swap": checked.no_swap}
@@ -38,21 +39,17 @@ class Plan:
         extension = _native.load()
         if extension and self._about["backend"] != "torch":
             self._ops = extension.Op.__members__
+            sources = watched if self.watches else ()
             self._native = extension.Plan(
                 *pairs[:3],
                 checked.actions,
-                [child for source in watched if isinstance(source, nn.Module) for child in source.modules()],
-                [source for source in watched if not isinstance(source, nn.Module)],
+                [child for source in sources if isinstance(source, nn.Module) for child in source.modules()],
+                [source for source in sources if not isinstance(source, nn.Module)],
             )
             self._about["launches_per_update"] = self._native.launches()
         else:
             self._once = checked
         self.reusable = self._native is not None
-
-    @classmethod
-    def of(cls, ema: Source, model: Source, buffers: Buffers) -> Plan:
-        watched = (ema, model) if _watchable(ema) and _watchable(model) else ()
-        return cls(pair(ema, model, buffers), buffers, watched)
 
     def run(self, op: OpName, decay: float | Tensor, pairs: Pairs | None = None, *, fresh: bool = False) -> bool:
         """False, and nothing written, where the plan may not fit what there is now.
@@ -124,7 +121,7 @@ def _watchable(source: Source) -> bool:
     """Whether C++ can see by itself that a source holds something else than before."""
     if isinstance(source, nn.Module):  # the registries of a ScriptModule are no dicts
         return not any(isinstance(child, torch.jit.ScriptModule) for child in source.modules())
-    return isinstance(source, (dict, list, tuple))
+    return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may hand out other tensors than it holds
 
 
 def backend_on(device_type: str) -> str:

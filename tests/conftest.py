@@ -22,9 +22,11 @@ def backend(request, monkeypatch):
         if os.environ.get("FUSED_EMA_EXT") == "1":
             pytest.fail(f"FUSED_EMA_EXT=1, but {_native.why_not()}")
         pytest.skip(f"no native extension: {_native.why_not()}")
-    functional._plans.clear()
+    functional._module_plans.clear()
+    functional._list_plans.clear()
     yield request.param
-    functional._plans.clear()
+    functional._module_plans.clear()
+    functional._list_plans.clear()
 
 
 @pytest.fixture(params=["update", "bound"])

@@ -199,7 +199,7 @@ def test_garbage_cached_plans_keep_no_module_alive(backend, make, operation):
     gc.collect()
     assert [reference() for reference in dead] == [None] * len(dead)
     assert memory() is None
-    assert not functional._plans
+    assert not functional._module_plans
 
 
 @pytest.mark.parametrize("kind", ["dict", "list"])
@@ -253,3 +253,16 @@ def test_garbage_a_new_model_at_an_old_address(backend):
             model.weight.fill_(value)
         fused_ema.update(ema, model, 0.0)
         assert ema.weight.unique().tolist() == [value]
+
+
+def test_many_pairs_of_modules_keep_their_plans():
+    if fused_ema.backend("cpu") != "cpu":
+        pytest.skip("the pure-PyTorch path keeps no plans")
+    pairs = [(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(40)]
+    for ema, model in pairs:
+        fused_ema.update(ema, model, 0.5)
+    plans = {key: entry[0] for key, entry in functional._module_plans.items()}
+    for ema, model in pairs:
+        fused_ema.update(ema, model, 0.5)
+        key = (id(ema), id(model), "copy")
+        assert functional._module_plans[key][0] is plans[key]

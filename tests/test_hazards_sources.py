@@ -1,5 +1,6 @@
 """HAZARDS 12, 13, 15 to 17: what modules, dicts and lists hold, and what changes in them between two updates."""
 
+import contextlib
 import copy
 from collections import UserDict, UserList, deque
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from conftest import bits, label, net, refused, same_bits, source, tensors_of
 from torch import nn
 
 import fused_ema
+from fused_ema import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -399,3 +401,40 @@ def test_script_modules(update, sides):
             next(theirs.parameters()).add_(1)
         update(ours, theirs, 0.0)
         assert same_bits(bits(theirs), ours)
+
+
+def test_12_a_dict_that_hands_out_other_tensors_than_it_holds(backend):
+    class Widening(dict):
+        def __getitem__(self, name):
+            return super().__getitem__(name).float()
+
+    ema = {"a": torch.zeros(4)}
+    binding = fused_ema.bind(ema, Widening(a=torch.ones(4, dtype=torch.bfloat16)))
+    binding.update(0.5)
+    assert ema["a"].tolist() == [0.5] * 4
+    binding.update(0.5)
+    assert ema["a"].tolist() == [0.75] * 4
+
+
+@pytest.mark.parametrize("replaced", ["parameter", "module"])
+def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
+    """As another thread may do. The call that meets it either raises or uses what is there now; so does the next."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = copy.deepcopy(model)
+    check = plan.check
+
+    def check_then_replace(*arguments):
+        checked = check(*arguments)
+        if replaced == "parameter":
+            model[1].weight = nn.Parameter(torch.full((3, 3), 5.0))
+        else:
+            model[1] = nn.Linear(3, 3).requires_grad_(False)
+            model[1].weight.fill_(5.0)
+        return checked
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "check", check_then_replace)
+        with contextlib.suppress(RuntimeError):
+            fused_ema.update(ema, model, 0.0)
+    fused_ema.update(ema, model, 0.0)
+    assert ema[1].weight.eq(5.0).all()

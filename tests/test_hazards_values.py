@@ -223,3 +223,20 @@ def test_34_same_bits_however_it_is_called(backend):
         results.append([parameter.detach() for parameter in tensors_of(ema)[:8]])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_34_subnormals_are_kept_on_every_thread(backend):
+    if backend != "cpu":
+        return  # PyTorch's own operations follow torch.set_flush_denormal
+    size = 600_001  # several threads' work
+    ema, model = torch.full((size,), 1e-40), torch.full((size,), 3e-40)
+    wanted = torch.full((size,), 2e-40)
+    if not torch.set_flush_denormal(True):
+        pytest.fail("this machine can't flush subnormals, so nothing was tested")
+    try:
+        fused_ema.update([ema], [model], 0.5)
+        flushed = torch.tensor(1e-40, dtype=torch.float64).float() * 1
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed == 0, "the caller's own mode is back"
+    assert (ema.view(torch.int32) - wanted.view(torch.int32)).abs().max() <= 1

@@ -1,0 +1,67 @@
+"""`update` inside compiled functions: one operation, checked as everywhere, compiled no more for a new decay."""
+
+import copy
+
+import pytest
+import torch
+from conftest import bits, net, same_bits
+from torch import nn
+
+import fused_ema
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_25_a_schedule_compiles_twice_at_most(compiler):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    model = net()
+    ema, eager = copy.deepcopy(model), copy.deepcopy(model)
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def step(decay):
+        fused_ema.update(ema, model, decay)
+
+    for i in range(8):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.add_(1)
+        step(1 - 0.3 / (i + 1))
+        fused_ema.update(eager, model, 1 - 0.3 / (i + 1))
+        for name, tensor in eager.state_dict().items():
+            assert torch.equal(ema.state_dict()[name], tensor), name
+    assert 1 <= graphs["unique_graphs"] - before <= 2
+
+
+def module_of(buffer):
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(3))
+    module.register_buffer("buffer", buffer)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (torch.zeros(3), torch.ones(1)),
+        (torch.zeros(3, dtype=torch.int64), torch.full((3,), 1.7)),
+        (torch.zeros(3), torch.ones(3, dtype=torch.complex64)),
+    ],
+    ids=["shape", "integer", "complex"],
+)
+def test_25_compiled_updates_refuse_what_others_refuse(ours, theirs):
+    torch._dynamo.reset()
+    ema, model = module_of(ours), module_of(theirs)
+    step = torch.compile(lambda: fused_ema.update(ema, model, 0.5), backend="aot_eager", fullgraph=True)
+    before = bits(ema, model)  # versions may move: PyTorch counts one before the operation runs
+    with pytest.raises((ValueError, TypeError), match=r"ema\['buffer'\]: expected .* found"):
+        step()
+    assert same_bits(before, ema, model)
+
+
+def test_25_the_operation_passes_torchs_own_checks():
+    averages, tensors = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
+    decay = torch.tensor(0.5, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fused_ema.lerp_, (averages, tensors, decay))
+    torch.ops.fused_ema.lerp_(averages, tensors, decay)
+    assert all(average.eq(0.5).all() for average in averages)
