@@ -180,14 +180,14 @@ def show_costs(small: nn.Module, device: torch.device) -> None:
     timed = [times(*pair, seconds) for pair, seconds in zip(pairs, (2, 6), strict=True)]
     columns = [[statistics.median(values) for values in methods] for methods in timed]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    table = Table("method", title=f"Time per update on {device.type}{threads}, and how many times fused_ema's")
+    table = Table("method", title=f"Time per update on {device.type}{threads}")
     for name, (_, model) in zip(("this network", "GPT-2 small"), pairs, strict=True):
         elements = sum(parameter.numel() for parameter in model.parameters())
         size = f"{elements / 1e6:.0f}M" if elements > 1e6 else f"{elements / 1e3:.0f}K"
         table.add_column(f"{name}\n{len(list(model.parameters()))} tensors, {size}", justify="right")
     for row, name in enumerate(METHODS):
         table.add_row(name, *(f"{duration(column[row])} {column[row] / column[-1]:6.2f}x" for column in columns))
-    table.caption = "loop and lists are built at each step; fused_ema.update also copies BatchNorm's buffers"
+    table.caption = "x: times that of fused_ema.update, which copies BatchNorm's buffers too"
     console.print(table)
     cuts = [statistics.quantiles(values, n=5) for methods in timed for values in methods]
     if any(p80 > 2 * p20 for p20, *_, p80 in cuts):

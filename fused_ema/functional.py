@@ -128,7 +128,7 @@ def backend(device: torch.device | str | int | None = None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return backend_on(torch.device(device).type)
+    return backend_on("cuda" if isinstance(device, int) else torch.device(device).type)
 
 
 class EMAMultiAvgFn:
