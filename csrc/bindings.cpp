@@ -47,14 +47,18 @@ class Content {
     if (PyDict_Check(container)) {
       if (static_cast<size_t>(PyDict_GET_SIZE(container)) != slots_.size()) return false;
       PyObject *key, *value;
-      for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value); ++i)
+      for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value); ++i) {
+        prefetch_slot(i + 16);
         if (i >= slots_.size() || slots_[i].key.ptr() != key || !slots_[i].current(value)) return false;
+      }
       return true;
     }
     if (static_cast<size_t>(PySequence_Fast_GET_SIZE(container)) != slots_.size()) return false;
     PyObject* const* const found = PySequence_Fast_ITEMS(container);
-    for (; i < slots_.size(); ++i)
+    for (; i < slots_.size(); ++i) {
+      prefetch_slot(i + 16);
       if (!slots_[i].current(found[i])) return false;
+    }
     return true;
   }
 
@@ -68,6 +72,9 @@ class Content {
   }
 
  private:
+  void prefetch_slot(size_t i) const {
+    if (i < slots_.size()) prefetch(slots_[i].value, 64);
+  }
   void push(py::handle key, py::handle value, bool weak) {
     Slot slot{py::reinterpret_borrow<py::object>(key), {}, value.ptr()};
     if (!weak) slot.held = py::reinterpret_borrow<py::object>(value);

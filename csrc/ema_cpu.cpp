@@ -100,6 +100,10 @@ void run_cpu(Op op, const Tables& tables, double decay) {
                                 [](int64_t element, const Row& r) { return element < r.first; }) -
                1;
     for (; row != tables.rows.end() && row->first < end; ++row) {
+      if (tables.rows.end() - row > 4) {
+        prefetch(row[4].ema, 512);
+        prefetch(row[4].model, 512);
+      }
       const int64_t low = std::max<int64_t>(begin - row->first, 0), high = std::min(end - row->first, row->numel);
       if (row->layout >= 0) {
         strided(op, tables, *row, low, high, decay);

@@ -160,8 +160,8 @@ struct DeviceTables {
 
 void Snapshot::add(const at::TensorImpl* impl, bool written) {
   const auto sizes = impl->sizes(), strides = impl->strides();
-  seen_.push_back(Seen{data_of(impl, written), impl->storage().nbytes(), impl->key_set(),
-                       c10::typeMetaToScalarType(impl->dtype()), static_cast<uint32_t>(sizes.size())});
+  seen_.push_back(Seen{impl->unsafe_storage().unsafeGetStorageImpl(), data_of(impl, written), impl->storage().nbytes(),
+                       impl->key_set(), c10::typeMetaToScalarType(impl->dtype()), static_cast<uint32_t>(sizes.size())});
   shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
@@ -215,9 +215,20 @@ bool Plan::writable(Op op) const {
 }
 
 bool Plan::current(Op op) const {
+  constexpr size_t kAhead = 12;
   Snapshot::Cursor at(snapshot_);
-  for (const auto& entry : entries_)
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Watched& entry = entries_[i];
+    if (i + kAhead < entries_.size()) {
+      prefetch(entries_[i + kAhead].ema, sizeof(at::TensorImpl));
+      prefetch(entries_[i + kAhead].model, sizeof(at::TensorImpl));
+      at.prefetch_storages(kAhead);
+    }
     if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, op == Op::swap)) return false;
+    // The counter that bump_versions() will raise: this class holds nothing but the pointer to it.
+    static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+    prefetch(*reinterpret_cast<void* const*>(&entry.ema->version_counter()), 1);
+  }
   return writable(op);
 }
 

@@ -23,6 +23,7 @@ struct Entry {
 // What tensors were when the plan was made, in order. Compared at each call: as long as all match, the plan's raw
 // pointers are theirs. Packed, since this is most of what an update of many small tensors costs.
 struct Seen {
+  const void* storage;  // to prefetch it, no more
   const void* data;
   size_t storage_bytes;
   c10::DispatchKeySet keys;  // device type, layout, conj and neg bits, subclasses
@@ -38,6 +39,10 @@ class Snapshot {
    public:
     explicit Cursor(const Snapshot& snapshot) : seen_(snapshot.seen_.data()), shape_(snapshot.shapes_.data()) {}
     bool next_matches(const at::TensorImpl* tensor, bool written);
+    void prefetch_storages(size_t pairs) const {  // of the pair that is so many pairs ahead
+      prefetch(seen_[2 * pairs].storage, sizeof(c10::StorageImpl));
+      prefetch(seen_[2 * pairs + 1].storage, sizeof(c10::StorageImpl));
+    }
 
    private:
     const Seen* seen_;
