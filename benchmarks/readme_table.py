@@ -36,7 +36,8 @@ def table(path: str) -> str:
         for case in shown:
             row = case["methods"].get(method)
             cells.append(f"{duration(row['median_s'])} ({row['ratio']:.2f})" if row else "")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        plain = method.replace("_", r"\_")  # else Markdown takes them for emphasis
+        lines.append(f"| {plain} | " + " | ".join(cells) + " |")
     lines.append("")
     lines.append(
         f"Median, and in brackets how many times that of the bound handle. One run of `make bench`, methods in turns: "
