@@ -54,17 +54,20 @@ class Case(NamedTuple):
     name: str
     build: Callable[[], nn.Module]
     dtype: torch.dtype  # of the model; averages are float32
+    repeats: int = 1  # calls in a row; the first of several warms the caches and is not counted
 
 
 GPT2 = "GPT-2 small shapes, float32"
 GPT2_BF16 = "GPT-2 small shapes, float32 average of bfloat16"
 RESNET = "ResNet-50 shapes, float32"
 MANY = "2000 tensors of 256, float32"
+MANY_REPEATED = "2000 tensors of 256, float32, called again and again"
 CASES = (
     Case(GPT2, gpt2, torch.float32),
     Case(GPT2_BF16, gpt2, torch.bfloat16),
     Case(RESNET, resnet50, torch.float32),
     Case(MANY, many, torch.float32),
+    Case(MANY_REPEATED, many, torch.float32, repeats=6),
 )
 
 

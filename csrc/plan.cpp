@@ -1,8 +1,10 @@
 // Torch tensors → tables, whether the tensors still are what they were, and the launches.
 #include "plan.h"
 
+#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/UndefinedTensorImpl.h>
+#include <c10/core/impl/COW.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -23,6 +25,8 @@
 
 namespace fused_ema {
 namespace {
+
+constexpr int64_t kGrain = 256;  // pairs: fewer are not worth a second thread
 
 // Counts forks, so that a child never touches the locks and device memory of its parent's plans.
 std::atomic<uint64_t> fork_count{0};
@@ -161,7 +165,8 @@ struct DeviceTables {
 void Snapshot::add(const at::TensorImpl* impl, bool written) {
   const auto sizes = impl->sizes(), strides = impl->strides();
   seen_.push_back(Seen{impl->unsafe_storage().unsafeGetStorageImpl(), data_of(impl, written), impl->storage().nbytes(),
-                       impl->key_set(), c10::typeMetaToScalarType(impl->dtype()), static_cast<uint32_t>(sizes.size())});
+                       impl->key_set(), c10::typeMetaToScalarType(impl->dtype()), static_cast<uint32_t>(sizes.size()),
+                       shapes_.size()});
   shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
@@ -169,6 +174,8 @@ void Snapshot::add(const at::TensorImpl* impl, bool written) {
 bool Snapshot::Cursor::next_matches(const at::TensorImpl* impl, bool written) {
   const Seen& seen = *seen_++;
   if (impl->key_set() != seen.keys) return false;  // first: other kinds of tensors may have no storage to look at
+  // data_of() would make a copy, here on one of several threads that may share the storage: a new plan does it on one.
+  if (written && c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) return false;
   const auto sizes = impl->sizes(), strides = impl->strides();
   if (impl->dtype() != seen.dtype || sizes.size() != seen.dims || data_of(impl, written) != seen.data ||
       impl->unsafe_storage().unsafeGetStorageImpl()->nbytes() != seen.storage_bytes)
@@ -215,11 +222,19 @@ bool Plan::writable(Op op) const {
 }
 
 bool Plan::current(Op op) const {
+  std::atomic<bool> same{true};
+  at::parallel_for(0, static_cast<int64_t>(entries_.size()), kGrain, [&](int64_t begin, int64_t end) {
+    if (!current(op, static_cast<size_t>(begin), static_cast<size_t>(end))) same = false;
+  });
+  return same && writable(op);
+}
+
+bool Plan::current(Op op, size_t begin, size_t end) const {
   constexpr size_t kAhead = 12;
-  Snapshot::Cursor at(snapshot_);
-  for (size_t i = 0; i < entries_.size(); ++i) {
+  Snapshot::Cursor at(snapshot_, 2 * begin);
+  for (size_t i = begin; i < end; ++i) {
     const Watched& entry = entries_[i];
-    if (i + kAhead < entries_.size()) {
+    if (i + kAhead < end) {
       prefetch(entries_[i + kAhead].ema, sizeof(at::TensorImpl));
       prefetch(entries_[i + kAhead].model, sizeof(at::TensorImpl));
       at.prefetch_storages(kAhead);
@@ -229,7 +244,7 @@ bool Plan::current(Op op) const {
     static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
     prefetch(*reinterpret_cast<void* const*>(&entry.ema->version_counter()), 1);
   }
-  return writable(op);
+  return true;
 }
 
 bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op) {
@@ -255,11 +270,14 @@ void Plan::bump_versions(Op op) const {
   const auto bump = [](at::TensorImpl* tensor) {
     if (!tensor->is_inference()) tensor->bump_version();
   };
-  for (const auto& entry : entries_) {
-    if (!entry.active) continue;
-    bump(entry.ema);
-    if (op == Op::swap) bump(entry.model);
-  }
+  at::parallel_for(0, static_cast<int64_t>(entries_.size()), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto& entry = entries_[static_cast<size_t>(i)];
+      if (!entry.active) continue;
+      bump(entry.ema);
+      if (op == Op::swap) bump(entry.model);
+    }
+  });
 }
 
 bool Plan::large() const {

@@ -29,6 +29,7 @@ struct Seen {
   c10::DispatchKeySet keys;  // device type, layout, conj and neg bits, subclasses
   at::ScalarType dtype;
   uint32_t dims;
+  size_t shape;  // where its sizes and strides begin
 };
 class Snapshot {
  public:
@@ -37,7 +38,8 @@ class Snapshot {
   // Compares tensors one by one, in the order in which they were added.
   class Cursor {
    public:
-    explicit Cursor(const Snapshot& snapshot) : seen_(snapshot.seen_.data()), shape_(snapshot.shapes_.data()) {}
+    Cursor(const Snapshot& snapshot, size_t first)
+        : seen_(snapshot.seen_.data() + first), shape_(snapshot.shapes_.data() + snapshot.seen_[first].shape) {}
     bool next_matches(const at::TensorImpl* tensor, bool written);
     void prefetch_storages(size_t pairs) const {  // of the pair that is so many pairs ahead
       prefetch(seen_[2 * pairs].storage, sizeof(c10::StorageImpl));
@@ -86,6 +88,7 @@ class Plan {
     bool active;
   };
   bool writable(Op op) const;
+  bool current(Op op, size_t begin, size_t end) const;
   std::vector<Watched> entries_;
   bool inference_ema_ = false, inference_model_ = false;
   Snapshot snapshot_;

@@ -95,6 +95,24 @@ def test_12_changed_average(stepper, change):
     follows(ema, model, step)
 
 
+@pytest.mark.parametrize("side", ["ema", "model"])
+@pytest.mark.parametrize("at", [0, 999, 1000, 1999])
+def test_12_one_changed_among_many(backend, side, at):
+    # Enough tensors for several threads to compare them.
+    modules = {name: nn.ParameterList(torch.full((8,), i + 0.5) for i in range(2000)) for name in ("ema", "model")}
+    binding = fused_ema.bind(modules["ema"], modules["model"])
+    binding.update(0.5)
+    before = bits(modules["ema"])
+    modules[side][at].data = torch.full((8,), 3.0)
+    binding.update(0.5)
+    other = at + 0.5
+    expected = torch.full((8,), 0.5 * 3.0 + 0.5 * other)
+    assert torch.equal(modules["ema"][at], expected)
+    assert [
+        i for i, (old, new) in enumerate(zip(before, bits(modules["ema"]), strict=True)) if not torch.equal(old, new)
+    ] == [at]
+
+
 @pytest.mark.parametrize("change", BOTH_SIDES)
 def test_12_changed_on_both_sides(stepper, change):
     ema, model = net(), net()
