@@ -139,13 +139,15 @@ std::mutex& one_at_a_time() {
 }
 
 std::vector<Entry> make_entries(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
-                                const std::vector<int>& actions) {
-  if (names.size() != ema.size() || names.size() != model.size() || names.size() != actions.size())
-    throw py::value_error("names, ema, model and actions must have one length");
+                                const std::vector<int>& actions, const std::vector<int64_t>& next_averages) {
+  if (names.size() != ema.size() || names.size() != model.size() || names.size() != actions.size() ||
+      (!next_averages.empty() && names.size() != next_averages.size()))
+    throw py::value_error("names, ema, model, actions and next_averages must have one length");
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i)
-    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i])});
+    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i]),
+                            next_averages.empty() ? 0 : next_averages[i]});
   return entries;
 }
 
@@ -153,8 +155,8 @@ class PyPlan {
  public:
   PyPlan(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
          const std::vector<int>& actions, const std::vector<py::object>& modules,
-         const std::vector<py::object>& containers)
-      : plan_(make_entries(names, ema, model, actions)) {
+         const std::vector<py::object>& containers, int averages, const std::vector<int64_t>& next_averages)
+      : plan_(make_entries(names, ema, model, actions, next_averages), averages) {
     Addresses watched;
     for (const auto& module : modules) modules_.emplace_back(module), watched.insert(module.ptr());
     for (const auto& container : containers) containers_.emplace_back(container);
@@ -166,27 +168,51 @@ class PyPlan {
   }
 
   // Both return false, and have written nothing, where the plan no longer fits what it was made from.
-  bool run(Op op, double decay, const std::optional<at::Tensor>& device_decay) {
+  bool run(Op op, const std::vector<double>& decay, const std::optional<at::Tensor>& device_decay,
+           const std::vector<uint64_t>& keys, int average, const Tensors& aside) {
     const auto current = [](const auto& watched) { return watched.current(); };
     return run_if(
         [&] {
           return complete_ && std::all_of(modules_.begin(), modules_.end(), current) &&
                  std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
         },
-        op, decay, device_decay);
+        op, make_call(decay, keys, average), device_decay, aside);
   }
   // For tensor objects that are new at each call; no reference to them is kept.
-  bool run_with(const Tensors& ema, const Tensors& model, Op op, double decay,
+  bool run_with(const Tensors& ema, const Tensors& model, Op op, const std::vector<double>& decay,
                 const std::optional<at::Tensor>& device_decay) {
-    return run_if([&] { return plan_.adopt(ema, model, op); }, op, decay, device_decay);
+    return run_if([&] { return plan_.adopt(ema, model, op); }, op, make_call(decay, {}, -1), device_decay, {});
   }
 
   int64_t launches() const { return plan_.launches(); }
+  // Whether the model holds an average. Kept here, where an interrupt can't come between the exchange and the note of
+  // it.
+  bool exchanged() const { return exchanged_; }
+  // (device, bytes) that an exchange needs to set values aside.
+  std::vector<std::pair<py::object, int64_t>> aside_bytes() const {
+    std::vector<std::pair<py::object, int64_t>> bytes;
+    for (const auto& [device, count] : plan_.aside_bytes()) bytes.emplace_back(py::cast(device), count);
+    return bytes;
+  }
 
  private:
+  // Of all averages, or, where it is not negative, of one.
+  Call make_call(const std::vector<double>& decay, const std::vector<uint64_t>& keys, int average) const {
+    Call call;
+    call.first = std::max(average, 0);
+    call.last = average < 0 ? plan_.averages() : average + 1;
+    const auto wanted = static_cast<size_t>(call.last - call.first);
+    if (call.last > plan_.averages() || decay.size() != wanted || (!keys.empty() && keys.size() != wanted))
+      throw py::value_error("expected one decay, and one key, for each average that takes part");
+    std::copy(decay.begin(), decay.end(), call.decay + call.first);
+    std::copy(keys.begin(), keys.end(), call.key + call.first);
+    return call;
+  }
+
   // One thread at a time. The interpreter lock is never held while waiting for the plan's, so the two can't deadlock.
   template <class Fits>
-  bool run_if(const Fits& fits, Op op, double decay, const std::optional<at::Tensor>& device_decay) {
+  bool run_if(const Fits& fits, Op op, const Call& call, const std::optional<at::Tensor>& device_decay,
+              const Tensors& aside) {
     if (plan_.forked()) return false;
     std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
     if (!lock.owns_lock()) {
@@ -194,21 +220,37 @@ class PyPlan {
       lock.lock();
     }
     if (!fits()) return false;
-    if (op == Op::update && !device_decay && decay == 1.0) return true;
+    const auto stays = [](double decay) { return decay == 1.0; };
+    if (is_update(op) && !device_decay && std::all_of(call.decay + call.first, call.decay + call.last, stays))
+      return true;
+    if (writes_model(op)) check_aside(aside);
     const at::Tensor device = device_decay.value_or(at::Tensor());
     if (plan_.large()) {
       const auto tensors = plan_.tensors();
       const auto storages = plan_.storages();  // other threads may replace what the tensors hold meanwhile
       const py::gil_scoped_release unlocked;
-      plan_.run(op, decay, device);
+      plan_.run(op, call, device, aside);
     } else {
-      plan_.run(op, decay, device);
+      plan_.run(op, call, device, aside);
     }
     plan_.bump_versions(op);
+    if (writes_model(op)) exchanged_ = op == Op::swap;
     return true;
   }
 
+  void check_aside(const Tensors& aside) const {
+    for (const auto& [device, bytes] : plan_.aside_bytes()) {
+      const auto fits = [&, on = device, needed = bytes](const at::Tensor& memory) {
+        return memory.device() == on && memory.scalar_type() == at::kByte && memory.numel() >= needed &&
+               memory.is_contiguous() && reinterpret_cast<uintptr_t>(memory.const_data_ptr()) % kVectorBytes == 0;
+      };
+      if (std::none_of(aside.begin(), aside.end(), fits))
+        throw py::value_error("expected memory for the values that an exchange between types sets aside");
+    }
+  }
+
   Plan plan_;
+  bool exchanged_ = false;
   std::vector<Module> modules_;
   std::vector<Container> containers_;
   // Whether what is watched holds every tensor of the plan, and so keeps it alive. Not so where another thread put
@@ -219,15 +261,24 @@ class PyPlan {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of fused_ema: see csrc/.";
   m.attr("cuda_built") = cuda_built();
-  py::enum_<Op>(m, "Op").value("update", Op::update).value("copy", Op::copy).value("swap", Op::swap);
+  py::enum_<Op>(m, "Op")
+      .value("update", Op::update)
+      .value("copy", Op::copy)
+      .value("swap", Op::swap)
+      .value("restore", Op::restore)
+      .value("update_stochastic", Op::update_stochastic);
+  m.attr("MAX_AVERAGES") = kMaxAverages;
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
-                    const std::vector<py::object>&, const std::vector<py::object>&>(),
+                    const std::vector<py::object>&, const std::vector<py::object>&, int, const std::vector<int64_t>&>(),
            py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("modules"),
-           py::arg("containers"))
-      .def("run", &PyPlan::run, py::arg("op"), py::arg("decay"), py::arg("device_decay"))
+           py::arg("containers"), py::arg("averages") = 1, py::arg("next_averages") = std::vector<int64_t>())
+      .def("run", &PyPlan::run, py::arg("op"), py::arg("decay"), py::arg("device_decay") = py::none(),
+           py::arg("keys") = std::vector<uint64_t>(), py::arg("average") = -1, py::arg("aside") = Tensors())
       .def("run_with", &PyPlan::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decay"),
            py::arg("device_decay"))
+      .def("aside_bytes", &PyPlan::aside_bytes)
+      .def("exchanged", &PyPlan::exchanged)
       .def("launches", &PyPlan::launches);
 }
 

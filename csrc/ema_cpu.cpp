@@ -19,6 +19,7 @@ namespace fused_ema {
 namespace {
 
 constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a second thread's wake-up
+constexpr int64_t kPiece = 8192;              // elements of the model that several averages share in the cache
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
@@ -29,6 +30,19 @@ constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a
 FUSED_EMA_LERP_PAIRS(FUSED_EMA_LERP_LOOP)
 #undef FUSED_EMA_LERP_LOOP
 
+#define FUSED_EMA_STOCHASTIC_LOOP(E, P)                                                                             \
+  FUSED_EMA_CLONES void stochastic_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay, \
+                                             uint64_t key, uint64_t number) {                                       \
+    using C = Compute<E, P>;                                                                                        \
+    const C factor = factor_of<C>(decay);                                                                           \
+    for (int64_t i = 0; i < n; ++i) {                                                                               \
+      const C moved = lerp(cast<C>(ema[i]), cast<C>(model[i]), factor);                                             \
+      ema[i] = from_float<E>(float(moved), random_bits(key, number + uint64_t(i)));                                 \
+    }                                                                                                               \
+  }
+FUSED_EMA_NARROW_PAIRS(FUSED_EMA_STOCHASTIC_LOOP)
+#undef FUSED_EMA_STOCHASTIC_LOOP
+
 #define FUSED_EMA_CAST_LOOP(E, P)                                                                 \
   FUSED_EMA_CLONES void cast_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n) { \
     for (int64_t i = 0; i < n; ++i) ema[i] = cast<E>(model[i]);                                   \
@@ -36,46 +50,102 @@ FUSED_EMA_LERP_PAIRS(FUSED_EMA_LERP_LOOP)
 FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP
 
-// Elements [begin, end) of a flat row.
-void flat_lerp(const Row& row, int64_t begin, int64_t end, double decay) {
+// Elements [begin, end) of one average of a flat row. The first average's type is E; the functions get void pointers to
+// element `begin`.
+template <class T>
+T* at(void* base, int64_t element) {
+  return static_cast<T*>(base) + element;
+}
+
+void flat_lerp(const Row& row, const Step& step, int64_t begin, int64_t end) {
   switch (pair_of(row.ema_type, row.model_type)) {
-#define FUSED_EMA_CASE(E, P)                                                                                       \
-  case pair_of(Type::E, Type::P):                                                                                  \
-    return lerp_##E##_##P(static_cast<E*>(row.ema) + begin, static_cast<const P*>(row.model) + begin, end - begin, \
-                          decay);
+#define FUSED_EMA_CASE(E, P)      \
+  case pair_of(Type::E, Type::P): \
+    return lerp_##E##_##P(at<E>(row.ema, step.shift + begin), at<P>(row.model, begin), end - begin, step.decay);
     FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }
 }
 
-void flat_copy(const Row& row, int64_t begin, int64_t end) {
-  if (row.ema_type == row.model_type) {
-    const int64_t size = size_of(row.ema_type);
-    std::memcpy(static_cast<char*>(row.ema) + begin * size, static_cast<const char*>(row.model) + begin * size,
-                size_t((end - begin) * size));
+void flat_stochastic(const Row& row, const Step& step, int64_t begin, int64_t end) {
+  switch (pair_of(row.ema_type, row.model_type)) {
+#define FUSED_EMA_CASE(E, P)                                                                                          \
+  case pair_of(Type::E, Type::P):                                                                                     \
+    return stochastic_##E##_##P(at<E>(row.ema, step.shift + begin), at<P>(row.model, begin), end - begin, step.decay, \
+                                step.key, uint64_t(row.number + begin));
+    FUSED_EMA_NARROW_PAIRS(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+}
+
+// `n` elements of one type into n of another, or of the same.
+void flat_cast(Type to_type, void* to, Type from_type, const void* from, int64_t n) {
+  if (to_type == from_type) {
+    std::memcpy(to, from, size_t(n * size_of(to_type)));
     return;
   }
-  switch (pair_of(row.ema_type, row.model_type)) {
-#define FUSED_EMA_CASE(E, P)      \
-  case pair_of(Type::E, Type::P): \
-    return cast_##E##_##P(static_cast<E*>(row.ema) + begin, static_cast<const P*>(row.model) + begin, end - begin);
+  switch (pair_of(to_type, from_type)) {
+#define FUSED_EMA_CASE(E, P) \
+  case pair_of(Type::E, Type::P): return cast_##E##_##P(static_cast<E*>(to), static_cast<const P*>(from), n);
     FUSED_EMA_CAST_PAIRS(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }
 }
 
-void flat_swap(const Row& row, int64_t begin, int64_t end) {
-  const int64_t size = size_of(row.ema_type);
-  char* const ema = static_cast<char*>(row.ema);
-  std::swap_ranges(ema + begin * size, ema + end * size, static_cast<char*>(row.model) + begin * size);
+void flat_exchange(Op op, const Row& row, const Step& step, int64_t begin, int64_t end) {
+  const int64_t size = size_of(row.ema_type), model_size = size_of(row.model_type), n = end - begin;
+  char* const ema = at<char>(row.ema, (step.shift + begin) * size);
+  char* const model = at<char>(row.model, begin * model_size);
+  if (row.ema_type == row.model_type) {
+    std::swap_ranges(ema, ema + n * size, model);
+    return;
+  }
+  char* const aside = step.aside + row.aside + begin * model_size;
+  if (op == Op::restore) {
+    std::memcpy(model, aside, size_t(n * model_size));
+  } else {
+    std::memcpy(aside, model, size_t(n * model_size));
+    flat_cast(row.model_type, model, row.ema_type, ema, n);
+  }
+}
+
+void flat(Op op, const Row& row, const Step& step, int64_t begin, int64_t end) {
+  if (writes_model(op)) return flat_exchange(op, row, step, begin, end);
+  if (is_update(op) && row.average && step.decay != 0.0) {
+    if (op == Op::update_stochastic && is_narrow(row.ema_type)) return flat_stochastic(row, step, begin, end);
+    return flat_lerp(row, step, begin, end);
+  }
+  flat_cast(row.ema_type, at<char>(row.ema, (step.shift + begin) * size_of(row.ema_type)), row.model_type,
+            at<char>(row.model, begin * size_of(row.model_type)), end - begin);
 }
 
 // Elements [begin, end) of a strided row: the tile code's own path, as one thread.
-void strided(Op op, const Tables& tables, const Row& row, int64_t begin, int64_t end, double decay) {
-  const Layout& layout = tables.layouts[size_t(row.layout)];
-  if (op == Op::swap) return with_raw<Swap>(row, decay, StridedRun{layout, begin, end, 1});
-  if (op == Op::update && row.average) return with_lerp(row, decay, StridedRun{layout, begin, end, 1});
-  with_copy(row, decay, StridedRun{layout, begin, end, 1});
+void strided(Op op, const Row& row, const Step& step, const StridedRun& run) {
+  switch (op) {
+    case Op::update: return run_step<Op::update>(row, step, run);
+    case Op::copy: return run_step<Op::copy>(row, step, run);
+    case Op::swap: return run_step<Op::swap>(row, step, run);
+    case Op::restore: return run_step<Op::restore>(row, step, run);
+    case Op::update_stochastic: return run_step<Op::update_stochastic>(row, step, run);
+  }
+}
+
+// Elements [begin, end) of a row, for all averages that take part. They take turns on pieces of the model that stay in
+// the cache, so that its memory is read once.
+void run_row(Op op, const Tables& tables, const Row& row, const Call& call, int64_t begin, int64_t end) {
+  const int64_t piece = call.last - call.first > 1 ? kPiece : end - begin;
+  for (; begin < end; begin += piece) {
+    const int64_t stop = std::min(begin + piece, end);
+    for (int average = call.first; average < call.last; ++average) {
+      const Step step = step_of(call, row, average);
+      if (is_update(op) && step.decay == 1.0) continue;
+      if (row.layout < 0) {
+        flat(op, row, step, begin, stop);
+      } else {
+        strided(op, row, step, StridedRun{tables.layouts[size_t(row.layout)], begin, stop, 1, step.shift});
+      }
+    }
+  }
 }
 
 // Subnormals are kept on every thread, whatever torch.set_flush_denormal() did to the calling one.
@@ -92,8 +162,7 @@ class KeepSubnormals {
 
 }  // namespace
 
-void run_cpu(Op op, const Tables& tables, double decay) {
-  if (op == Op::update && decay == 0.0) op = Op::copy;
+void run_cpu(Op op, const Tables& tables, const Call& call) {
   at::parallel_for(0, tables.elements, kGrain, [&](int64_t begin, int64_t end) {
     const KeepSubnormals keep;
     auto row = std::upper_bound(tables.rows.begin(), tables.rows.end(), begin,
@@ -105,15 +174,7 @@ void run_cpu(Op op, const Tables& tables, double decay) {
         prefetch(row[4].model, 512);
       }
       const int64_t low = std::max<int64_t>(begin - row->first, 0), high = std::min(end - row->first, row->numel);
-      if (row->layout >= 0) {
-        strided(op, tables, *row, low, high, decay);
-      } else if (op == Op::swap) {
-        flat_swap(*row, low, high);
-      } else if (op == Op::update && row->average) {
-        flat_lerp(*row, low, high, decay);
-      } else {
-        flat_copy(*row, low, high);
-      }
+      run_row(op, tables, *row, call, low, high);
     }
   });
 }

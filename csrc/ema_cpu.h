@@ -6,6 +6,6 @@
 namespace fused_ema {
 
 // Runs one operation over all rows, on the threads of at::parallel_for. 0 <= decay <= 1.
-void run_cpu(Op op, const Tables& tables, double decay);
+void run_cpu(Op op, const Tables& tables, const Call& call);
 
 }  // namespace fused_ema

@@ -1,5 +1,7 @@
 // The CUDA runner: tiles over one grid, a block per tile. The grid is not persistent: short blocks that the hardware
 // scheduler balances stream faster than a grid-stride loop (as CUB's DeviceTransform found too).
+#include <initializer_list>
+
 #include "ema_cuda.h"
 
 namespace fused_ema {
@@ -19,16 +21,19 @@ cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream) {
     case Op::update: ema_kernel<Op::update><<<grid, kThreads, 0, stream>>>(launch); break;
     case Op::copy: ema_kernel<Op::copy><<<grid, kThreads, 0, stream>>>(launch); break;
     case Op::swap: ema_kernel<Op::swap><<<grid, kThreads, 0, stream>>>(launch); break;
+    case Op::restore: ema_kernel<Op::restore><<<grid, kThreads, 0, stream>>>(launch); break;
+    case Op::update_stochastic: ema_kernel<Op::update_stochastic><<<grid, kThreads, 0, stream>>>(launch); break;
   }
   return cudaGetLastError();
 }
 
 cudaError_t load_cuda_kernels() {
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::update>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::copy>);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ema_kernel<Op::swap>);
-  return error;
+  for (auto kernel : {ema_kernel<Op::update>, ema_kernel<Op::copy>, ema_kernel<Op::swap>, ema_kernel<Op::restore>,
+                      ema_kernel<Op::update_stochastic>}) {
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fused_ema

@@ -109,6 +109,44 @@ FUSED_EMA_HD f16 from_float<f16>(float x) {
 #endif
 }
 
+// ---- Stochastic rounding: up or down by chance, so that the mean is the unrounded value --------------------------
+
+// Random bits by counting: the same for an element whatever the device, the threads or the order.
+FUSED_EMA_HD uint32_t mix(uint32_t x) {  // the multipliers are those of Wellons' "lowbias32"
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+FUSED_EMA_HD uint32_t random_bits(uint64_t key, uint64_t counter) {
+  return mix(mix(uint32_t(counter) ^ uint32_t(key)) + uint32_t(key >> 32) + uint32_t(counter >> 32) * 0x9e3779b9u);
+}
+
+// Adds a random share of one unit in the last place and cuts off. A value that To can hold stays as it is.
+template <class To>
+FUSED_EMA_HD To from_float(float x, uint32_t random);
+
+template <>
+FUSED_EMA_HD bf16 from_float<bf16>(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const bf16 special = from_float<bf16>(x);  // Inf and NaN
+  return (bits & 0x7f800000u) == 0x7f800000u ? special : bf16{uint16_t((bits + (random >> 16)) >> 16)};
+}
+
+template <>
+FUSED_EMA_HD f16 from_float<f16>(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t share = random >> 19;
+  const uint32_t normal = (magnitude - (112u << 23) + share) >> 13;
+  // In units of the smallest half; below 1024, so that the sum keeps the 13 bits of the share.
+  const bool small = magnitude < (113u << 23);
+  const float units = bit_cast<float>(small ? magnitude : 0u) * 16777216.0f + float(int32_t(share)) * (1.0f / 8192.0f);
+  uint32_t half = small ? uint32_t(int32_t(units)) : normal;
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;  // 2^16 and above: Inf
+  half = magnitude > 0x7f800000u ? 0x7fffu : half;    // NaN
+  return f16{uint16_t(half | (magnitude > 0x7f800000u ? 0u : bits >> 16 & 0x8000u))};
+}
+
 // The type the arithmetic runs in: float64 where either side is float64, else float32.
 template <class E, class P>
 using Compute = std::conditional_t<std::is_same_v<E, double> || std::is_same_v<P, double>, double, float>;

@@ -57,10 +57,11 @@ Type raw_type(size_t itemsize) {
 }
 
 // Adds an entry to the tables of its device. A complex tensor, and any of 16-byte elements, gets a last dimension of 2.
-void add_entry(Tables& tables, const Entry& entry, bool with_tiles) {
+void add_entry(Tables& tables, const Entry& entry, int averages, int64_t number, bool with_tiles) {
   const at::Tensor &ema = entry.ema, &model = entry.model;
-  TORCH_CHECK(ema.sizes() == model.sizes() && ema.device() == model.device() && ema.is_complex() == model.is_complex(),
-              "'", entry.name, "': sizes, devices and kinds must agree");
+  const bool in_reach = ema.device() == model.device() || (model.is_cuda() && ema.device().is_cpu() && ema.is_pinned());
+  TORCH_CHECK(ema.sizes() == model.sizes() && in_reach && ema.is_complex() == model.is_complex(), "'", entry.name,
+              "': sizes, devices and kinds must agree");
   Pair pair{};
   pair.ema = ema.mutable_data_ptr();
   pair.model = const_cast<void*>(model.const_data_ptr());
@@ -86,6 +87,16 @@ void add_entry(Tables& tables, const Entry& entry, bool with_tiles) {
   pair.sizes = sizes.data();
   pair.ema_strides = ema_strides.data();
   pair.model_strides = model_strides.data();
+  pair.next_average = entry.next_average * (doubled ? 2 : 1);
+  pair.number = number * 2;
+  if (averages > 1) {
+    int64_t extent = 1;
+    for (int64_t d = 0; d < ema.dim(); ++d) extent += (ema.size(d) - 1) * ema.stride(d);
+    const int64_t last = ema.storage_offset() + (averages - 1) * entry.next_average + extent;
+    TORCH_CHECK(entry.next_average >= extent && entry.next_average * ema.element_size() % kVectorBytes == 0 &&
+                    last * static_cast<int64_t>(ema.element_size()) <= static_cast<int64_t>(ema.storage().nbytes()),
+                "'", entry.name, "': no room for ", averages, " averages ", entry.next_average, " elements apart");
+  }
   TORCH_CHECK(add_pair(tables, pair, with_tiles), "ema", entry.name, ": expected at most ", kMaxDims,
               " dimensions that cannot be merged, found more");
 }
@@ -143,22 +154,18 @@ struct DeviceTables {
     tables.tiles = {};
   }
 
-  void run(Op op, double decay, const at::Tensor& device_decay) {
+  void run(Op op, const Call& call) {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
     captured |= capturing();
     if (stream != *owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
     Launch now = launch;
-    now.decay = decay;
-    if (device_decay.defined()) {
-      now.device_decay = device_decay.const_data_ptr();
-      now.device_decay_is_f64 = device_decay.scalar_type() == at::kDouble;
-    }
+    now.call = call;
     C10_CUDA_CHECK(launch_cuda(op, now, stream));
   }
 #else
   void upload() { TORCH_CHECK(false, "this build of fused_ema has no CUDA kernels"); }
-  void run(Op, double, const at::Tensor&) {}
+  void run(Op, const Call&) {}
 #endif
 };
 
@@ -186,7 +193,9 @@ bool Snapshot::Cursor::next_matches(const at::TensorImpl* impl, bool written) {
   return true;
 }
 
-Plan::Plan(std::vector<Entry> entries) : fork_generation_(fork_count) {
+Plan::Plan(std::vector<Entry> entries, int averages) : averages_(averages), fork_generation_(fork_count) {
+  TORCH_CHECK(averages >= 1 && averages <= kMaxAverages, "expected 1 to ", kMaxAverages, " averages, found ", averages);
+  int64_t number = 0;
   for (const auto& entry : entries) {
     entries_.push_back(
         {entry.ema.unsafeGetTensorImpl(), entry.model.unsafeGetTensorImpl(), entry.action != Action::none});
@@ -195,13 +204,14 @@ Plan::Plan(std::vector<Entry> entries) : fork_generation_(fork_count) {
     inference_ema_ |= entry.ema.is_inference();
     inference_model_ |= entry.model.is_inference();
     if (entry.action == Action::none) continue;
-    const auto device = entry.ema.device();
+    const auto device = entry.model.device();  // which reaches into pinned averages of the host
     auto found = std::find_if(devices_.begin(), devices_.end(), [&](auto& d) { return d->device == device; });
     if (found == devices_.end()) {
       devices_.push_back(std::make_unique<DeviceTables>(device));
       found = devices_.end() - 1;
     }
-    add_entry((*found)->tables, entry, !device.is_cpu());
+    add_entry((*found)->tables, entry, averages, number, !device.is_cpu());
+    number += entry.ema.numel();
   }
   // Launches are asynchronous: they go out before the CPU's share is worked off.
   std::stable_partition(devices_.begin(), devices_.end(), [](auto& d) { return !d->device.is_cpu(); });
@@ -218,7 +228,7 @@ Plan::~Plan() {
 bool Plan::forked() const { return fork_generation_ != fork_count; }
 
 bool Plan::writable(Op op) const {
-  return c10::InferenceMode::is_enabled() || !(inference_ema_ || (op == Op::swap && inference_model_));
+  return c10::InferenceMode::is_enabled() || !(inference_ema_ || (writes_model(op) && inference_model_));
 }
 
 bool Plan::current(Op op) const {
@@ -239,7 +249,7 @@ bool Plan::current(Op op, size_t begin, size_t end) const {
       prefetch(entries_[i + kAhead].model, sizeof(at::TensorImpl));
       at.prefetch_storages(kAhead);
     }
-    if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, op == Op::swap)) return false;
+    if (!at.next_matches(entry.ema, true) || !at.next_matches(entry.model, writes_model(op))) return false;
     // The counter that bump_versions() will raise: this class holds nothing but the pointer to it.
     static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
     prefetch(*reinterpret_cast<void* const*>(&entry.ema->version_counter()), 1);
@@ -256,14 +266,28 @@ bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tenso
   return current(op);
 }
 
-void Plan::run(Op op, double decay, const at::Tensor& device_decay) {
+void Plan::run(Op op, Call call, const at::Tensor& device_decay, const std::vector<at::Tensor>& aside) {
+  if (device_decay.defined()) {
+    call.device_decay = device_decay.const_data_ptr();
+    call.device_decay_is_f64 = device_decay.scalar_type() == at::kDouble;
+  }
   for (auto& device : devices_) {
+    call.aside = nullptr;
+    for (const auto& memory : aside)
+      if (memory.device() == device->device) call.aside = static_cast<char*>(memory.mutable_data_ptr());
     if (device->device.is_cpu()) {
-      run_cpu(op, device->tables, decay);
+      run_cpu(op, device->tables, call);
     } else {
-      device->run(op, decay, device_decay);
+      device->run(op, call);
     }
   }
+}
+
+std::vector<std::pair<c10::Device, int64_t>> Plan::aside_bytes() const {
+  std::vector<std::pair<c10::Device, int64_t>> bytes;
+  for (const auto& device : devices_)
+    if (device->tables.aside_bytes) bytes.emplace_back(device->device, device->tables.aside_bytes);
+  return bytes;
 }
 
 void Plan::bump_versions(Op op) const {
@@ -275,7 +299,7 @@ void Plan::bump_versions(Op op) const {
       const auto& entry = entries_[static_cast<size_t>(i)];
       if (!entry.active) continue;
       bump(entry.ema);
-      if (op == Op::swap) bump(entry.model);
+      if (writes_model(op)) bump(entry.model);
     }
   });
 }

@@ -18,6 +18,7 @@ struct Entry {
   at::Tensor ema;
   at::Tensor model;
   Action action;
+  int64_t next_average = 0;  // elements from one average to the next, where `ema` is the first of several
 };
 
 // What tensors were when the plan was made, in order. Compared at each call: as long as all match, the plan's raw
@@ -61,7 +62,7 @@ struct DeviceTables;  // the tables of one device, and their copy on it
 class Plan {
  public:
   // The caller has checked the pairs (fused_ema/checks.py); what would corrupt memory is checked here again.
-  explicit Plan(std::vector<Entry> entries);
+  Plan(std::vector<Entry> entries, int averages);
   ~Plan();
 
   bool forked() const;  // made by a parent process: must not be touched
@@ -71,14 +72,17 @@ class Plan {
   // The same for other tensor objects, which then take the place of the plan's own.
   bool adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op);
 
-  // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (0-d, on the averages' device) takes
-  // the place of `decay` where it is defined.
-  void run(Op op, double decay, const at::Tensor& device_decay);
+  // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (one for each average, on their device)
+  // takes the place of the call's decays where it is defined. `aside` is needed by an exchange between types: bytes,
+  // for each device as many as `aside_bytes` says.
+  void run(Op op, Call call, const at::Tensor& device_decay, const std::vector<at::Tensor>& aside);
   void bump_versions(Op op) const;
 
   bool large() const;                       // worth giving other threads the interpreter meanwhile
   std::vector<at::Tensor> tensors() const;  // references, for as long as other threads run
   std::vector<c10::Storage> storages() const;
+  std::vector<std::pair<c10::Device, int64_t>> aside_bytes() const;
+  int averages() const { return averages_; }
   int64_t launches() const { return static_cast<int64_t>(devices_.size()); }
 
  private:
@@ -90,6 +94,7 @@ class Plan {
   bool writable(Op op) const;
   bool current(Op op, size_t begin, size_t end) const;
   std::vector<Watched> entries_;
+  int averages_;
   bool inference_ema_ = false, inference_model_ = false;
   Snapshot snapshot_;
   std::vector<std::unique_ptr<DeviceTables>> devices_;

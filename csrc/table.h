@@ -28,6 +28,8 @@ struct Pair {
   const int64_t* sizes;
   const int64_t* ema_strides;
   const int64_t* model_strides;
+  int64_t next_average = 0;  // elements
+  int64_t number = 0;        // of its first element among those of all devices
 };
 
 struct Tables {
@@ -35,6 +37,7 @@ struct Tables {
   std::vector<Layout> layouts;
   std::vector<Tile> tiles;
   int64_t elements = 0;
+  int64_t aside_bytes = 0;  // for the model's values of pairs that can't exchange theirs
 };
 
 // The dimensions of a pair, those of size 1 left out, ordered by the average's strides (outermost first), with
@@ -76,7 +79,7 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   Layout layout;
   if (!make_layout(pair, layout)) return false;
 
-  const int ema_size = size_of(pair.ema_type), model_size = size_of(pair.model_type);
+  const int64_t ema_size = size_of(pair.ema_type), model_size = size_of(pair.model_type);
   Row row{};
   row.ema = pair.ema;
   row.model = pair.model;
@@ -86,14 +89,21 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   row.ema_type = pair.ema_type;
   row.model_type = pair.model_type;
   row.average = pair.average;
+  row.next_average = pair.next_average;
+  row.number = pair.number;
+  row.aside = -1;
   if (is_flat(layout)) {
-    const int model_vector = std::min(kVectorBytes, kVectorBytes / ema_size * model_size);
+    const int64_t model_vector = std::min<int64_t>(kVectorBytes, kVectorBytes / ema_size * model_size);
     const auto ema = reinterpret_cast<uintptr_t>(pair.ema), model = reinterpret_cast<uintptr_t>(pair.model);
     row.misaligned = static_cast<uint8_t>(ema % kVectorBytes / ema_size);
     row.model_aligned = (model - uintptr_t(row.misaligned) * model_size) % model_vector == 0;
   } else {
     row.layout = static_cast<int32_t>(tables.layouts.size());
     tables.layouts.push_back(layout);
+  }
+  if (pair.ema_type != pair.model_type) {  // as far past a 16-byte boundary as the average, for vectors
+    row.aside = (tables.aside_bytes + 15) / 16 * 16 + row.misaligned * model_size;
+    tables.aside_bytes = row.aside + numel * model_size;
   }
   if (with_tiles) {
     const int64_t tile = tile_elements(ema_size);

@@ -7,7 +7,14 @@
 namespace fused_ema {
 
 enum class Type : uint8_t { f32, f64, bf16, f16, raw1, raw2, raw4, raw8 };  // rawN: N bytes, only ever copied
-enum class Op : uint8_t { update, copy, swap };
+// What a call does to the average and the model: averages, with nearest or with stochastic rounding of what is stored
+// in 16 bits; copies; exchanges, or, where the types differ, keeps the model's values aside and gives it the average's;
+// and undoes the exchange.
+enum class Op : uint8_t { update, copy, swap, restore, update_stochastic };
+FUSED_EMA_HD constexpr bool is_update(Op op) { return op == Op::update || op == Op::update_stochastic; }
+FUSED_EMA_HD constexpr bool writes_model(Op op) { return op == Op::swap || op == Op::restore; }
+
+constexpr int kMaxAverages = 8;  // of one model, updated by one launch
 
 constexpr int kMaxDims = 12;  // of a strided tensor, after neighbouring dimensions were merged
 
@@ -19,11 +26,14 @@ struct Layout {
   int64_t model_stride[kMaxDims];
 };
 
-// One pair of tensors. The tensor table is an array of these, 48 bytes each.
+// One pair of tensors. The tensor table is an array of these, 72 bytes each.
 struct Row {
-  void* ema;
+  void* ema;  // the first of the averages
   void* model;
+  int64_t next_average;  // elements from one average of the model's tensor to the next, whole vectors
   int64_t numel;
+  int64_t aside;   // bytes from the start of the memory for values set aside to this pair's; -1: none needed
+  int64_t number;  // of the first element among those of all devices, for random bits
   int64_t first;   // elements of all rows before this one: the CPU splits the work over threads by it
   int32_t layout;  // index of its Layout, or -1: both sides dense with equal strides, so flat
   Type ema_type;
@@ -39,16 +49,40 @@ struct Tile {
   uint32_t index;
 };
 
+// What is asked of a launch, on any device.
+struct Call {
+  int32_t first = 0, last = 0;  // averages [first, last) take part
+  double decay[kMaxAverages] = {};
+  uint64_t key[kMaxAverages] = {};     // of the random bits
+  const void* device_decay = nullptr;  // where not null, the decays are read from here: float32, or
+  bool device_decay_is_f64 = false;    // float64
+  char* aside = nullptr;               // memory for values set aside, on the launch's device
+};
+
 // Everything a launch reads. Small, since it travels as a kernel argument; the tables stay on the device.
 struct Launch {
   const Row* rows;
   const Layout* layouts;
   const Tile* tiles;
   int64_t tile_count;
-  double decay;
-  const void* device_decay;  // where not null, decay is read from here: float32, or
-  bool device_decay_is_f64;  // float64
+  Call call;
 };
+
+// A call as one average of one pair sees it.
+struct Step {
+  int64_t shift;  // elements to the average from the first one
+  double decay;
+  uint64_t key;
+  char* aside;
+};
+FUSED_EMA_HD Step step_of(const Call& call, const Row& row, int average) {
+  double decay = call.decay[average];
+  if (call.device_decay) {
+    decay = call.device_decay_is_f64 ? static_cast<const double*>(call.device_decay)[average]
+                                     : double(static_cast<const float*>(call.device_decay)[average]);
+  }
+  return {average * row.next_average, decay, call.key[average], call.aside};
+}
 
 // Compile-time parameters of the kernel, to be tuned by compiling it with others.
 #ifndef FUSED_EMA_THREADS
@@ -117,15 +151,16 @@ FUSED_EMA_HD void store(void* pointer, const V& value) {
   *reinterpret_cast<V*>(pointer) = value;
 }
 
-// What happens to N neighbouring elements. `reads_ema` and `writes_model` spare the traffic that is not needed.
+// What happens to N neighbouring elements, the first of which is element `at` of its pair. The four flags spare the
+// traffic that is not needed.
 template <class E, class P>
 struct Lerp {
   using C = Compute<E, P>;
-  static constexpr bool reads_ema = true, writes_model = false;
+  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
   C factor;
-  FUSED_EMA_HD explicit Lerp(double decay) : factor(factor_of<C>(decay)) {}
+  FUSED_EMA_HD Lerp(const Row&, const Step& step) : factor(factor_of<C>(step.decay)) {}
   template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
     FUSED_EMA_UNROLL_LOOP
     for (int i = 0; i < N; ++i) {
       e.lane[i] = cast<E>(lerp(cast<C>(e.lane[i]), cast<C>(p.lane[i]), factor));
@@ -133,24 +168,64 @@ struct Lerp {
   }
 };
 template <class E, class P>
-struct Copy {
-  static constexpr bool reads_ema = false, writes_model = false;
-  FUSED_EMA_HD explicit Copy(double) {}
+struct LerpStochastic {
+  using C = Compute<E, P>;
+  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
+  C factor;
+  uint64_t key, number;
+  FUSED_EMA_HD LerpStochastic(const Row& row, const Step& step)
+      : factor(factor_of<C>(step.decay)), key(step.key), number(uint64_t(row.number)) {}
   template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t at) const {
+    FUSED_EMA_UNROLL_LOOP
+    for (int i = 0; i < N; ++i) {
+      const C moved = lerp(cast<C>(e.lane[i]), cast<C>(p.lane[i]), factor);
+      e.lane[i] = from_float<E>(float(moved), random_bits(key, number + uint64_t(at + i)));
+    }
+  }
+};
+template <class E, class P>
+struct Copy {
+  static constexpr bool reads_ema = false, writes_ema = true, reads_model = true, writes_model = false;
+  FUSED_EMA_HD Copy(const Row&, const Step&) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
     FUSED_EMA_UNROLL_LOOP
     for (int i = 0; i < N; ++i) e.lane[i] = cast<E>(p.lane[i]);
   }
 };
 template <class E, class P>
 struct Swap {
-  static constexpr bool reads_ema = true, writes_model = true;
-  FUSED_EMA_HD explicit Swap(double) {}
+  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = true;
+  FUSED_EMA_HD Swap(const Row&, const Step&) {}
   template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p) const {
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
     const Vector<E, N> old = e;
     e = p;
     p = old;
+  }
+};
+// The two ways of an exchange between types: the model's values are kept aside, as they are, and the average stays.
+template <class E, class P>
+struct SetAside {
+  static constexpr bool reads_ema = true, writes_ema = false, reads_model = true, writes_model = true;
+  P* aside;
+  FUSED_EMA_HD SetAside(const Row& row, const Step& step) : aside(reinterpret_cast<P*>(step.aside + row.aside)) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t at) const {
+    store(aside + at, p);
+    FUSED_EMA_UNROLL_LOOP
+    for (int i = 0; i < N; ++i) p.lane[i] = cast<P>(e.lane[i]);
+  }
+};
+template <class E, class P>
+struct TakeBack {
+  static constexpr bool reads_ema = false, writes_ema = false, reads_model = false, writes_model = true;
+  const P* aside;
+  FUSED_EMA_HD TakeBack(const Row& row, const Step& step) : aside(reinterpret_cast<const P*>(step.aside + row.aside)) {}
+  template <int N>
+  FUSED_EMA_HD void operator()(Vector<E, N>&, Vector<P, N>& p, int64_t at) const {
+    p = load<Vector<P, N>>(aside + at);
   }
 };
 
@@ -173,7 +248,7 @@ FUSED_EMA_HD Offsets offsets_of(const Layout& layout, int64_t i) {
 
 // A whole, aligned tile of a flat pair: vectors, no guards, every load of a step before its first arithmetic.
 template <class E, class P, class F>
-FUSED_EMA_HD void run_vectors(E* ema, P* model, int thread, const F& f) {
+FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F& f) {
   constexpr int kLanes = kVectorBytes / int(sizeof(E));
   using VE = Vector<E, kLanes>;
   using VP = Vector<P, kLanes>;
@@ -184,15 +259,15 @@ FUSED_EMA_HD void run_vectors(E* ema, P* model, int thread, const F& f) {
     FUSED_EMA_UNROLL_LOOP
     for (int u = 0; u < kUnroll; ++u) {
       const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
-      if (F::reads_ema) e[u] = load<VE>(ema + at);
-      p[u] = F::writes_model ? load<VP>(model + at) : load_read_only<VP>(model + at);
+      if (F::reads_ema) e[u] = load<VE>(ema + low + at);
+      if (F::reads_model) p[u] = F::writes_model ? load<VP>(model + low + at) : load_read_only<VP>(model + low + at);
     }
     FUSED_EMA_UNROLL_LOOP
     for (int u = 0; u < kUnroll; ++u) {
       const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
-      f(e[u], p[u]);
-      store(ema + at, e[u]);
-      if (F::writes_model) store(model + at, p[u]);
+      f(e[u], p[u], low + at);
+      if (F::writes_ema) store(ema + low + at, e[u]);
+      if (F::writes_model) store(model + low + at, p[u]);
     }
   }
 }
@@ -210,13 +285,13 @@ FUSED_EMA_HD void run_elements(E* ema, P* model, int64_t begin, int64_t end, int
     for (int b = 0; b < kBatch; ++b) {
       if (first + b * kThreads >= end) continue;
       if (F::reads_ema) e[b].lane[0] = ema[first + b * kThreads];
-      p[b].lane[0] = model[first + b * kThreads];
+      if (F::reads_model) p[b].lane[0] = model[first + b * kThreads];
     }
     FUSED_EMA_UNROLL_LOOP
     for (int b = 0; b < kBatch; ++b) {
       if (first + b * kThreads >= end) continue;
-      f(e[b], p[b]);
-      store(ema + first + b * kThreads, e[b].lane[0]);
+      f(e[b], p[b], first + b * kThreads);
+      if (F::writes_ema) store(ema + first + b * kThreads, e[b].lane[0]);
       if (F::writes_model) store(model + first + b * kThreads, p[b].lane[0]);
     }
   }
@@ -227,17 +302,18 @@ struct StridedRun {
   const Layout& layout;
   int64_t begin, end;
   int step;
+  int64_t shift;  // to the average from the first one
   template <class E, class P, class F>
   FUSED_EMA_HD void run(const Row& row, const F& f) const {
-    E* const ema = static_cast<E*>(row.ema);
+    E* const ema = static_cast<E*>(row.ema) + shift;
     P* const model = static_cast<P*>(row.model);
     FUSED_EMA_KEEP_LOOP
     for (int64_t i = begin; i < end; i += step) {
       const Offsets at = offsets_of(layout, i);
       Vector<E, 1> e{{ema[at.ema]}};
       Vector<P, 1> p{{model[at.model]}};
-      f(e, p);
-      store(ema + at.ema, e.lane[0]);
+      f(e, p, i);
+      if (F::writes_ema) store(ema + at.ema, e.lane[0]);
       if (F::writes_model) store(model + at.model, p.lane[0]);
     }
   }
@@ -248,10 +324,11 @@ struct TileRun {
   const Launch& launch;
   uint32_t index;
   int thread;
+  int64_t shift;
   template <class E, class P, class F>
   FUSED_EMA_HD void run(const Row& row, const F& f) const {
     constexpr int64_t kTile = tile_elements(sizeof(E));
-    E* const ema = static_cast<E*>(row.ema);
+    E* const ema = static_cast<E*>(row.ema) + shift;
     P* const model = static_cast<P*>(row.model);
 #ifdef __CUDA_ARCH__
     __builtin_assume(__isGlobal(ema));  // from a table, so the compiler would emit generic loads and stores
@@ -261,9 +338,9 @@ struct TileRun {
     const int64_t low = begin > 0 ? begin : 0;
     const int64_t high = begin + kTile < row.numel ? begin + kTile : row.numel;
     if (row.layout >= 0) {
-      StridedRun{launch.layouts[row.layout], low + thread, high, kThreads}.run<E, P>(row, f);
+      StridedRun{launch.layouts[row.layout], low + thread, high, kThreads, shift}.run<E, P>(row, f);
     } else if (high - low == kTile && row.model_aligned) {
-      run_vectors(ema + low, model + low, thread, f);
+      run_vectors(ema, model, low, thread, f);
     } else {
       run_elements(ema, model, low, high, thread, f);
     }
@@ -274,7 +351,11 @@ struct TileRun {
 #define FUSED_EMA_LERP_PAIRS(F) \
   F(f32, f32)                   \
   F(f32, bf16)                  \
-  F(f32, f16) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, bf16) F(bf16, f16) F(f16, f16) F(f16, bf16)
+  F(f32, f16) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) FUSED_EMA_NARROW_PAIRS(F)
+#define FUSED_EMA_NARROW_PAIRS(F) \
+  F(bf16, bf16)                   \
+  F(bf16, f16)                    \
+  F(bf16, f32) F(bf16, f64) F(f16, f16) F(f16, bf16) F(f16, f32) F(f16, f64)
 #define FUSED_EMA_CAST_PAIRS(F) \
   F(f32, bf16)                  \
   F(f32, f16)                   \
@@ -282,54 +363,60 @@ struct TileRun {
   F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) F(f16, f64) F(f16, bf16)
 
 constexpr int pair_of(Type ema, Type model) { return int(ema) * 16 + int(model); }
+FUSED_EMA_HD constexpr bool is_narrow(Type type) { return type == Type::bf16 || type == Type::f16; }
 
 // Exact copies and exchanges move bits: the types are told apart by size alone.
 template <template <class, class> class F, class Run>
-FUSED_EMA_HD void with_raw(const Row& row, double decay, const Run& run) {
+FUSED_EMA_HD void with_raw(const Row& row, const Step& step, const Run& run) {
   switch (size_of(row.ema_type)) {
-    case 1: return run.template run<uint8_t, uint8_t>(row, F<uint8_t, uint8_t>(decay));
-    case 2: return run.template run<uint16_t, uint16_t>(row, F<uint16_t, uint16_t>(decay));
-    case 4: return run.template run<uint32_t, uint32_t>(row, F<uint32_t, uint32_t>(decay));
-    default: return run.template run<uint64_t, uint64_t>(row, F<uint64_t, uint64_t>(decay));
+    case 1: return run.template run<uint8_t, uint8_t>(row, F<uint8_t, uint8_t>(row, step));
+    case 2: return run.template run<uint16_t, uint16_t>(row, F<uint16_t, uint16_t>(row, step));
+    case 4: return run.template run<uint32_t, uint32_t>(row, F<uint32_t, uint32_t>(row, step));
+    default: return run.template run<uint64_t, uint64_t>(row, F<uint64_t, uint64_t>(row, step));
   }
 }
 
-template <class Run>
-FUSED_EMA_HD void with_lerp(const Row& row, double decay, const Run& run) {
-  switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P) \
-  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Lerp<E, P>(decay));
-    FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
+  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, F<E, P>(row, step));
+template <template <class, class> class F, class Run>
+FUSED_EMA_HD void with_lerp(const Row& row, const Step& step, const Run& run) {
+  switch (pair_of(row.ema_type, row.model_type)) { FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE) }
+}
+template <template <class, class> class F, class Run>
+FUSED_EMA_HD void with_narrow(const Row& row, const Step& step, const Run& run) {
+  switch (pair_of(row.ema_type, row.model_type)) { FUSED_EMA_NARROW_PAIRS(FUSED_EMA_CASE) }
+}
+template <template <class, class> class F, class Run>
+FUSED_EMA_HD void with_cast(const Row& row, const Step& step, const Run& run) {
+  switch (pair_of(row.ema_type, row.model_type)) { FUSED_EMA_CAST_PAIRS(FUSED_EMA_CASE) }
+}
 #undef FUSED_EMA_CASE
+
+// One average of one pair.
+template <Op kOp, class Run>
+FUSED_EMA_HD void run_step(const Row& row, const Step& step, const Run& run) {
+  if (is_update(kOp) && step.decay == 1.0) return;
+  const bool same = row.ema_type == row.model_type;
+  if (kOp == Op::swap) return same ? with_raw<Swap>(row, step, run) : with_cast<SetAside>(row, step, run);
+  if (kOp == Op::restore) return same ? with_raw<Swap>(row, step, run) : with_cast<TakeBack>(row, step, run);
+  if (is_update(kOp) && row.average && step.decay != 0.0) {
+    if (kOp == Op::update_stochastic && is_narrow(row.ema_type)) return with_narrow<LerpStochastic>(row, step, run);
+    return with_lerp<Lerp>(row, step, run);
   }
+  return same ? with_raw<Copy>(row, step, run) : with_cast<Copy>(row, step, run);
 }
 
-template <class Run>
-FUSED_EMA_HD void with_copy(const Row& row, double decay, const Run& run) {
-  if (row.ema_type == row.model_type) return with_raw<Copy>(row, decay, run);
-  switch (pair_of(row.ema_type, row.model_type)) {
-#define FUSED_EMA_CASE(E, P) \
-  case pair_of(Type::E, Type::P): return run.template run<E, P>(row, Copy<E, P>(decay));
-    FUSED_EMA_CAST_PAIRS(FUSED_EMA_CASE)
-#undef FUSED_EMA_CASE
-  }
-}
-
-// Thread `thread` of the block that runs tile `tile`.
+// Thread `thread` of the block that runs tile `tile`. The averages take turns: all but the first find the model's
+// values in the cache.
 template <Op kOp>
 FUSED_EMA_HD void run_tile(const Launch& launch, int64_t tile, int thread) {
-  double decay = launch.decay;
-  if (kOp == Op::update && launch.device_decay) {
-    decay = launch.device_decay_is_f64 ? *static_cast<const double*>(launch.device_decay)
-                                       : double(*static_cast<const float*>(launch.device_decay));
-    if (decay == 1.0) return;
-  }
   const Tile at = launch.tiles[tile];
   const Row& row = launch.rows[at.row];
-  const TileRun run{launch, at.index, thread};
-  if (kOp == Op::swap) return with_raw<Swap>(row, decay, run);
-  if (kOp == Op::update && row.average && decay != 0.0) return with_lerp(row, decay, run);
-  with_copy(row, decay, run);
+  FUSED_EMA_KEEP_LOOP
+  for (int average = launch.call.first; average < launch.call.last; ++average) {
+    const Step step = step_of(launch.call, row, average);
+    run_step<kOp>(row, step, TileRun{launch, at.index, thread, step.shift});
+  }
 }
 
 }  // namespace fused_ema

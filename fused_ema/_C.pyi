@@ -2,14 +2,18 @@
 from collections.abc import Sequence
 from enum import Enum
 
+import torch
 from torch import Tensor, nn
 
 cuda_built: bool
+MAX_AVERAGES: int
 
 class Op(Enum):
     update = ...
     copy = ...
     swap = ...
+    restore = ...
+    update_stochastic = ...
 
 class Plan:
     def __init__(
@@ -20,14 +24,26 @@ class Plan:
         actions: Sequence[int],
         modules: Sequence[nn.Module],
         containers: Sequence[object],
+        averages: int = 1,
+        next_averages: Sequence[int] = (),
     ) -> None: ...
-    def run(self, op: Op, decay: float, device_decay: Tensor | None) -> bool: ...
+    def run(
+        self,
+        op: Op,
+        decay: Sequence[float],
+        device_decay: Tensor | None = None,
+        keys: Sequence[int] = (),
+        average: int = -1,
+        aside: Sequence[Tensor] = (),
+    ) -> bool: ...
     def run_with(
         self,
         ema: Sequence[Tensor],
         model: Sequence[Tensor],
         op: Op,
-        decay: float,
+        decay: Sequence[float],
         device_decay: Tensor | None,
     ) -> bool: ...
+    def aside_bytes(self) -> list[tuple[torch.device, int]]: ...
+    def exchanged(self) -> bool: ...
     def launches(self) -> int: ...

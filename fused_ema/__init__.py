@@ -1,6 +1,19 @@
 """The exponential moving average of a model's weights, in one kernel launch."""
 
+from . import schedules
 from ._version import __version__
+from .ema import EMA
 from .functional import Binding, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
 
-__all__ = ["Binding", "__version__", "backend", "bind", "copy_", "get_ema_multi_avg_fn", "swap_", "update"]
+__all__ = [
+    "EMA",
+    "Binding",
+    "__version__",
+    "backend",
+    "bind",
+    "copy_",
+    "get_ema_multi_avg_fn",
+    "schedules",
+    "swap_",
+    "update",
+]

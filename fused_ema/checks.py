@@ -59,15 +59,19 @@ def check_buffers(buffers: str) -> None:
         raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
 
 
-def check(pairs: Pairs, buffers: str) -> Checked:
-    """Raises ValueError, TypeError or RuntimeError, naming the tensor, where a pair can't be used."""
+def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
+    """Raises ValueError, TypeError or RuntimeError, naming the tensor, where a pair can't be used.
+
+    `free_types`: averages may be narrower than the model, exchanged with it though the types differ, and kept in pinned
+    memory of the host.
+    """
     check_buffers(buffers)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
         _check_tensor(f"ema{label}", ema)
         _check_tensor(f"model{label}", model)
-        _check_pair(f"ema{label}", ema, model)
+        _check_pair(f"ema{label}", ema, model, free_types)
         floating = Action.AVERAGE if parameter else floating_buffers[buffers]
         actions.append(Action.NONE if ema.numel() == 0 else floating if ema.dtype in WIDTH else Action.COPY)
     _drop_repeated(pairs, actions)
@@ -83,8 +87,8 @@ def check(pairs: Pairs, buffers: str) -> Checked:
         raise shared
     _check_apart(ema_spans, model_spans)
     refusals = (_update_refusal(name, ema, model) for name, ema, _, model, act in active if act is Action.AVERAGE)
-    no_update = next((refusal for refusal in refusals if refusal), None)
-    refusals = (_swap_refusal(name, ema, other, model) for name, ema, other, model, _ in active)
+    no_update = next((refusal for refusal in refusals if refusal and not free_types), None)
+    refusals = (_swap_refusal(name, ema, other, model, free_types) for name, ema, other, model, _ in active)
     no_swap = next((refusal for refusal in refusals if refusal), None) or _overlap(model_spans)
     return Checked(pairs, actions, no_update, no_swap)
 
@@ -138,10 +142,11 @@ def _check_tensor(name: str, tensor: object) -> None:
             )
 
 
-def _check_pair(name: str, ema: Tensor, model: Tensor) -> None:
+def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None:
     if ema.shape != model.shape:
         raise ValueError(f"{name}: expected shape {tuple(model.shape)}, as in model, found {tuple(ema.shape)}")
-    if ema.device != model.device:
+    pinned = free_types and model.is_cuda and ema.device.type == "cpu" and (ema.numel() == 0 or ema.is_pinned())
+    if ema.device != model.device and not pinned:
         dtype = dtype_name(ema)
         raise ValueError(f"{name}: expected {dtype} on {model.device}, as in model, found {dtype} on {ema.device}")
     both_real = ema.dtype.is_floating_point and model.dtype.is_floating_point
@@ -161,8 +166,8 @@ def _update_refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
     return TypeError(f"{name}: expected an average at least as wide as the model's {wanted}, found {found}")
 
 
-def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor) -> Exception | None:
-    if ema.dtype != model.dtype:
+def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, free_types: bool) -> Exception | None:
+    if ema.dtype != model.dtype and not free_types:
         wanted, found = dtype_name(model), dtype_name(ema)
         return TypeError(f"{ema_name}: expected {wanted}, as in model, to exchange values, found {found}")
     return _write_refusal(model_name, model)

@@ -50,7 +50,7 @@ def _kind(source: object) -> str:
 
 
 def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
-    ours, theirs = _named_tensors(ema), _named_tensors(model)
+    ours, theirs = named_tensors(ema), named_tensors(model)
     if buffers == "ignore":
         ours = {name: entry for name, entry in ours.items() if entry[1]}
         theirs = {name: entry for name, entry in theirs.items() if entry[1]}
@@ -63,7 +63,7 @@ def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
     )
 
 
-def _named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
     """Every name, tied ones too, with its tensor and whether that is a parameter."""
     found: dict[str, tuple[Tensor, bool]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
@@ -73,6 +73,20 @@ def _named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
                 if tensor is not None:
                     found[start + name] = (tensor, parameter)
     return found
+
+
+def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[str, Tensor, bool]]:
+    """By name without the segments of wrappers: the name with them, the tensor, whether it is a parameter."""
+    tensors = named_tensors(module)
+    return {plain: (name, *tensors[name]) for plain, name in _by_plain_name(side, tensors).items()}
+
+
+def difference(found: Iterable[str], wanted: Iterable[str], finder: str, wanter: str) -> str:
+    """The names that only one of two sides has, in words; "" where they have the same."""
+    found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
+    extra = _listed([name for name in found if name not in wanted])
+    missing = _listed([name for name in wanted if name not in found])
+    return "" if extra == missing == "none" else f"{extra} only in {finder} and {missing} only in {wanter}"
 
 
 def _plain(name: str) -> str:
@@ -86,13 +100,8 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
     plain_ours, plain_theirs = _by_plain_name("ema", ours), _by_plain_name("model", theirs)
-    missing = [name for name in plain_theirs if name not in plain_ours]
-    extra = [name for name in plain_ours if name not in plain_theirs]
-    if missing or extra:
-        raise ValueError(
-            f"ema and model: expected the same names, found {_listed(missing)} only in model "
-            f"and {_listed(extra)} only in ema"
-        )
+    if differ := difference(plain_theirs, plain_ours, "model", "ema"):
+        raise ValueError(f"ema and model: expected the same names, found {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,50 @@ from .checks import Action, Checked, check, dtype_name
 from .pairing import Pairs, Source
 
 Buffers = Literal["copy", "average", "ignore"]
-OpName = Literal["update", "copy", "swap"]
+OpName = Literal["update", "copy", "swap", "restore", "update_stochastic"]
+
+
+class Call(NamedTuple):
+    """What a manager asks of a plan: one decay, and one key of the random bits, for each average that takes part."""
+
+    decays: tuple[float, ...]
+    on_device: Tensor | None = None  # the decays, where only the device knows them
+    keys: tuple[int, ...] = ()
+    average: int = -1  # the only one that takes part; negative: all do
+    aside: Sequence[Tensor] = ()  # memory for an exchange between types
 
 
 class Plan:
-    """Checked pairs, and what runs them."""
+    """Checked pairs, and what runs them.
 
-    def __init__(self, pairs: Pairs, buffers: Buffers, watched: Sequence[Source] = ()) -> None:
-        checked = check(pairs, buffers)
+    A manager's plan has `averages` of them for each pair, `next_averages` elements apart, and `free_types`: its
+    averages may be narrower than the model.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        buffers: Buffers,
+        watched: Sequence[Source] = (),
+        *,
+        averages: int = 1,
+        next_averages: Sequence[int] = (),
+        free_types: bool = False,
+    ) -> None:
+        checked = check(pairs, buffers, free_types=free_types)
         # Sees by itself when the sources hold something else.
         self.watches = bool(watched) and all(map(_watchable, watched))
-        self._about = _describe(checked)
+        self._about = _describe(checked, averages)
         self._devices: tuple[str, ...] = tuple(self._about["devices"])
-        self._refusals = {"update": checked.no_update, "copy": None, "swap": checked.no_swap}
+        no_update, no_swap = checked.no_update, checked.no_swap
+        self._refusals: dict[OpName, Exception | None] = {
+            "update": no_update,
+            "copy": None,
+            "swap": no_swap,
+            "restore": no_swap,
+            "update_stochastic": no_update,
+        }
+        self._next_averages = next_averages or [0] * len(pairs.ema)
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
         self._once: Checked | None = None
         self._native: Any = None
@@ -45,6 +76,8 @@ class Plan:
                 checked.actions,
                 [child for source in sources if isinstance(source, nn.Module) for child in source.modules()],
                 [source for source in sources if not isinstance(source, nn.Module)],
+                averages,
+                next_averages,
             )
             self._about["launches_per_update"] = self._native.launches()
         else:
@@ -68,18 +101,52 @@ class Plan:
             number, on_device = (float(check_decay(value.item())), None) if value.device.type == "cpu" else (1.0, value)
         else:
             number, on_device = value, None
-        if 0.0 < 1.0 - number < self._coarse and op == "update" and not _warned:
-            if not fresh:
-                return False  # the averages may have been cast since
-            _warn_coarse(number)
+        if self._too_coarse(op, number, fresh):
+            return False
         if self._native is None:
-            return self._run_once(op, number if on_device is None else on_device)
+            return self._run_once(op, Call((number,), None if on_device is None else on_device.view(1)))
         if pairs is None:
-            return bool(self._native.run(self._ops[op], number, on_device))
-        return bool(self._native.run_with(pairs.ema, pairs.model, self._ops[op], number, on_device))
+            return bool(self._native.run(self._ops[op], (number,), on_device))
+        return bool(self._native.run_with(pairs.ema, pairs.model, self._ops[op], (number,), on_device))
+
+    def run_call(self, op: OpName, call: Call, *, fresh: bool = False) -> bool:
+        """`run` for a manager, which has checked the decays."""
+        if self._native is None and not fresh:
+            return False
+        if refusal := self._refusals[op]:
+            if not fresh:
+                return False
+            raise refusal
+        if self._coarse and self._too_coarse(op, max(call.decays), fresh):
+            return False
+        if self._native is None:
+            return self._run_once(op, call)
+        return bool(self._native.run(self._ops[op], call.decays, call.on_device, call.keys, call.average, call.aside))
+
+    def exchanged(self) -> bool:
+        """Whether the model holds an average, by this plan's doing."""
+        return bool(self._native and self._native.exchanged())
+
+    def refuse(self, op: OpName) -> None:
+        """Raises what speaks against an operation."""
+        if refusal := self._refusals[op]:
+            raise refusal
+
+    def aside(self) -> list[Tensor]:
+        """Memory for the values that an exchange between types sets aside, a tensor of bytes per device."""
+        found = self._native.aside_bytes() if self._native else []
+        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in found]
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)
+
+    def _too_coarse(self, op: OpName, decay: float, fresh: bool) -> bool:
+        """Whether a new plan has to see to it, which warns: the averages may have been cast since."""
+        if _warned or op != "update" or not 0.0 < 1.0 - decay < self._coarse:
+            return False
+        if fresh:
+            _warn_coarse(decay)
+        return not fresh
 
     def _refusal(self, op: OpName, decay: float | Tensor) -> Exception | None:
         if isinstance(decay, Tensor) and self._devices not in ((), (str(decay.device),)):
@@ -89,20 +156,34 @@ class Plan:
             )
         return self._refusals[op]
 
-    def _run_once(self, op: OpName, decay: float | Tensor) -> bool:
+    def _run_once(self, op: OpName, call: Call) -> bool:
         checked, self._once = self._once, None
         assert checked is not None, "a fresh plan has not run yet"
+        averages = range(len(call.decays)) if call.average < 0 else [call.average]
+        decays = call.decays if call.on_device is None else call.on_device.unbind()
+        number = 0  # of the first element among all, as in csrc/plan.cpp
         with _one_at_a_time:
-            for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
+            for first, model, action, apart in zip(
+                checked.pairs.ema, checked.pairs.model, checked.actions, self._next_averages, strict=True
+            ):
+                number, start = number + 2 * first.numel(), number
                 if action is Action.NONE:
                     continue
-                if op == "update":
-                    reference.update_(ema, model, decay, average=action is Action.AVERAGE)
-                elif op == "copy":
-                    reference.copy_(ema, model)
-                else:
-                    reference.swap_(ema, model)
+                for position, k in enumerate(averages):
+                    ema = first if k == 0 else nth_average(first, apart, k)
+                    if op in ("update", "update_stochastic"):
+                        bits = (call.keys[position], start) if op == "update_stochastic" else None
+                        reference.update_(ema, model, decays[position], average=action is Action.AVERAGE, random=bits)
+                    elif op == "copy":
+                        reference.copy_(ema, model)
+                    else:
+                        reference.swap_(ema, model)
         return True
+
+
+def nth_average(first: Tensor, apart: int, k: int) -> Tensor:
+    """The k-th of several averages of one tensor, `apart` elements from one to the next."""
+    return first.detach().as_strided(first.shape, first.stride(), first.storage_offset() + k * apart)
 
 
 _one_at_a_time = threading.Lock()  # for the pure-PyTorch path; the extension has its own
@@ -132,16 +213,16 @@ def backend_on(device_type: str) -> str:
     return "torch"
 
 
-def _describe(checked: Checked) -> dict[str, Any]:
+def _describe(checked: Checked, averages: int) -> dict[str, Any]:
     elements = size = averaged = copied = 0
     devices: dict[str, str] = {}
     dtypes: Counter[str] = Counter()
     for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
         if action is Action.NONE:
             continue
-        devices[str(ema.device)] = backend_on(ema.device.type)
+        devices[str(model.device)] = backend_on(model.device.type)
         elements += ema.numel()
-        accesses = 2 if action is Action.AVERAGE else 1
+        accesses = 2 * averages if action is Action.AVERAGE else averages
         size += ema.numel() * (accesses * ema.element_size() + model.element_size())
         averaged += action is Action.AVERAGE
         copied += action is Action.COPY
@@ -157,7 +238,7 @@ def _describe(checked: Checked) -> dict[str, Any]:
         "elements": elements,
         "dtypes": dict(dtypes),
         "bytes_per_update": size,
-        "launches_per_update": averaged * reference.CALLS_PER_AVERAGE + copied * reference.CALLS_PER_COPY,
+        "launches_per_update": averages * (averaged * reference.CALLS_PER_AVERAGE + copied * reference.CALLS_PER_COPY),
     }
 
 

@@ -17,10 +17,15 @@ _BLOCK = 1 << 16  # elements
 
 
 @torch.no_grad()
-def update_(ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool) -> None:
-    """ema ← decay * ema + (1 - decay) * model, or the copy that goes with it, in place; decay in [0, 1]."""
+def update_(
+    ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool, random: tuple[int, int] | None = None
+) -> None:
+    """ema ← decay * ema + (1 - decay) * model, or the copy that goes with it, in place; decay in [0, 1].
+
+    `random`: the key and the first number of the random bits, where 16-bit averages are rounded stochastically.
+    """
     if isinstance(decay, Tensor):
-        return _update_on_device_(ema, model, decay, average)
+        return _update_on_device_(ema, model, decay, average)  # rounds to nearest
     if decay == 1:
         return
     if decay == 0 or not average:
@@ -28,10 +33,15 @@ def update_(ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool)
         return
     weight = 1 - decay
     # Written through .data, whose blocks would count one change each.
+    at = 0
     for e, p in _blocks(_reals(ema.data), _reals(model)):
         difference = p.to(_compute_type(e)).sub(e)
         moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
-        e.copy_(torch.where(difference == 0, e.to(moved.dtype), moved))
+        moved = torch.where(difference == 0, e.to(moved.dtype), moved)
+        if random and e.element_size() == 2:
+            moved = round_stochastically(moved.float(), e.dtype, random[0], random[1] + at)
+        e.copy_(moved)
+        at += e.numel()
     if not ema.is_inference():
         torch.autograd.graph.increment_version(ema)
 
@@ -63,6 +73,34 @@ def swap_(ema: Tensor, model: Tensor) -> None:
     old = ema.clone()
     ema.copy_(model)
     model.copy_(old)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:
+    """float32 → bfloat16 or float16, up or down by chance: the formulas of csrc/lerp.h on its random bits."""
+    numbers = torch.arange(number, number + values.numel(), device=values.device).view(values.shape)
+    inner = _mix((numbers & _MASK) ^ (key & _MASK))
+    random = _mix((inner + (key >> 32) + (numbers >> 32) * 0x9E3779B9) & _MASK)
+    if dtype == torch.bfloat16:
+        raised = (values.view(torch.int32).to(torch.int64) & _MASK) + (random >> 16)
+        bits = (raised >> 16).to(torch.int32)
+        cut = (bits << 16).view(torch.float32)
+    else:
+        share = random >> 19
+        magnitude = values.abs().view(torch.int32).to(torch.int64)
+        normal = ((magnitude + share) >> 13 << 13).to(torch.int32).view(torch.float32)
+        units = values.abs().double() * 2.0**24 + share.double() * 2.0**-13
+        cut = torch.where(values.abs() < 2.0**-14, (units.floor() * 2.0**-24).float(), normal)
+        cut = torch.where(cut >= 2.0**16, torch.inf, cut).copysign(values)
+    return torch.where(values.isfinite(), cut, values).to(dtype)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ x >> 16) * 0x7FEB352D) & _MASK
+    x = ((x ^ x >> 15) * 0x846CA68B) & _MASK
+    return x ^ x >> 16
 
 
 def _blocks(ema: Tensor, model: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

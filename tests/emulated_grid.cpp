@@ -93,8 +93,11 @@ void grid_run(const Tables* tables, int op, double decay, const void* device_dec
     tiles = tables->tiles.data();
     count = static_cast<int64_t>(tables->tiles.size());
   }
-  const Launch launch{tables->rows.data(), tables->layouts.data(),  tiles, count, decay,
-                      device_decay,        device_decay_is_f64 != 0};
+  Launch launch{tables->rows.data(), tables->layouts.data(), tiles, count, {}};
+  launch.call.last = 1;
+  launch.call.decay[0] = decay;
+  launch.call.device_decay = device_decay;
+  launch.call.device_decay_is_f64 = device_decay_is_f64 != 0;
   std::vector<int64_t> order(static_cast<size_t>(count * kThreads));
   std::iota(order.begin(), order.end(), int64_t(0));
   std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
@@ -102,6 +105,8 @@ void grid_run(const Tables* tables, int op, double decay, const void* device_dec
     case Op::update: return run_threads<Op::update>(launch, order);
     case Op::copy: return run_threads<Op::copy>(launch, order);
     case Op::swap: return run_threads<Op::swap>(launch, order);
+    case Op::restore: return run_threads<Op::restore>(launch, order);
+    case Op::update_stochastic: return run_threads<Op::update_stochastic>(launch, order);
   }
 }
 

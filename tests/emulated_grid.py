@@ -22,7 +22,7 @@ INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *INTEGERS]  # in the order of enum Type
 OPS = ["update", "copy", "swap"]  # of enum Op
 
-LERP_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]
+LERP_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # of update; a manager has more
 CAST_PAIRS = list(itertools.permutations(oracle.FLOATS, 2))
 RAW_PAIRS = [(dtype, dtype) for dtype in INTEGERS]
 

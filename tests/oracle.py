@@ -20,6 +20,8 @@ PAIRS = [  # (average, model)
     (torch.complex128, torch.complex64),
     (torch.complex128, torch.complex128),
 ]
+# A manager's only: averages narrower than the model.
+NARROW_PAIRS = [(average, dtype) for average in HALF for dtype in FLOATS if dtype not in HALF]
 # The neighbours of 0 and 1, both sides of 1/2 (where the formula changes), and what people use.
 DECAYS = [0.0, math.nextafter(0, 1), 1e-6, 0.3, 0.5, 0.9, 0.999, 0.9999, math.nextafter(1, 0), 1.0]
 INNER_DECAYS = DECAYS[1:-1]

@@ -441,8 +441,8 @@ def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
     ema = copy.deepcopy(model)
     check = plan.check
 
-    def check_then_replace(*arguments):
-        checked = check(*arguments)
+    def check_then_replace(*arguments, **options):
+        checked = check(*arguments, **options)
         if replaced == "parameter":
             model[1].weight = nn.Parameter(torch.full((3, 3), 5.0))
         else:

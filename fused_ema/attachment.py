@@ -1,0 +1,80 @@
+"""What `EMA.attach` returns: the hooks on an optimizer, and an update on a stream of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ema import EMA
+
+
+class Attachment:
+    """A manager that updates after each step of an optimizer, until `remove()`."""
+
+    def __init__(self, ema: EMA, optimizer: torch.optim.Optimizer, overlap: bool) -> None:
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner  # a wrapper such as accelerate's, whose own hooks never run
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        self._ema = ema
+        self._overlap = overlap
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
+        self._news: tuple[Tensor, torch.cuda.Event] | None = None  # whether the latest step was skipped, on its way
+        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        if overlap:
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.join()))
+
+    def remove(self) -> None:
+        """Ends it, once the update that may be under way is done. Again: does nothing."""
+        self.join()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._ema._attachment is self:
+            self._ema._attachment = None
+
+    def join(self) -> None:
+        """Makes the current streams wait for the update on the others, and learns whether its step was skipped."""
+        if self._news:
+            skipped, arrived = self._news
+            self._news = None
+            arrived.synchronize()  # recorded a step ago
+            self._ema._step -= bool(skipped.item())
+        for device, event in self._done:
+            torch.cuda.current_stream(device).wait_event(event)
+            if self._ema._on_host:
+                event.synchronize()
+        self._done = []
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        # A GradScaler does not call step() where gradients overflowed, but for optimizers that skip by themselves:
+        # those get a tensor that tells.
+        self.join()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and not found_inf.is_cuda:
+            if found_inf.item():
+                return
+            found_inf = None
+        devices = self._ema._cuda_devices() if self._overlap or isinstance(found_inf, Tensor) else []
+        if isinstance(found_inf, Tensor) and devices != [found_inf.device]:
+            if found_inf.item():  # averages elsewhere can't read it there
+                return
+            found_inf = None
+        with contextlib.ExitStack() as streams:
+            if self._overlap:
+                for device in devices:
+                    stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+                    stream.wait_stream(torch.cuda.current_stream(device))
+                    streams.enter_context(torch.cuda.stream(stream))
+            self._ema._update_attached(found_inf)
+            if isinstance(found_inf, Tensor):
+                news = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
+                news.copy_(found_inf, non_blocking=True)
+                self._news = news, torch.cuda.current_stream(found_inf.device).record_event()
+            if self._overlap:
+                self._done = [(device, self._streams[device].record_event()) for device in devices]

@@ -1,0 +1,92 @@
+"""The tensors that a manager keeps: one or several averages of each parameter, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import WIDTH, dtype_name
+from .plan import nth_average
+
+_ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
+
+
+class Averages:
+    """`count` averages of each named tensor, one after the other in one piece of memory; tied names share it.
+
+    Args:
+        tensors: what is averaged, by name.
+        count: of averages.
+        dtype: see `fused_ema.EMA`.
+        device: None, or where all of it goes.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], count: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        self.count = count
+        self._first: dict[str, Tensor] = {}
+        tied: dict[int, Tensor] = {}
+        for name, tensor in tensors.items():
+            if id(tensor) not in tied:
+                tied[id(tensor)] = _empty(name, tensor, count, dtype, device)
+            self._first[name] = tied[id(tensor)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._first
+
+    def untied(self) -> dict[str, Tensor]:
+        """The first average of each tensor, under one of its names."""
+        return {name: self._first[name] for name in {id(tensor): name for name, tensor in self._first.items()}.values()}
+
+    def firsts(self) -> list[Tensor]:
+        return list(self._first.values())
+
+    def apart(self) -> list[int]:
+        """Elements from one average to the next, for each name."""
+        return [_apart(tensor, self.count) for tensor in self._first.values()]
+
+    def get(self, name: str, k: int) -> Tensor:
+        first = self._first[name]
+        return first.detach() if k == 0 else nth_average(first, _apart(first, self.count), k)
+
+    def to(self, device: torch.device) -> None:
+        moved: dict[int, Tensor] = {}
+        for name, tensor in self._first.items():
+            if id(tensor) not in moved:
+                whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+                moved[id(tensor)] = whole.to(device).as_strided(tensor.shape, tensor.stride(), 0)
+            self._first[name] = moved[id(tensor)]
+
+
+def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Memory for the averages of one tensor, as the first of them, with the tensor's strides where it is dense."""
+    target = tensor.device if device is None else device
+    if target.type not in ("cpu", tensor.device.type):
+        raise ValueError(f"device: expected 'cpu' or that of model[{name!r}], {tensor.device}, found {device}")
+    strides = torch.empty_like(tensor, device="meta").stride()
+    apart = _apart_of(tensor.numel(), _average_dtype(tensor, dtype), count)
+    pinned = target.type == "cpu" and tensor.is_cuda
+    memory = torch.empty(count * apart, dtype=_average_dtype(tensor, dtype), device=target, pin_memory=pinned)
+    return memory.as_strided(tensor.shape, strides)
+
+
+def _apart(first: Tensor, count: int) -> int:
+    return _apart_of(first.numel(), first.dtype, count)
+
+
+def _apart_of(numel: int, dtype: torch.dtype, count: int) -> int:
+    unit = _ALIGNMENT // dtype.itemsize
+    return math.ceil(numel / unit) * unit if count > 1 else numel
+
+
+def _average_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if dtype.itemsize == 2:
+        return tensor.dtype if tensor.is_complex() else dtype
+    if tensor.dtype not in WIDTH:
+        raise TypeError(f"expected a real or complex parameter, found {dtype_name(tensor)}")
+    return torch.promote_types(tensor.dtype, dtype)

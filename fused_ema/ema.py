@@ -1,0 +1,548 @@
+"""EMA: the manager. Averages that are easy to keep, evaluate, save and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import reference, schedules
+from .attachment import Attachment
+from .averages import Averages
+from .checks import check_buffers, dtype_name
+from .exchange import Exchange
+from .pairing import Pairs, difference, plain_tensors
+from .plan import Buffers, Call, OpName, Plan, check_decay
+from .schedules import Schedule
+
+Rounding = Literal["nearest", "stochastic"]
+MAX_AVERAGES = 8
+STATE_VERSION = 1
+
+
+class EMA:
+    """Exponential moving averages of a model's parameters, in one kernel launch per update.
+
+    Args:
+        model: the module that is trained. Its tensors are found by name at each call; it is never copied, so that
+            parametrized, wrapped and compiled modules work.
+        decay: a number in [0, 1], a schedule (`fused_ema.schedules`, or any function from the number of the update,
+            counted from 1, to a decay), or up to 8 of them: as many averages, for which each parameter is read once.
+        dtype: of the averages: float32 (the default) or float64, in which wider parameters keep their own type, or
+            bfloat16 or float16, in which all real ones are kept. Complex ones keep theirs, complex64 at least.
+        device: None: each average lies on its parameter's device. "cpu", for a model on CUDA devices: in pinned memory
+            of the host, written by the same kernel over the bus. For a model on the CPU it makes no difference.
+        buffers: "copy" or "ignore": buffers are not kept, wherever they are needed they are the model's. "average":
+            floating buffers are averaged as parameters are.
+        select: `select(name, tensor) -> bool`, asked once for each tensor, when the manager is made. What it turns down
+            takes no memory, and counts as the model's. Default: everything real or complex.
+        update_every: k: only each k-th `update()` moves the averages, with the k-th power of the decay (for schedules
+            that are stated per step; see `fused_ema.schedules`).
+        update_after_step: up to this step the averages are copies of the model; schedules count from here.
+        rounding: "nearest", or "stochastic" for averages in 16 bits, which stand still with the former: up or down by
+            chance, so that the mean is right. Reproducible: the bits depend on `seed`, the step and the element alone.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the argument or the tensor that can't be used, what was expected and what
+            was found.
+
+    Equivalent to::
+
+        averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        ...                                          # at each step
+        for name, p in model.named_parameters():
+            averages[name].lerp_(p.detach().float(), 1 - decay)
+
+    Example::
+
+        ema = fused_ema.EMA(model, decay=0.9999)
+        for batch in loader:
+            ...
+            optimizer.step()
+            ema.update()
+        with ema.swapped():
+            validate(model)
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, path)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        buffers: Buffers = "copy",
+        select: Callable[[str, Tensor], bool] | None = None,
+        update_every: int = 1,
+        update_after_step: int = 0,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding: expected 'nearest' or 'stochastic', found {rounding!r}")
+        if rounding == "stochastic" and dtype.itemsize != 2:
+            raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
+        check_buffers(buffers)
+        self.model = model
+        self.update_every = _count("update_every", update_every, 1)
+        self.update_after_step = _count("update_after_step", update_after_step, 0)
+        self.rounding, self.seed = rounding, _count("seed", seed, 0)
+        self.schedules = _schedules(decay)
+        self._buffers = buffers
+        self._step = 0
+        self._decays: tuple[float, ...] = ()  # of the latest update
+        self._plan: Plan | None = None
+        self._swap: Exchange | None = None
+        self._attachment: Attachment | None = None
+        self._known, chosen = self._choose(select)
+        where = None if device is None else torch.device(device)
+        self._averages = Averages(chosen, len(self.schedules), dtype, where)
+        self._on_host = where is not None and where.type == "cpu" and any(t.is_cuda for t in chosen.values())
+        self._run("copy", Call((0.0,) * len(self.schedules)))
+
+    # ---- Updating
+
+    @property
+    def step(self) -> int:
+        """Calls of `update` so far."""
+        self._join()
+        return self._step
+
+    @property
+    def updates(self) -> int:
+        """How often the averages were moved: after `update_after_step`, once in `update_every` steps."""
+        return self._updates_at(self.step)
+
+    @property
+    def decay(self) -> float | tuple[float, ...]:
+        """The decay of the latest update (before one: of the first), one for each average where there are several."""
+        decays = self._decays or self._decays_at(self.update_after_step + self.update_every)
+        return decays[0] if len(decays) == 1 else decays
+
+    def update(self) -> None:
+        """One step: counts it, asks the schedules, and moves all averages in one kernel launch per device.
+
+        Raises:
+            RuntimeError: while swapped.
+            ValueError, TypeError, RuntimeError: a tensor no longer fits its average. Nothing is written or counted.
+        """
+        if self._attachment:
+            self._attachment.join()
+        self._update_attached(None)
+
+    def _update_attached(self, skipped: Tensor | None) -> None:
+        """`skipped`, where given: on the averages' device, not 0 where the optimizer's step was skipped."""
+        self._check_unswapped("update")
+        step = self._step + 1
+        after = step - self.update_after_step
+        if after % self.update_every == 0 if after > 0 else after == 0 or step % self.update_every == 0:
+            decays = self._decays_at(step)
+            call = Call(decays)
+            if self.rounding == "stochastic":
+                call = call._replace(keys=tuple(_key(self.seed, step, k) for k in range(len(decays))))
+            if skipped is not None:
+                call = call._replace(on_device=_unless(skipped, decays))
+            self._run("update" if self.rounding == "nearest" else "update_stochastic", call)
+            self._decays = decays
+        self._step = step
+
+    def _updates_at(self, step: int) -> int:
+        return max(0, step - self.update_after_step) // self.update_every
+
+    def _decays_at(self, step: int) -> tuple[float, ...]:
+        after = step - self.update_after_step
+        if after <= 0:
+            return (0.0,) * len(self.schedules)
+        decays = []
+        for schedule in self.schedules:
+            per_step = getattr(schedule, "per_step", True)
+            decay = _number(schedule(after if per_step else after // self.update_every))
+            decays.append(decay**self.update_every if per_step and self.update_every > 1 else decay)
+        return tuple(decays)
+
+    # ---- Evaluating
+
+    @contextlib.contextmanager
+    def swapped(self, index: int = 0) -> Iterator[nn.Module]:
+        """A context in which the model holds the average, in place: its tensors keep their addresses.
+
+        One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
+        raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
+        kept aside meanwhile. Training inside the block is lost with it. Gives the model.
+
+        Raises:
+            RuntimeError: already swapped.
+        """
+        self._join()
+        self._check_index(index)
+        self._check_unswapped("swapped")
+        self._swap = Exchange(self._averages, index, self._current())
+        try:
+            self._plan = self._swap.enter(self._plan, self._new_plan)
+            yield self.model
+        finally:
+            self._swap.leave(self._new_plan, self._current)
+            self._swap = None
+
+    def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
+        """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
+
+        Another model gets everything: what is not averaged comes from the averaged model, as it is now.
+
+        Raises:
+            ValueError, TypeError: names, shapes or types differ. Nothing is written.
+            RuntimeError: into the averaged model while it is swapped.
+        """
+        self._join()
+        self._check_index(index)
+        target = self.model if model is None else model
+        values = {name: self._average(name, index) for name in self._averages}
+        if target is self.model:
+            self._check_unswapped("copy_to")
+        else:
+            values = {name: values.get(name, tensor) for name, tensor in self._current().items()}
+        into = {name: tensor for name, (_, tensor, _) in plain_tensors("model", target).items()}
+        if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
+            raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
+        for name, value in values.items():
+            if into[name].shape != value.shape:
+                wanted, found = tuple(value.shape), tuple(into[name].shape)
+                raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
+        with torch.no_grad():
+            for name, value in values.items():
+                into[name].copy_(value)
+
+    def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
+        """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
+
+        Averages are in their own dtype, and not copies (but while swapped they are); the rest is the model's.
+
+        Raises:
+            RuntimeError: the model's state_dict has no place for some averages.
+        """
+        self._join()
+        self._check_index(index)
+        by_tensor = {id(tensor): name for name, tensor in self._current().items() if name in self._averages}
+        state = self.model.state_dict(keep_vars=True)
+        missing = {id(tensor) for name, tensor in self._current().items() if name in self._averages}
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            name = by_tensor.get(id(value))
+            if name is None:
+                state[key] = value.detach()
+            else:
+                missing.discard(id(value))
+                state[key] = self._average(name, index)
+        if missing:
+            names = [by_tensor[found] for found in missing]
+            raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {names[:5]}")
+        return state
+
+    # ---- Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
+
+        The averages are not copies, as in a module's `state_dict`; but while swapped they are, and are the true ones.
+        """
+        self._join()
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "updates": self.updates,
+            "update_every": self.update_every,
+            "update_after_step": self.update_after_step,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "decays": list(self._decays),
+            "schedules": [schedules.to_state(schedule) for schedule in self.schedules],
+            "averages": [{name: self._average(name, k) for name in self._averages} for k in range(len(self.schedules))],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over averages, step, schedules and options, so that it goes on with the bits it would have had.
+
+        Schedules of your own, which a state can't hold, stay as they are.
+
+        Raises:
+            ValueError: other names, shapes, dtypes or number of averages: the differences. Nothing is changed.
+            RuntimeError: while swapped.
+        """
+        self._check_unswapped("load_state_dict")
+        self._join()
+        wanted = self.state_dict()
+        if not isinstance(state, Mapping) or state.keys() != wanted.keys():
+            found = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected the keys {list(wanted)}, found {found}")
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"state: expected version {STATE_VERSION}, found {state['version']!r}")
+        if state["rounding"] != self.rounding:
+            raise ValueError(f"state: expected rounding {self.rounding!r}, found {state['rounding']!r}")
+        numbers = {name: _count(f"state[{name!r}]", state[name], 0) for name in ("step", "update_after_step", "seed")}
+        numbers["update_every"] = _count("state['update_every']", state["update_every"], 1)
+        averages, count = state["averages"], len(self.schedules)
+        if not len(averages) == len(state["schedules"]) == count:
+            raise ValueError(f"state: expected {count} averages, found {len(averages)}")
+        pairs = [pair for k in range(count) for pair in self._fitting(k, wanted["averages"][k], averages[k])]
+        new = tuple(
+            schedules.from_state(said) if isinstance(said, Mapping) else own
+            for said, own in zip(state["schedules"], self.schedules, strict=True)
+        )
+        decays = tuple(_number(decay) for decay in state["decays"])
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                ours.copy_(theirs)
+        self.schedules, self._decays, self._step = new, decays, numbers["step"]
+        self.update_every, self.update_after_step = numbers["update_every"], numbers["update_after_step"]
+        self.seed = numbers["seed"]
+
+    def _fitting(self, k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor, Tensor]]:
+        where = f"average {k}" if len(self.schedules) > 1 else "the averages"
+        if not isinstance(theirs, Mapping):
+            raise ValueError(f"state: expected {where} by name, found {type(theirs).__name__}")
+        if differ := difference(theirs, ours, "the state", "the model"):
+            raise ValueError(f"state: expected the same names in {where}, found {differ}")
+        problems = []
+        for name, tensor in ours.items():
+            found = theirs[name]
+            if not isinstance(found, Tensor):
+                problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
+            elif found.shape != tensor.shape:
+                problems.append(f"{name!r}: expected shape {tuple(tensor.shape)}, found {tuple(found.shape)}")
+            elif torch.promote_types(found.dtype, tensor.dtype) != tensor.dtype:
+                problems.append(f"{name!r}: expected {dtype_name(tensor)}, found {dtype_name(found)}")
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"state: in {where}, " + "; ".join(problems[:5]) + more)
+        return [(tensor, theirs[name]) for name, tensor in ours.items()]
+
+    def to(self, device: torch.device | str) -> EMA:
+        """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
+        self._check_unswapped("to")
+        self._join()
+        self._averages.to(torch.device(device))
+        self._plan, self._on_host = None, False
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._swap or self._attachment:
+            raise RuntimeError("EMA: expected neither a swap nor an attached optimizer while it is copied or pickled")
+        return {**self.__dict__, "_plan": None}
+
+    # ---- Hands-free
+
+    def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False) -> Attachment:
+        """Updates after each `optimizer.step()`: not after one that a GradScaler skipped.
+
+        Args:
+            optimizer: the one that steps last, where there are several.
+            overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
+                the next optimizer step waits for it. Everything here waits for it too; what else writes to the
+                parameters between steps has to call `step` first, which does.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            RuntimeError: already attached.
+            TypeError: not an optimizer.
+        """
+        if self._attachment:
+            raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
+        self._attachment = Attachment(self, optimizer, overlap)
+        return self._attachment
+
+    def _join(self) -> None:
+        """Waits for an update on another stream, and for the news of whether its step was skipped."""
+        if self._attachment:
+            self._attachment.join()
+
+    # ---- Looking
+
+    def describe(self) -> dict[str, Any]:
+        """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
+        `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
+        average in the model, or None) and `not_averaged` (names)."""
+        if self._plan is None:
+            self._plan = self._new_plan()
+        untied = self._averages.untied().values()
+        return {
+            **self._plan.describe(),
+            "averages": len(self.schedules),
+            "average_bytes": sum(tensor.untyped_storage().nbytes() for tensor in untied),
+            "dtype": ", ".join(sorted({dtype_name(tensor) for tensor in untied})),
+            "rounding": self.rounding,
+            "schedules": [repr(schedule) for schedule in self.schedules],
+            "decay": self.decay,
+            "step": self.step,
+            "updates": self.updates,
+            "swapped": self._swap.index if self._swap else None,
+            "not_averaged": [name for name in self._known if name not in self._averages],
+        }
+
+    def __repr__(self) -> str:
+        about = self.describe()
+        left = f" ({len(about['not_averaged'])} left out)" if about["not_averaged"] else ""
+        return (
+            f"EMA({type(self.model).__name__}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
+            f"{about['averages']} x {about['dtype']}, backend {about['backend']!r}, "
+            f"{about['bytes_per_update']:,} bytes per update; schedule {', '.join(about['schedules'])}; "
+            f"step {about['step']}, decay {about['decay']}{', swapped' if self._swap else ''})"
+        )
+
+    @torch.no_grad()
+    def distance(self, index: int = 0) -> dict[str, float]:
+        """How far the average is from the model, and whether it still moves; computed now, in float64.
+
+        Returns:
+            `relative`: ‖average - model‖ / ‖model‖ over all that is averaged (nan where the model is 0);
+            `still`: the share of elements that differ from the model's and that an update with the latest decay,
+            rounded to nearest, would leave as they are.
+
+        Raises:
+            RuntimeError: while swapped.
+        """
+        self._check_unswapped("distance")
+        self._join()
+        self._check_index(index)
+        decays = self.decay
+        decay = decays[index] if isinstance(decays, tuple) else decays
+        current = self._current()
+        apart = size = still = elements = 0.0
+        for name in self._averages.untied():
+            average = self._average(name, index)
+            parameter = current[name].detach().to(average.device)
+            wide = torch.complex128 if average.is_complex() else torch.float64
+            apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
+            size += parameter.to(wide).abs().square().sum().item()
+            moved = average.clone()
+            reference.update_(moved, parameter, decay, average=True)
+            still += ((moved == average) & (average != parameter)).sum().item()
+            elements += average.numel()
+        return {
+            "relative": math.sqrt(apart / size) if size else math.nan,
+            "still": still / elements if elements else 0.0,
+        }
+
+    # ---- Inside
+
+    def _choose(self, select: Callable[[str, Tensor], bool] | None) -> tuple[dict[str, bool], dict[str, Tensor]]:
+        """Every plain name that could be averaged and whether it is; the tensors of those that are."""
+        known: dict[str, bool] = {}
+        chosen: dict[str, Tensor] = {}
+        verdicts: dict[int, bool] = {}  # tied names follow the first
+        for plain, (name, tensor, parameter) in plain_tensors("model", self.model).items():
+            if not parameter and self._buffers != "average":
+                continue
+            if id(tensor) not in verdicts:
+                floating = tensor.is_floating_point() or tensor.is_complex()
+                verdicts[id(tensor)] = floating and (select is None or bool(select(name, tensor)))
+            known[plain] = verdicts[id(tensor)]
+            if known[plain]:
+                chosen[plain] = tensor
+        if known and not chosen:
+            raise ValueError(f"select: expected some of the model's {len(known)} tensors, found none chosen")
+        return known, chosen
+
+    def _current(self) -> dict[str, Tensor]:
+        """The model's tensors by plain name."""
+        return {name: tensor for name, (_, tensor, _) in plain_tensors("model", self.model).items()}
+
+    def _cuda_devices(self) -> list[torch.device]:
+        current = self._current()
+        return list(dict.fromkeys(current[name].device for name in self._averages if current[name].is_cuda))
+
+    def _average(self, name: str, k: int) -> Tensor:
+        """The true average, whether swapped or not; a copy only while swapped."""
+        average = self._averages.get(name, k)
+        return self._swap.true_average(name, k, average) if self._swap else average
+
+    def _run(self, op: OpName, call: Call) -> None:
+        plan = self._plan
+        if plan and plan.watches and plan.run_call(op, call):
+            return
+        plan = self._new_plan()
+        if not plan.run_call(op, call, fresh=True):
+            raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+        self._plan = plan if plan.reusable else None
+
+    def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
+        """For the model, or for `tensors` in the place of its own."""
+        watched: nn.Module | list[Tensor] = self.model if tensors is None else list(tensors)
+        names, firsts = list(self._averages), self._averages.firsts()
+        if tensors is None:
+            current = plain_tensors("model", self.model)
+            candidates = [name for name, (_, _, parameter) in current.items() if parameter or name in self._known]
+            if differ := difference(candidates, self._known, "the model", "the manager"):
+                raise ValueError(
+                    f"model: expected the names it had when the manager was made, found {differ}; "
+                    "make a new fused_ema.EMA, and load the state of this one if it fits"
+                )
+            tensors = [current[name][1] for name in names]
+        pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
+        return Plan(
+            pairs,
+            "average",
+            (watched, firsts),
+            averages=self._averages.count,
+            next_averages=self._averages.apart(),
+            free_types=True,
+        )
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self.schedules):
+            raise IndexError(f"index: expected one of {len(self.schedules)} averages, found {index}")
+
+    def _check_unswapped(self, member: str) -> None:
+        if self._swap:
+            raise RuntimeError(f"EMA.{member}: expected the model's own weights, found it swapped with the averages")
+
+
+def _number(decay: Any) -> float:
+    value = check_decay(decay)
+    if not isinstance(value, float):
+        raise TypeError("decay: expected a number, found a tensor")
+    return value
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
+    return value
+
+
+def _schedules(decay: Any) -> tuple[Schedule, ...]:
+    several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else [decay]
+    if not 1 <= len(several) <= MAX_AVERAGES:
+        raise ValueError(f"decay: expected 1 to {MAX_AVERAGES} of them, found {len(several)}")
+    return tuple(schedules.as_schedule(each) for each in several)
+
+
+def _unless(skipped: Tensor, decays: tuple[float, ...]) -> Tensor:
+    """The decays on the device; 1 where the step was skipped, which leaves the averages as they are."""
+    skip = skipped.reshape(()) != 0
+    return torch.stack([torch.where(skip, 1.0, torch.full_like(skip, d, dtype=torch.float64)) for d in decays])
+
+
+def _key(seed: int, step: int, k: int) -> int:
+    """Of the random bits for one average at one step."""
+    return _mix(_mix(seed) + step * MAX_AVERAGES + k)
+
+
+def _mix(x: int) -> int:
+    """SplitMix64: 64 bits that look independent for neighbouring numbers (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
+    return x ^ x >> 31
