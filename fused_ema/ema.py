@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import reference, schedules
+from . import schedules, state, view
 from .attachment import Attachment
 from .averages import Averages
-from .checks import check_buffers, dtype_name
+from .checks import check_buffers
 from .exchange import Exchange
 from .pairing import Pairs, difference, plain_tensors
-from .plan import Buffers, Call, OpName, Plan, check_decay
+from .plan import Buffers, Call, OpName, Plan
 from .schedules import Schedule
+from .state import number, whole_number
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
-STATE_VERSION = 1
 
 
 class EMA:
@@ -94,9 +93,9 @@ class EMA:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
         self.model = model
-        self.update_every = _count("update_every", update_every, 1)
-        self.update_after_step = _count("update_after_step", update_after_step, 0)
-        self.rounding, self.seed = rounding, _count("seed", seed, 0)
+        self.update_every = whole_number("update_every", update_every, 1)
+        self.update_after_step = whole_number("update_after_step", update_after_step, 0)
+        self.rounding, self.seed = rounding, whole_number("seed", seed, 0)
         self.schedules = _schedules(decay)
         self._buffers = buffers
         self._step = 0
@@ -166,7 +165,7 @@ class EMA:
         decays = []
         for schedule in self.schedules:
             per_step = getattr(schedule, "per_step", True)
-            decay = _number(schedule(after if per_step else after // self.update_every))
+            decay = number(schedule(after if per_step else after // self.update_every))
             decays.append(decay**self.update_every if per_step and self.update_every > 1 else decay)
         return tuple(decays)
 
@@ -233,21 +232,21 @@ class EMA:
         self._join()
         self._check_index(index)
         by_tensor = {id(tensor): name for name, tensor in self._current().items() if name in self._averages}
-        state = self.model.state_dict(keep_vars=True)
+        found = self.model.state_dict(keep_vars=True)
         missing = {id(tensor) for name, tensor in self._current().items() if name in self._averages}
-        for key, value in state.items():
+        for key, value in found.items():
             if not isinstance(value, Tensor):
                 continue
             name = by_tensor.get(id(value))
             if name is None:
-                state[key] = value.detach()
+                found[key] = value.detach()
             else:
                 missing.discard(id(value))
-                state[key] = self._average(name, index)
+                found[key] = self._average(name, index)
         if missing:
-            names = [by_tensor[found] for found in missing]
+            names = [by_tensor[each] for each in missing]
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {names[:5]}")
-        return state
+        return found
 
     # ---- Saving
 
@@ -257,20 +256,9 @@ class EMA:
         The averages are not copies, as in a module's `state_dict`; but while swapped they are, and are the true ones.
         """
         self._join()
-        return {
-            "version": STATE_VERSION,
-            "step": self._step,
-            "updates": self.updates,
-            "update_every": self.update_every,
-            "update_after_step": self.update_after_step,
-            "rounding": self.rounding,
-            "seed": self.seed,
-            "decays": list(self._decays),
-            "schedules": [schedules.to_state(schedule) for schedule in self.schedules],
-            "averages": [{name: self._average(name, k) for name in self._averages} for k in range(len(self.schedules))],
-        }
+        return state.to_dict(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over averages, step, schedules and options, so that it goes on with the bits it would have had.
 
         Schedules of your own, which a state can't hold, stay as they are.
@@ -281,51 +269,7 @@ class EMA:
         """
         self._check_unswapped("load_state_dict")
         self._join()
-        wanted = self.state_dict()
-        if not isinstance(state, Mapping) or state.keys() != wanted.keys():
-            found = list(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: expected the keys {list(wanted)}, found {found}")
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"state: expected version {STATE_VERSION}, found {state['version']!r}")
-        if state["rounding"] != self.rounding:
-            raise ValueError(f"state: expected rounding {self.rounding!r}, found {state['rounding']!r}")
-        numbers = {name: _count(f"state[{name!r}]", state[name], 0) for name in ("step", "update_after_step", "seed")}
-        numbers["update_every"] = _count("state['update_every']", state["update_every"], 1)
-        averages, count = state["averages"], len(self.schedules)
-        if not len(averages) == len(state["schedules"]) == count:
-            raise ValueError(f"state: expected {count} averages, found {len(averages)}")
-        pairs = [pair for k in range(count) for pair in self._fitting(k, wanted["averages"][k], averages[k])]
-        new = tuple(
-            schedules.from_state(said) if isinstance(said, Mapping) else own
-            for said, own in zip(state["schedules"], self.schedules, strict=True)
-        )
-        decays = tuple(_number(decay) for decay in state["decays"])
-        with torch.no_grad():
-            for ours, theirs in pairs:
-                ours.copy_(theirs)
-        self.schedules, self._decays, self._step = new, decays, numbers["step"]
-        self.update_every, self.update_after_step = numbers["update_every"], numbers["update_after_step"]
-        self.seed = numbers["seed"]
-
-    def _fitting(self, k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor, Tensor]]:
-        where = f"average {k}" if len(self.schedules) > 1 else "the averages"
-        if not isinstance(theirs, Mapping):
-            raise ValueError(f"state: expected {where} by name, found {type(theirs).__name__}")
-        if differ := difference(theirs, ours, "the state", "the model"):
-            raise ValueError(f"state: expected the same names in {where}, found {differ}")
-        problems = []
-        for name, tensor in ours.items():
-            found = theirs[name]
-            if not isinstance(found, Tensor):
-                problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
-            elif found.shape != tensor.shape:
-                problems.append(f"{name!r}: expected shape {tuple(tensor.shape)}, found {tuple(found.shape)}")
-            elif torch.promote_types(found.dtype, tensor.dtype) != tensor.dtype:
-                problems.append(f"{name!r}: expected {dtype_name(tensor)}, found {dtype_name(found)}")
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(f"state: in {where}, " + "; ".join(problems[:5]) + more)
-        return [(tensor, theirs[name]) for name, tensor in ours.items()]
+        state.load(self, saved)
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
@@ -374,34 +318,11 @@ class EMA:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
         average in the model, or None) and `not_averaged` (names)."""
-        if self._plan is None:
-            self._plan = self._new_plan()
-        untied = self._averages.untied().values()
-        return {
-            **self._plan.describe(),
-            "averages": len(self.schedules),
-            "average_bytes": sum(tensor.untyped_storage().nbytes() for tensor in untied),
-            "dtype": ", ".join(sorted({dtype_name(tensor) for tensor in untied})),
-            "rounding": self.rounding,
-            "schedules": [repr(schedule) for schedule in self.schedules],
-            "decay": self.decay,
-            "step": self.step,
-            "updates": self.updates,
-            "swapped": self._swap.index if self._swap else None,
-            "not_averaged": [name for name in self._known if name not in self._averages],
-        }
+        return view.describe(self)
 
     def __repr__(self) -> str:
-        about = self.describe()
-        left = f" ({len(about['not_averaged'])} left out)" if about["not_averaged"] else ""
-        return (
-            f"EMA({type(self.model).__name__}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
-            f"{about['averages']} x {about['dtype']}, backend {about['backend']!r}, "
-            f"{about['bytes_per_update']:,} bytes per update; schedule {', '.join(about['schedules'])}; "
-            f"step {about['step']}, decay {about['decay']}{', swapped' if self._swap else ''})"
-        )
+        return view.summary(self)
 
-    @torch.no_grad()
     def distance(self, index: int = 0) -> dict[str, float]:
         """How far the average is from the model, and whether it still moves; computed now, in float64.
 
@@ -416,24 +337,7 @@ class EMA:
         self._check_unswapped("distance")
         self._join()
         self._check_index(index)
-        decays = self.decay
-        decay = decays[index] if isinstance(decays, tuple) else decays
-        current = self._current()
-        apart = size = still = elements = 0.0
-        for name in self._averages.untied():
-            average = self._average(name, index)
-            parameter = current[name].detach().to(average.device)
-            wide = torch.complex128 if average.is_complex() else torch.float64
-            apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
-            size += parameter.to(wide).abs().square().sum().item()
-            moved = average.clone()
-            reference.update_(moved, parameter, decay, average=True)
-            still += ((moved == average) & (average != parameter)).sum().item()
-            elements += average.numel()
-        return {
-            "relative": math.sqrt(apart / size) if size else math.nan,
-            "still": still / elements if elements else 0.0,
-        }
+        return view.distance(self, index)
 
     # ---- Inside
 
@@ -507,19 +411,6 @@ class EMA:
     def _check_unswapped(self, member: str) -> None:
         if self._swap:
             raise RuntimeError(f"EMA.{member}: expected the model's own weights, found it swapped with the averages")
-
-
-def _number(decay: Any) -> float:
-    value = check_decay(decay)
-    if not isinstance(value, float):
-        raise TypeError("decay: expected a number, found a tensor")
-    return value
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
-    return value
 
 
 def _schedules(decay: Any) -> tuple[Schedule, ...]:

@@ -1,0 +1,99 @@
+"""What `EMA.state_dict` holds, and how it is checked before anything is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import schedules
+from .checks import dtype_name
+from .pairing import difference
+from .plan import check_decay
+
+if TYPE_CHECKING:
+    from .ema import EMA
+
+VERSION = 1
+_LISTED = 5  # problems in one message
+
+
+def to_dict(ema: EMA) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "step": ema.step,
+        "updates": ema.updates,
+        "update_every": ema.update_every,
+        "update_after_step": ema.update_after_step,
+        "rounding": ema.rounding,
+        "seed": ema.seed,
+        "decays": list(ema._decays),
+        "schedules": [schedules.to_state(schedule) for schedule in ema.schedules],
+        "averages": [{name: ema._average(name, k) for name in ema._averages} for k in range(len(ema.schedules))],
+    }
+
+
+def load(ema: EMA, saved: Any) -> None:
+    ours = to_dict(ema)
+    if not isinstance(saved, Mapping) or saved.keys() != ours.keys():
+        found = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
+        raise ValueError(f"state: expected the keys {list(ours)}, found {found}")
+    for key in ("version", "rounding"):
+        if saved[key] != ours[key]:
+            raise ValueError(f"state: expected {key} {ours[key]!r}, found {saved[key]!r}")
+    least = {"step": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
+    numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
+    count = len(ema.schedules)
+    for key in ("averages", "schedules", "decays"):
+        found = saved[key]
+        if not isinstance(found, list) or len(found) not in ({0, count} if key == "decays" else {count}):
+            what = f"{len(found)} of them" if isinstance(found, list) else type(found).__name__
+            raise ValueError(f"state: expected a list of {key} for {count} averages, found {what}")
+    decays = tuple(number(decay) for decay in saved["decays"])
+    taken = tuple(
+        schedules.from_state(theirs) if isinstance(theirs, Mapping) else own
+        for theirs, own in zip(saved["schedules"], ema.schedules, strict=True)
+    )
+    pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
+    with torch.no_grad():
+        for average, theirs in pairs:
+            average.copy_(theirs)
+    ema.schedules, ema._decays, ema._step = taken, decays, numbers["step"]
+    ema.update_every, ema.update_after_step = numbers["update_every"], numbers["update_after_step"]
+    ema.seed = numbers["seed"]
+
+
+def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Average k of each name, and what it is to become."""
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"state: expected average {k} by name, found {type(theirs).__name__}")
+    if differ := difference(theirs, ours, "the state", "the manager"):
+        raise ValueError(f"state: expected the same names in average {k}, found {differ}")
+    problems = []
+    for name, average in ours.items():
+        found = theirs[name]
+        if not isinstance(found, Tensor):
+            problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
+        elif found.shape != average.shape:
+            problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
+        elif torch.promote_types(found.dtype, average.dtype) != average.dtype:
+            problems.append(f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}")
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(f"state: in average {k}, " + "; ".join(problems[:_LISTED]) + more)
+    return [(average, theirs[name]) for name, average in ours.items()]
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
+    return value
+
+
+def number(decay: Any) -> float:
+    value = check_decay(decay)
+    if not isinstance(value, float):
+        raise TypeError("decay: expected a number, found a tensor")
+    return value
