@@ -101,14 +101,14 @@ def seconds(step: Callable[[], None], cuda: bool) -> float:
     return events[0].elapsed_time(events[1]) / 1e3
 
 
-def rounds(steps: dict[str, Callable[[], None]], cuda: bool, budget: float, repeats: int) -> dict[str, list[float]]:
+def rounds(steps: dict[str, Callable[[], None]], cuda: bool, budget: float, repeats: int = 1) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + budget
     gc.collect()
     gc.disable()
-    while time.perf_counter() < end or len(times[BOUND]) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
         shuffle(order)
         for name in order:
             in_a_row = [seconds(steps[name], cuda) for _ in range(repeats)]
