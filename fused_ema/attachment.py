@@ -21,7 +21,7 @@ class Attachment:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
         self._ema = ema
-        self._overlap = overlap
+        self._overlap = overlap = overlap or ema._on_host  # the bus is slow: nothing on the device should wait for it
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: tuple[Tensor, torch.cuda.Event] | None = None  # whether the latest step was skipped, on its way

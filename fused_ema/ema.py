@@ -292,8 +292,8 @@ class EMA:
         Args:
             optimizer: the one that steps last, where there are several.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
-                the next optimizer step waits for it. Everything here waits for it too; what else writes to the
-                parameters between steps has to call `step` first, which does.
+                the next optimizer step waits for it; always so for averages in host memory. Everything here waits for
+                it too; what else writes to the parameters between steps has to read `step` first, which does.
 
         Returns:
             A handle, whose `remove()` ends it.
