@@ -74,7 +74,7 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
     if updates < 1:
         raise ValueError(f"ema: expected 1 update or more before a snapshot, found {updates}")
     averages: list[dict[str, Tensor]] = [state["averages"][k] for k in powers]
-    first_of: dict[Any, str] = {}  # the same memory in each average → the first name of it
+    first_of: dict[tuple[Any, ...], str] = {}  # the same memory in each average → the first name of it
     names = {name: first_of.setdefault(_memory(name, averages), name) for name in averages[0]}
     about = {
         "step": state["step"],
@@ -246,10 +246,10 @@ def _profiles(times: Numbers, gammas: Numbers) -> tuple[Tensor, Tensor]:
     return t, g
 
 
-def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> Any:
-    """Equal for names that are tied in all averages; empty tensors share no memory."""
+def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]:
+    """Equal for names that are tied in all averages."""
     each = [average[name] for average in averages]
-    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in each) if each[0].numel() else name
+    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in each)
 
 
 def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
