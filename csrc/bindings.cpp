@@ -188,6 +188,7 @@ class PyPlan {
   // Whether the model holds an average. Kept here, where an interrupt can't come between the exchange and the note of
   // it.
   bool exchanged() const { return exchanged_; }
+  void mark_exchanged() { exchanged_ = true; }
   // (device, bytes) that an exchange needs to set values aside.
   std::vector<std::pair<py::object, int64_t>> aside_bytes() const {
     std::vector<std::pair<py::object, int64_t>> bytes;
@@ -279,6 +280,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("device_decay"))
       .def("aside_bytes", &PyPlan::aside_bytes)
       .def("exchanged", &PyPlan::exchanged)
+      .def("mark_exchanged", &PyPlan::mark_exchanged)
       .def("launches", &PyPlan::launches);
 }
 

@@ -351,7 +351,7 @@ struct TileRun {
 #define FUSED_EMA_LERP_PAIRS(F) \
   F(f32, f32)                   \
   F(f32, bf16)                  \
-  F(f32, f16) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) FUSED_EMA_NARROW_PAIRS(F)
+  F(f32, f16) F(f32, f64) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) FUSED_EMA_NARROW_PAIRS(F)
 #define FUSED_EMA_NARROW_PAIRS(F) \
   F(bf16, bf16)                   \
   F(bf16, f16)                    \

@@ -177,21 +177,41 @@ class EMA:
 
         One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
         raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
-        kept aside meanwhile. Training inside the block is lost with it. Gives the model.
+        kept aside meanwhile. So the block may replace the model's tensors, but must not train them: what it writes to
+        those that exchanged values stays in the average, with a warning. Gives the model.
 
         Raises:
-            RuntimeError: already swapped.
+            RuntimeError: already swapped; or, at the end, the block replaced tensors by others of other shapes, which
+                keep their values. The averages are whole in any case.
         """
         self._join()
         self._check_index(index)
         self._check_unswapped("swapped")
-        self._swap = Exchange(self._averages, index, self._current())
+        swap = Exchange(self._averages, index, self._current())
+        self._swap = swap
         try:
-            self._plan = self._swap.enter(self._plan, self._new_plan)
+            self._plan = swap.enter(self._plan, self._new_plan)
             yield self.model
         finally:
-            self._swap.leave(self._new_plan, self._current)
-            self._swap = None
+            interrupt: BaseException | None = None
+            while not swap.over:  # Ctrl-C may come here too
+                try:
+                    self._leave(swap)
+                except RuntimeError:
+                    raise
+                except BaseException as problem:
+                    interrupt = problem
+            if interrupt:
+                raise interrupt
+
+    def _leave(self, swap: Exchange) -> None:
+        try:
+            swap.leave(self._new_plan, self._found)
+        finally:
+            if swap.over:
+                self._swap = None
+                if swap.replaced:
+                    self._plan = None  # it takes the model for swapped still
 
     def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
@@ -208,6 +228,7 @@ class EMA:
         values = {name: self._average(name, index) for name in self._averages}
         if target is self.model:
             self._check_unswapped("copy_to")
+            self._current()  # has them all
         else:
             values = {name: values.get(name, tensor) for name, tensor in self._current().items()}
         into = {name: tensor for name, (_, tensor, _) in plain_tensors("model", target).items()}
@@ -224,7 +245,8 @@ class EMA:
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages are in their own dtype, and not copies (but while swapped they are); the rest is the model's.
+        Averages are in their own dtype, and not copies, but while they are in the model, swapped; the rest is the
+        model's.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
@@ -253,7 +275,8 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
-        The averages are not copies, as in a module's `state_dict`; but while swapped they are, and are the true ones.
+        The averages are not copies, as in a module's `state_dict`, but while they are in the model, swapped: those are
+        copies, and the true ones.
         """
         self._join()
         return state.to_dict(self)
@@ -317,7 +340,7 @@ class EMA:
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
-        average in the model, or None) and `not_averaged` (names)."""
+        average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
         return view.describe(self)
 
     def __repr__(self) -> str:
@@ -359,16 +382,27 @@ class EMA:
             raise ValueError(f"select: expected some of the model's {len(known)} tensors, found none chosen")
         return known, chosen
 
-    def _current(self) -> dict[str, Tensor]:
-        """The model's tensors by plain name."""
+    def _found(self) -> dict[str, Tensor]:
+        """The model's tensors by plain name, whichever they are."""
         return {name: tensor for name, (_, tensor, _) in plain_tensors("model", self.model).items()}
+
+    def _current(self) -> dict[str, Tensor]:
+        """The model's tensors by plain name, the ones that it had when the manager was made."""
+        found = plain_tensors("model", self.model)
+        candidates = [name for name, (_, _, p) in found.items() if p or self._buffers == "average"]
+        if differ := difference(candidates, self._known, "the model", "the manager"):
+            raise ValueError(
+                f"model: expected the names it had when the manager was made, found {differ}; "
+                "make a new fused_ema.EMA, and load the state of this one if it fits"
+            )
+        return {name: tensor for name, (_, tensor, _) in found.items()}
 
     def _cuda_devices(self) -> list[torch.device]:
         current = self._current()
         return list(dict.fromkeys(current[name].device for name in self._averages if current[name].is_cuda))
 
     def _average(self, name: str, k: int) -> Tensor:
-        """The true average, whether swapped or not; a copy only while swapped."""
+        """The true average, whether swapped or not; a copy where it is in the model."""
         average = self._averages.get(name, k)
         return self._swap.true_average(name, k, average) if self._swap else average
 
@@ -386,14 +420,8 @@ class EMA:
         watched: nn.Module | list[Tensor] = self.model if tensors is None else list(tensors)
         names, firsts = list(self._averages), self._averages.firsts()
         if tensors is None:
-            current = plain_tensors("model", self.model)
-            candidates = [name for name, (_, _, parameter) in current.items() if parameter or name in self._known]
-            if differ := difference(candidates, self._known, "the model", "the manager"):
-                raise ValueError(
-                    f"model: expected the names it had when the manager was made, found {differ}; "
-                    "make a new fused_ema.EMA, and load the state of this one if it fits"
-                )
-            tensors = [current[name][1] for name in names]
+            current = self._current()
+            tensors = [current[name] for name in names]
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
         return Plan(
             pairs,

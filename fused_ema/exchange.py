@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,74 +20,101 @@ class Exchange:
     The values change places in one launch, each way; where the types differ, the model's are set aside instead.
     Without the extension all of the model's values are copied aside. What is held here is enough to undo it, whatever
     becomes of the model's tensors meanwhile.
+
+    Every step leaves behind what the next try needs: `leave` may be interrupted anywhere, and called again.
     """
 
     def __init__(self, averages: Averages, index: int, current: dict[str, Tensor]) -> None:
         self.index = index
+        self.over = False
         self._averages = averages
         self._tensors = {name: current[name] for name in averages}
         self._memory = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        self._versions: list[int] = []
         self._plan: Plan | None = None
         self._call = Call((0.0,))
         self._copies: dict[str, Tensor] = {}
+        self.replaced = False  # the block put other tensors into the model
 
     def enter(self, plan: Plan | None, make_plan: MakePlan) -> Plan:
         """Returns the plan that did it."""
-        if plan and plan.watches and self._run(plan, fresh=False):
-            return plan
-        plan = make_plan(None)
-        plan.refuse("swap")
-        if not plan.reusable:
-            self._copy_in()
-        elif not self._run(plan, fresh=True):
-            raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+        if not (plan and plan.watches and self._run(plan, fresh=False)):
+            plan = make_plan(None)
+            plan.refuse("swap")
+            if not plan.reusable:
+                self._copy_in()
+            elif not self._run(plan, fresh=True):
+                raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+        self._versions = self._versions_now()
         return plan
 
     def _run(self, plan: Plan, *, fresh: bool) -> bool:
         self._plan, self._call = plan, Call((0.0,), average=self.index, aside=plan.aside())
         return plan.run_call("swap", self._call, fresh=fresh)
 
+    def _copy_in(self) -> None:
+        self._copies = {name: memory.clone() for name, memory in self._memory.items()}
+        _write({name: self._averages.get(name, self.index) for name in self._averages}, self._memory)
+
     def leave(self, make_plan: MakePlan, current: Callable[[], dict[str, Tensor]]) -> None:
+        """`current` gives the model's tensors as they are now, by name."""
+        written = self._written() if self._in_model() else []
         if self._copies:
-            self._write(self._copies, self._memory)
-        elif self._plan is None or not self._plan.exchanged():
-            return  # interrupted before anything was written
-        elif self._plan.run_call("restore", self._call):
-            return
-        else:  # the block replaced tensors of the model: the exchange is undone in those it was made with
-            done = make_plan(list(self._memory.values())).run_call("restore", self._call, fresh=True)
-            assert done, "nobody else has these tensors"
-        self._follow(current())
+            _write(self._copies, self._memory)
+            self.replaced = True  # or not: _follow sees
+        elif self._plan and self._plan.exchanged() and not self._plan.run_call("restore", self._call):
+            # Undone in the tensors that it was done with.
+            self.replaced = True
+            self._plan = make_plan(list(self._memory.values()))
+            self._plan.mark_exchanged()
+            self._plan.run_call("restore", self._call, fresh=True)
+        if self.replaced:
+            self._follow(current())
+        self.over = True
+        if written:
+            warnings.warn(
+                f"EMA.swapped: the block wrote to {', '.join(map(repr, written[:5]))} in the model, where the averages "
+                "were: they keep what it wrote",
+                stacklevel=4,
+            )
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
         """A copy from the model, where the average is there."""
-        there = self._memory[name]
-        exchanged = self._plan is not None and self._plan.exchanged() and there.dtype == average.dtype
-        return there.clone() if exchanged and k == self.index else average
+        return self._memory[name].clone() if k == self.index and name in self._in_model() else average
 
-    def _copy_in(self) -> None:
-        self._copies = {name: memory.clone() for name, memory in self._memory.items()}
-        self._write({name: self._averages.get(name, self.index) for name in self._averages}, self._memory)
+    def _in_model(self) -> list[str]:
+        """The averages that are nowhere else."""
+        if self._plan is None or not self._plan.exchanged():
+            return []
+        return [name for name in self._memory if self._memory[name].dtype == self._averages.get(name, 0).dtype]
+
+    def _versions_now(self) -> list[int]:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in self._memory.values()]
+
+    def _written(self) -> list[str]:
+        changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
+        inside = set(self._in_model())
+        return [name for name, before, now in changes if before != now and name in inside]
 
     def _follow(self, current: dict[str, Tensor]) -> None:
         """The model's own values, into the tensors that the block put in the place of the first ones."""
         lost = [name for name in self._memory if name not in current or current[name].shape != self._memory[name].shape]
-        values = {name: memory for name, memory in self._memory.items() if name not in lost}
-        self._write(
-            values,
-            {
-                name: current[name]
-                for name in values
-                if current[name] is not self._tensors[name] or current[name].data_ptr() != self._memory[name].data_ptr()
-            },
-        )
+        _write(self._memory, {name: tensor for name, tensor in current.items() if self._is_new(name, tensor, lost)})
         if lost:
+            self.over = True
             raise RuntimeError(
                 f"EMA.swapped: expected the model's tensors of before, found others for {lost[:5]}; the averages are "
                 "whole again, those tensors keep what the block gave them"
             )
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
-        for name, tensor in into.items():
-            tensor.copy_(values[name])
+    def _is_new(self, name: str, tensor: Tensor, lost: list[str]) -> bool:
+        if name not in self._memory or name in lost:
+            return False
+        same = tensor is self._tensors[name] and tensor.data_ptr() == self._memory[name].data_ptr()
+        return not (same and tensor.stride() == self._memory[name].stride())
+
+
+@torch.no_grad()
+def _write(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(values[name])

@@ -127,6 +127,10 @@ class Plan:
         """Whether the model holds an average, by this plan's doing."""
         return bool(self._native and self._native.exchanged())
 
+    def mark_exchanged(self) -> None:
+        """Says so, where another plan did it on the same tensors."""
+        self._native.mark_exchanged()
+
     def refuse(self, op: OpName) -> None:
         """Raises what speaks against an operation."""
         if refusal := self._refusals[op]:

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 def describe(ema: EMA) -> dict[str, Any]:
-    plan = ema._plan or ema._new_plan()
+    try:
+        plan = (ema._plan or ema._new_plan()).describe()
+    except (ValueError, TypeError, RuntimeError) as problem:
+        plan = {"problem": str(problem)}
     untied = ema._averages.untied().values()
     return {
-        **plan.describe(),
+        **plan,
         "averages": len(ema.schedules),
         "average_bytes": sum(tensor.untyped_storage().nbytes() for tensor in untied),
         "dtype": ", ".join(sorted({dtype_name(tensor) for tensor in untied})),
@@ -33,10 +36,9 @@ def describe(ema: EMA) -> dict[str, Any]:
 
 
 def summary(ema: EMA) -> str:
-    try:
-        about = describe(ema)
-    except (ValueError, TypeError, RuntimeError) as problem:
-        return f"EMA({type(ema.model).__name__}: does not fit it any more: {problem})"
+    about = describe(ema)
+    if "problem" in about:
+        return f"EMA({type(ema.model).__name__}: {about['problem']})"
     left = f" ({len(about['not_averaged'])} left out)" if about["not_averaged"] else ""
     return (
         f"EMA({type(ema.model).__name__}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
