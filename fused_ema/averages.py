@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import WIDTH, dtype_name
+from .checks import check_tensor
 from .plan import nth_average
 
 _ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
@@ -65,6 +65,7 @@ class Averages:
 
 def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Memory for the averages of one tensor, as the first of them, with the tensor's strides where it is dense."""
+    check_tensor(f"model[{name!r}]", tensor)
     target = tensor.device if device is None else device
     if target.type not in ("cpu", tensor.device.type):
         raise ValueError(f"device: expected 'cpu' or that of model[{name!r}], {tensor.device}, found {device}")
@@ -87,6 +88,4 @@ def _apart_of(numel: int, dtype: torch.dtype, count: int) -> int:
 def _average_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     if dtype.itemsize == 2:
         return tensor.dtype if tensor.is_complex() else dtype
-    if tensor.dtype not in WIDTH:
-        raise TypeError(f"expected a real or complex parameter, found {dtype_name(tensor)}")
     return torch.promote_types(tensor.dtype, dtype)

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .checks import _check_tensor
+from .checks import check_tensor
 from .ema import EMA
 from .pairing import _by_plain_name, _listed, _plain
 from .posthoc import _check_floating, _replacing, _safetensors, _storable
@@ -299,7 +299,7 @@ def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, An
             continue
         key = plain_given[plain]
         value = given[key]
-        _check_tensor(f"state[{key!r}]", value)
+        check_tensor(f"state[{key!r}]", value)
         tied = found.setdefault(id(place), value)
         if value.shape != place.shape:  # by position also where it is not averaged: the order may be another
             problems.append(f"{key!r}: expected shape {tuple(place.shape)}, found {tuple(value.shape)}")

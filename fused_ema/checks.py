@@ -69,8 +69,8 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
-        _check_tensor(f"ema{label}", ema)
-        _check_tensor(f"model{label}", model)
+        check_tensor(f"ema{label}", ema)
+        check_tensor(f"model{label}", model)
         _check_pair(f"ema{label}", ema, model, free_types)
         floating = Action.AVERAGE if parameter else floating_buffers[buffers]
         actions.append(Action.NONE if ema.numel() == 0 else floating if ema.dtype in WIDTH else Action.COPY)
@@ -111,7 +111,7 @@ def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
         actions[i] = Action.NONE
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if is_lazy(tensor):

@@ -193,16 +193,16 @@ class EMA:
             self._plan = swap.enter(self._plan, self._new_plan)
             yield self.model
         finally:
-            interrupt: BaseException | None = None
-            while not swap.over:  # Ctrl-C may come here too
+            problem: BaseException | None = None
+            for _ in (1, 2, 3):  # no call here, after which Ctrl-C could come outside of the try
                 try:
                     self._leave(swap)
-                except RuntimeError:
-                    raise
-                except BaseException as problem:
-                    interrupt = problem
-            if interrupt:
-                raise interrupt
+                except BaseException as found:
+                    problem = found
+                if self._swap is None:
+                    break
+            if problem:
+                raise problem
 
     def _leave(self, swap: Exchange) -> None:
         try:

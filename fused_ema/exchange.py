@@ -58,7 +58,9 @@ class Exchange:
 
     def leave(self, make_plan: MakePlan, current: Callable[[], dict[str, Tensor]]) -> None:
         """`current` gives the model's tensors as they are now, by name."""
-        written = self._written() if self._in_model() else []
+        if self.over:
+            return
+        written = self._written() if self._plan and self._plan.exchanged() else []
         if self._copies:
             _write(self._copies, self._memory)
             self.replaced = True  # or not: _follow sees
@@ -69,7 +71,11 @@ class Exchange:
             self._plan.mark_exchanged()
             self._plan.run_call("restore", self._call, fresh=True)
         if self.replaced:
-            self._follow(current())
+            try:
+                self._follow(current())
+            except Exception:
+                self.over = True  # as far as it goes: the averages are whole
+                raise
         self.over = True
         if written:
             warnings.warn(
@@ -80,38 +86,41 @@ class Exchange:
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
         """A copy from the model, where the average is there."""
-        return self._memory[name].clone() if k == self.index and name in self._in_model() else average
+        exchanged = self._plan is not None and self._plan.exchanged()
+        return self._memory[name].clone() if exchanged and k == self.index and self._same_type(name) else average
 
-    def _in_model(self) -> list[str]:
-        """The averages that are nowhere else."""
-        if self._plan is None or not self._plan.exchanged():
-            return []
-        return [name for name in self._memory if self._memory[name].dtype == self._averages.get(name, 0).dtype]
+    def _same_type(self, name: str) -> bool:
+        return self._memory[name].dtype == self._averages.get(name, 0).dtype
 
     def _versions_now(self) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in self._memory.values()]
 
     def _written(self) -> list[str]:
         changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
-        inside = set(self._in_model())
-        return [name for name, before, now in changes if before != now and name in inside]
+        return [name for name, before, now in changes if before != now and self._same_type(name)]
 
     def _follow(self, current: dict[str, Tensor]) -> None:
         """The model's own values, into the tensors that the block put in the place of the first ones."""
-        lost = [name for name in self._memory if name not in current or current[name].shape != self._memory[name].shape]
-        _write(self._memory, {name: tensor for name, tensor in current.items() if self._is_new(name, tensor, lost)})
+        lost = []
+        for name, values in self._memory.items():
+            tensor = current.get(name)
+            try:
+                if tensor is None or tensor.shape != values.shape:
+                    lost.append(name)
+                elif self._is_new(name, tensor):
+                    _write({name: values}, {name: tensor})
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):  # of a kind that takes no values
+                lost.append(name)
         if lost:
-            self.over = True
             raise RuntimeError(
                 f"EMA.swapped: expected the model's tensors of before, found others for {lost[:5]}; the averages are "
                 "whole again, those tensors keep what the block gave them"
             )
 
-    def _is_new(self, name: str, tensor: Tensor, lost: list[str]) -> bool:
-        if name not in self._memory or name in lost:
-            return False
-        same = tensor is self._tensors[name] and tensor.data_ptr() == self._memory[name].data_ptr()
-        return not (same and tensor.stride() == self._memory[name].stride())
+    def _is_new(self, name: str, tensor: Tensor) -> bool:
+        memory = self._memory[name]
+        same = tensor is self._tensors[name] and tensor.data_ptr() == memory.data_ptr()
+        return not (same and tensor.stride() == memory.stride())
 
 
 @torch.no_grad()

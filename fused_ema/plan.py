@@ -117,7 +117,8 @@ class Plan:
             if not fresh:
                 return False
             raise refusal
-        if self._coarse and self._too_coarse(op, max(call.decays), fresh):
+        finest = max((decay for decay in call.decays if decay < 1.0), default=0.0) if self._coarse else 0.0
+        if self._too_coarse(op, finest, fresh):
             return False
         if self._native is None:
             return self._run_once(op, call)
@@ -170,9 +171,9 @@ class Plan:
             for first, model, action, apart in zip(
                 checked.pairs.ema, checked.pairs.model, checked.actions, self._next_averages, strict=True
             ):
-                number, start = number + 2 * first.numel(), number
                 if action is Action.NONE:
                     continue
+                number, start = number + 2 * first.numel(), number
                 for position, k in enumerate(averages):
                     ema = first if k == 0 else nth_average(first, apart, k)
                     if op in ("update", "update_stochastic"):

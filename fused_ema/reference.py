@@ -32,6 +32,10 @@ def update_(
         ema.copy_(model)
         return
     weight = 1 - decay
+    if random:  # the numbers follow the average's memory
+        strides = ema.stride()
+        order = sorted(range(ema.dim()), key=lambda d: -strides[d])
+        ema, model = ema.permute(order), model.permute(order)
     # Written through .data, whose blocks would count one change each.
     at = 0
     for e, p in _blocks(_reals(ema.data), _reals(model)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import schedules
-from .checks import dtype_name
+from .checks import WIDTH, dtype_name
 from .pairing import difference
 from .plan import check_decay
 
@@ -51,7 +51,12 @@ def load(ema: EMA, saved: Any) -> None:
         if not isinstance(found, list) or len(found) not in ({0, count} if key == "decays" else {count}):
             what = f"{len(found)} of them" if isinstance(found, list) else type(found).__name__
             raise ValueError(f"state: expected a list of {key} for {count} averages, found {what}")
-    decays = tuple(number(decay) for decay in saved["decays"])
+    for decay in saved["decays"]:
+        if not isinstance(decay, float) or not 0.0 <= decay <= 1.0:
+            raise ValueError(f"state: expected decays in [0, 1], found {decay!r}")
+    for schedule in saved["schedules"]:
+        if not isinstance(schedule, (Mapping, str)):
+            raise ValueError(f"state: expected each schedule by name, found {schedule!r}")
     taken = tuple(
         schedules.from_state(theirs) if isinstance(theirs, Mapping) else own
         for theirs, own in zip(saved["schedules"], ema.schedules, strict=True)
@@ -60,7 +65,7 @@ def load(ema: EMA, saved: Any) -> None:
     with torch.no_grad():
         for average, theirs in pairs:
             average.copy_(theirs)
-    ema.schedules, ema._decays, ema._step = taken, decays, numbers["step"]
+    ema.schedules, ema._decays, ema._step = taken, tuple(saved["decays"]), numbers["step"]
     ema.update_every, ema.update_after_step = numbers["update_every"], numbers["update_after_step"]
     ema.seed = numbers["seed"]
 
@@ -78,7 +83,10 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
             problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
         elif found.shape != average.shape:
             problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
-        elif torch.promote_types(found.dtype, average.dtype) != average.dtype:
+        elif found.layout is not torch.strided or found.is_meta:
+            kind = "one on the meta device" if found.is_meta else f"layout {found.layout}"
+            problems.append(f"{name!r}: expected a dense tensor, found {kind}")
+        elif found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
             problems.append(f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""

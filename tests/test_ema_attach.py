@@ -1,0 +1,327 @@
+"""EMA.attach: one update for each step that an optimizer takes, none for those that were skipped, and nothing left."""
+
+import pytest
+import torch
+from conftest import net
+from oracle import same_bits
+from torch import nn
+
+from fused_ema import EMA
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make_optimizer(request):
+    return OPTIMIZERS[request.param]
+
+
+def averages(ema, index=0):
+    return ema.state_dict()["averages"][index]
+
+
+def clones(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
+
+
+def backward(model, factor=1.0):
+    (model(torch.randn(4, 3)).square().mean() * factor).backward()
+
+
+def hooks(optimizer):
+    return dict(optimizer._optimizer_step_pre_hooks), dict(optimizer._optimizer_step_post_hooks)
+
+
+class Checked:
+    """An attached manager, beside one that is updated by hand after the steps that were taken."""
+
+    def __init__(self, model, optimizer, overlap=False, **options):
+        self.model, self.optimizer = model, optimizer
+        self.ema, self.twin = EMA(model, 0.9, **options), EMA(model, 0.9, **options)
+        self.handle = self.ema.attach(optimizer, overlap=overlap)
+
+    def after(self, *, taken):
+        if taken:
+            self.twin.update()
+        assert (self.ema.step, self.ema.updates) == (self.twin.step, self.twin.updates)
+        assert equal(averages(self.ema), averages(self.twin))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_update_after_each_step(backend, make_optimizer, overlap):
+    model = net()
+    checked = Checked(model, make_optimizer(model.parameters()), overlap)
+    start = clones(averages(checked.ema))
+    for _ in range(4):
+        checked.optimizer.zero_grad()
+        backward(model)
+        checked.after(taken=False)
+        checked.optimizer.step()
+        checked.after(taken=True)
+    assert checked.ema.step == 4
+    assert not equal(averages(checked.ema), start)
+
+
+def test_several_averages_and_options(backend, make_optimizer):
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    options = {"decay": [0.9, lambda n: n / (n + 1)], "update_every": 2, "update_after_step": 3}
+    ema, twin = EMA(model, **options), EMA(model, **options)
+    ema.attach(optimizer)
+    for _ in range(9):
+        backward(model)
+        optimizer.step()
+        twin.update()
+    assert (ema.step, ema.updates, ema.decay) == (9, 3, twin.decay)
+    assert all(equal(averages(ema, k), averages(twin, k)) for k in range(2))
+
+
+@pytest.mark.parametrize("schedule_first", [False, True])
+def test_learning_rate_schedule(backend, make_optimizer, schedule_first):
+    # It puts a function of its own in the place of optimizer.step.
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    if schedule_first:
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    checked = Checked(model, optimizer)
+    if not schedule_first:
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in range(5):
+        backward(model)
+        optimizer.step()
+        schedule.step()
+        checked.after(taken=True)
+    checked.handle.remove()
+    backward(model)
+    optimizer.step()
+    checked.after(taken=False)
+
+
+def test_gradient_accumulation(backend):
+    model = net()
+    checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1))
+    for batch in range(12):
+        backward(model)
+        if batch % 4 == 3:
+            checked.optimizer.step()
+            checked.optimizer.zero_grad()
+        checked.after(taken=batch % 4 == 3)
+    assert checked.ema.step == 3
+
+
+def test_closures(backend):
+    model = net()
+    checked = Checked(model, torch.optim.LBFGS(model.parameters(), max_iter=5))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        checked.optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    checked.optimizer.step(closure)
+    checked.after(taken=True)
+    assert len(calls) > 1
+
+
+def test_a_step_that_raises_is_not_one(backend):
+    model = net()
+    checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ZeroDivisionError):
+        checked.optimizer.step(lambda: 1 / 0)
+    checked.after(taken=False)
+
+
+# ---- Steps that a GradScaler skips
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_grad_scaler(backend, make_optimizer, overlap):
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    checked = Checked(model, optimizer, overlap)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for n, overflow in enumerate([False, True, False, True, True, False]):
+        optimizer.zero_grad()
+        before = clones(dict(model.named_parameters()))
+        scaler.scale(model(torch.randn(4, 3)).square().mean() * (torch.inf if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert equal(clones(dict(model.named_parameters())), before) == overflow, n
+        checked.after(taken=not overflow)
+    assert checked.ema.step == 3
+
+
+def test_grad_scaler_skipped_steps_do_not_ask_the_schedule(backend):
+    model, asked = net(), []
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ema = EMA(model, lambda n: asked.append(n) or 0.5)
+    ema.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (1.0, torch.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 3)).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert asked == [1, 2]
+
+
+# ---- Wrappers
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer: a subclass whose own step, and so whose hooks, never run."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_wrapped_optimizer(backend, depth):
+    model = net()
+    inner = wrapped = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(depth):
+        wrapped = Wrapper(wrapped)
+    before = hooks(inner)
+    checked = Checked(model, wrapped)
+    for _ in range(3):
+        backward(model)
+        wrapped.step()
+        checked.after(taken=True)
+    checked.handle.remove()
+    assert hooks(inner) == before
+
+
+# ---- The end of it, and what is refused
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_remove_leaves_nothing(backend, make_optimizer, overlap):
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    optimizer.register_step_post_hook(other := lambda *_: None)
+    optimizer.register_step_pre_hook(other)
+    before, attributes = hooks(optimizer), set(vars(optimizer))
+    checked = Checked(model, optimizer, overlap)
+    assert hooks(optimizer) != before
+    backward(model)
+    optimizer.step()
+    checked.after(taken=True)
+    for _ in range(2):
+        checked.handle.remove()
+        assert hooks(optimizer) == before
+        assert set(vars(optimizer)) == attributes
+    optimizer.step()
+    checked.after(taken=False)
+    checked.ema.update(), checked.after(taken=True)
+
+
+def test_attached_again(backend):
+    model = net()
+    first, second = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    checked = Checked(model, first)
+    before = hooks(first), hooks(second)
+    for optimizer in (first, second):
+        with pytest.raises(RuntimeError, match=r"attach.*remove\(\)"):
+            checked.ema.attach(optimizer)
+    assert (hooks(first), hooks(second)) == before
+    backward(model)
+    first.step()
+    checked.after(taken=True)
+    old = checked.handle
+    old.remove()
+    checked.handle = checked.ema.attach(second)
+    old.remove()  # which is no longer its concern
+    first.step()
+    checked.after(taken=False)
+    second.step()
+    checked.after(taken=True)
+
+
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), [], torch.optim.SGD, lambda: None], ids=str)
+def test_other_things_are_refused(backend, thing):
+    ema = EMA(net(), 0.9)
+    with pytest.raises(TypeError, match="optimizer"):
+        ema.attach(thing)
+    optimizer = torch.optim.SGD(ema.model.parameters(), 0.1)
+    ema.attach(optimizer)  # it is still free
+
+
+def test_two_managers_on_one_optimizer(backend):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    checked = [Checked(model, optimizer) for _ in range(2)]
+    for taken in (1, 2):
+        backward(model)
+        optimizer.step()
+        for each in checked[: 3 - taken]:
+            each.after(taken=True)
+        checked[1].handle.remove()
+    assert [each.ema.step for each in checked] == [2, 1]
+
+
+def test_step_while_swapped_is_refused_and_restored(backend):
+    model = net().bfloat16()  # averages in another type, which a step can't reach
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    checked = Checked(model, optimizer)
+    raw, true = clones(dict(model.named_parameters())), clones(averages(checked.ema))
+    with pytest.raises(RuntimeError, match="swapped"), checked.ema.swapped():
+        optimizer.step()
+    assert equal(clones(dict(model.named_parameters())), raw)
+    assert equal(averages(checked.ema), true)
+    optimizer.step()
+    checked.after(taken=True)
+
+
+def test_refused_update_is_heard_and_not_counted(backend):
+    model = net()
+    checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1))
+    model.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="'extra'"):
+        checked.optimizer.step()
+    checked.after(taken=False)
+    del model.extra
+    checked.optimizer.step()
+    checked.after(taken=True)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_updates_by_hand_count_too(backend, overlap):
+    model = net()
+    checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1), overlap)
+    backward(model)
+    checked.optimizer.step()
+    checked.ema.update()
+    checked.twin.update()
+    checked.after(taken=True)
+
+
+def test_everything_works_while_attached(backend):
+    model = net()
+    checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1), overlap=True)
+    backward(model)
+    checked.optimizer.step()
+    ema = checked.ema
+    with ema.swapped():
+        assert torch.equal(model[0].weight, averages(ema)["0.weight"])
+    ema.load_state_dict(ema.state_dict())
+    ema.averaged_state_dict(), ema.distance(), repr(ema), ema.copy_to(net())
+    checked.after(taken=True)

@@ -1,0 +1,598 @@
+"""EMA.swapped: what the model holds within and after the block, whatever happens in it."""
+
+import contextlib
+import copy
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import net, refused
+from oracle import same_bits
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_ema import EMA
+from fused_ema.averages import Averages
+
+TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 averages, but of float64
+
+
+def averages(ema, index=0):
+    return ema.state_dict()["averages"][index]
+
+
+def parameters(model):
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def clones(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
+
+
+def addresses(model):
+    return {name: (id(tensor), tensor.data_ptr(), tensor.stride()) for name, tensor in parameters(model).items()}
+
+
+def trained(model, decay=0.5, **options):
+    """A manager whose averages are none of the model's values."""
+    ema = EMA(model, decay, **options)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape).to(tensor.dtype))
+    ema.update()
+    return ema
+
+
+class Whole:
+    """What a manager and its model hold, to be compared with what they hold later."""
+
+    def __init__(self, ema):
+        self.ema, self.raw, self.where = ema, clones(parameters(ema.model)), addresses(ema.model)
+        self.true = [clones(averages(ema, k)) for k in range(len(ema.schedules))]
+        for true in self.true:
+            assert not equal(true, self.raw)
+
+    def averages_are_true(self):
+        return all(equal(averages(self.ema, k), true) for k, true in enumerate(self.true))
+
+    def check(self):
+        assert equal(clones(parameters(self.ema.model)), self.raw), "the model was not restored"
+        assert addresses(self.ema.model) == self.where
+        assert self.averages_are_true()
+        assert self.ema.describe()["swapped"] is None
+
+
+@contextlib.contextmanager
+def swapped_and_checked(ema, index=0):
+    """The block, and that the model holds the average in it."""
+    whole = Whole(ema)
+    with ema.swapped(index) as model:
+        assert model is ema.model
+        for name, tensor in parameters(model).items():
+            assert same_bits(tensor.detach(), whole.true[index][name].to(tensor.dtype)), name
+        assert addresses(model) == whole.where
+        yield whole
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_swapped(backend, dtype, index):
+    ema = trained(net().to(dtype), [0.5, 0.9, 0.99])
+    for _ in range(2):
+        with swapped_and_checked(ema, index) as whole:
+            pass
+        whole.check()
+    ema.update()
+    assert ema.step == 2
+
+
+@pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_types_all_mixed(backend, dtype):
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    model = nn.ModuleDict({str(i): nn.Linear(5, 3, dtype=kind) for i, kind in enumerate(kinds)})
+    model["complex"] = nn.Linear(2, 3, dtype=torch.complex64)
+    ema = trained(model, [0.5, 0.9], dtype=dtype)
+    with swapped_and_checked(ema, 1) as whole:
+        pass
+    whole.check()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_layouts(backend, dtype):
+    def random(*shape):
+        return torch.randn(shape).to(dtype)
+
+    tensors = {
+        "image": random(3, 8, 5, 7).to(memory_format=torch.channels_last),
+        "transposed": random(6, 9).t(),
+        "gaps": random(8, 12)[:, 2:7],
+        "misaligned": random(50)[3:],
+        "empty": random(0, 3),
+        "scalar": random(),
+        "long": random(300_011),
+    }
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_parameter(name, nn.Parameter(tensor))
+    model.tied = model.long
+    ema = trained(model, [0.5, 0.9])
+    model.to(memory_format=torch.contiguous_format)  # unlike the averages
+    edges = {name: tensor._base.clone() for name, tensor in tensors.items() if tensor._base is not None}
+    with swapped_and_checked(ema, 1) as whole:
+        pass
+    whole.check()
+    assert all(torch.equal(tensors[name]._base, edge) for name, edge in edges.items())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_restored_after_an_exception(backend, dtype, error):
+    ema = trained(net().to(dtype))
+    raised = error("stop")
+    with pytest.raises(error) as caught, swapped_and_checked(ema) as whole:
+        raise raised
+    assert caught.value is raised
+    whole.check()
+    ema.update()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_restored_bitwise_after_training_inside(backend, dtype):
+    ema = trained(net().to(dtype))
+    optimizer = torch.optim.SGD(ema.model.parameters(), 0.1)
+    whole = Whole(ema)
+    with ema.swapped() as model:
+        model(torch.randn(4, 3).to(dtype)).sum().backward()
+    whole.check()
+    optimizer.zero_grad()
+
+
+def test_special_values_are_restored(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.ParameterList([torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, 1.0]).to(dtype)])
+        model[0].data.view(torch.int16)[0] += 3  # a NaN with a payload
+        ema = EMA(model, 0.5)
+        before = model[0].detach().clone()
+        with ema.swapped():
+            pass
+        assert same_bits(model[0].detach(), before)
+
+
+# ---- What is refused meanwhile
+
+
+def test_nested_is_refused(backend):
+    ema = trained(net(), [0.5, 0.9])
+    with swapped_and_checked(ema) as whole:
+        for index in range(2):
+            with pytest.raises(RuntimeError, match="swapped"), ema.swapped(index):
+                pytest.fail("entered")
+        assert equal(clones(parameters(ema.model)), whole.true[0])
+        assert whole.averages_are_true()
+    whole.check()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("member", ["update", "load_state_dict", "copy_to", "distance", "to"])
+def test_refused_while_swapped(backend, dtype, member):
+    ema = trained(net().to(dtype))
+    saved = copy.deepcopy(ema.state_dict())
+    arguments = {"load_state_dict": [saved], "to": ["cpu"]}.get(member, [])
+    with swapped_and_checked(ema) as whole:
+        refused(RuntimeError, lambda: getattr(ema, member)(*arguments), ema.model, names=[member, "swapped"])
+        assert whole.averages_are_true()
+        assert ema.step == 1
+    whole.check()
+    getattr(ema, member)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_refused_before_the_way_in(backend, dtype):
+    ema = trained(net().to(dtype))
+    model, whole = ema.model, Whole(ema)
+    model.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    refused(ValueError, ema.swapped().__enter__, model, averages(ema), names=["'extra'"])
+    del model.extra
+    whole.check()
+    model[0].weight.data = torch.randn(1, 3).to(dtype).expand(4, 3)
+    refused(ValueError, ema.swapped().__enter__, model, averages(ema), names=["model['0.weight']", "strides"])
+    model[0].weight.data = whole.raw["0.weight"].clone()
+    with swapped_and_checked(ema) as whole:
+        pass
+    whole.check()
+
+
+# ---- States while swapped
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("index", [0, 1])
+def test_states_while_swapped(backend, dtype, index):
+    ema = trained(net().to(dtype), [0.5, 0.9])
+    expected = [copy.deepcopy(ema.averaged_state_dict(k)) for k in range(2)]
+    with swapped_and_checked(ema, index) as whole:
+        assert whole.averages_are_true()
+        taken = [averages(ema, k) for k in range(2)], [ema.averaged_state_dict(k) for k in range(2)]
+        for k in range(2):
+            assert list(taken[1][k]) == list(ema.model.state_dict())
+            assert equal(taken[1][k], expected[k])
+        other = net()
+        ema.copy_to(other, index)
+        assert all(torch.equal(tensor, whole.true[index][n].float()) for n, tensor in parameters(other).items())
+    # They hold no memory of the model, which has its own values again.
+    assert all(equal(taken[0][k], whole.true[k]) for k in range(2))
+    assert all(equal(taken[1][k], expected[k]) for k in range(2))
+    whole.check()
+
+
+def test_states_taken_while_swapped_do_not_move(backend):
+    # Where the average itself is in the model; else they are the averages, as ever.
+    ema = trained(net(), [0.5, 0.9])
+    with swapped_and_checked(ema, 1) as whole:
+        taken = averages(ema, 1), ema.averaged_state_dict(1)
+    if ema.describe()["backend"] == "torch":
+        pytest.skip("it copies averages into the model")
+    ema.update()
+    assert equal(taken[0], whole.true[1])
+    assert equal({n: taken[1][n] for n in taken[0]}, whole.true[1])
+
+
+def test_state_while_swapped_takes_a_time_like_the_number_of_tensors(monkeypatch):
+    model, calls, get = nn.ParameterList([torch.zeros(2) for _ in range(100)]), [], Averages.get
+    ema = EMA(model, 0.5)
+    with ema.swapped():
+        monkeypatch.setattr(Averages, "get", lambda *args: calls.append(1) or get(*args))
+        ema.state_dict()
+    assert 100 <= len(calls) <= 500
+
+
+# ---- Tensors of the model that the block replaces
+
+
+def replaced(model):
+    model[2] = nn.Linear(4, 2).to(model[2].weight.dtype)
+
+
+CHANGES = {
+    "double": lambda m: m.double(),
+    "half": lambda m: m.half(),
+    "data": lambda m: setattr(m[0].weight, "data", torch.zeros_like(m[0].weight)),
+    "strides": lambda m: setattr(m[0].weight, "data", torch.zeros(3, 4).to(m[0].weight.dtype).t()),
+    "assign": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+    "assign other types": lambda m: m.load_state_dict(net().double().state_dict(), assign=True),
+    "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.zeros_like(m[0].weight))),
+    "module": replaced,
+    "swap_tensors": lambda m: torch.utils.swap_tensors(m[0].weight, nn.Parameter(torch.zeros_like(m[0].weight))),
+    "new parameter": lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(2))),
+    "new module": lambda m: m.append(nn.Linear(2, 2)),
+    "wrapped": lambda m: m.__setitem__(0, nn.DataParallel(m[0])),
+    "frozen": lambda m: m.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_replaced_in_the_block(backend, dtype, index, raises, change):
+    ema = trained(net().to(dtype), [0.5, 0.9])
+    whole = Whole(ema)
+    try:
+        with ema.swapped(index) as model:
+            CHANGES[change](model)
+            if raises:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert raises
+    assert whole.averages_are_true()
+    found = {name.replace("module.", ""): tensor for name, tensor in parameters(model).items()}
+    for name, tensor in whole.raw.items():
+        assert same_bits(found[name].detach(), tensor.to(found[name].dtype)), name
+    assert ema.describe()["swapped"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
+def test_written_to_in_the_block(backend, dtype, raises):
+    # Where the two exchanged values, what the block writes is the average's; it warns. The model is restored.
+    ema = trained(net().to(dtype), [0.5, 0.9])
+    whole, new = Whole(ema), net().state_dict()["2.weight"]
+
+    @ema.swapped(1)
+    def block():
+        with torch.no_grad():
+            ema.model[2].weight.copy_(new)
+        if raises:
+            raise ZeroDivisionError
+
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(ZeroDivisionError):
+        warnings.simplefilter("always")
+        block()
+    exchanged = backend == "cpu" and dtype == torch.float32
+    assert [str(warning.message).count("wrote to '2.weight' in") for warning in caught] == [1] * exchanged
+    if exchanged:
+        assert torch.equal(averages(ema, 1)["2.weight"], new)
+        whole.true[1]["2.weight"] = new
+    whole.check()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_reading_in_the_block_does_not_warn(backend, dtype):
+    ema = trained(net().to(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ema.swapped() as model:
+            model(torch.randn(4, 3).to(dtype)).sum().backward()
+            model.eval()(torch.randn(4, 3).to(dtype))
+            copy.deepcopy(model), ema.state_dict(), repr(ema)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["assign", "parameter", "module", "data"])
+def test_goes_on_with_what_the_block_put_there(backend, dtype, change):
+    ema, twin = (trained(net().to(dtype)) for _ in range(2))
+    twin.model.load_state_dict(ema.model.state_dict())
+    twin.load_state_dict(ema.state_dict())
+    with ema.swapped() as model:
+        CHANGES[change](model)
+    with swapped_and_checked(ema) as whole:
+        pass
+    whole.check()
+    for each in (ema, twin):
+        each.update()
+    assert equal(averages(ema), averages(twin))
+
+
+def another_shape(model):
+    model[2] = nn.Linear(4, 5)
+
+
+LOST = {
+    "another shape": (another_shape, ["2.weight", "2.bias"]),
+    "removed": (lambda m: m[2].register_parameter("bias", None), ["2.bias"]),
+    "removed module": (lambda m: m.pop(2), ["2.weight", "2.bias"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", LOST)
+def test_lost_in_the_block(backend, dtype, change):
+    ema = trained(net().to(dtype), [0.5, 0.9])
+    whole, (apply, lost) = Whole(ema), LOST[change]
+    before = averages(ema)  # not copies
+    model, kept = ema.model, {}
+
+    @ema.swapped()
+    def block():
+        apply(model)
+        kept.update(clones(parameters(model)))
+
+    with pytest.raises(RuntimeError) as caught:
+        block()
+    assert all(name in str(caught.value) for name in lost)
+    assert equal(before, whole.true[0]), "the averages are not whole"
+    for name, tensor in parameters(model).items():
+        assert same_bits(tensor.detach(), kept[name] if name in lost else whole.raw[name]), name
+
+
+@pytest.mark.parametrize("change", LOST)
+def test_usable_after_a_loss(backend, change):
+    ema = trained(net(), [0.5, 0.9])
+    whole, (apply, lost) = Whole(ema), LOST[change]
+    model, last = ema.model, ema.model[2]
+    bias = last.bias
+    with pytest.raises(RuntimeError, match=re.escape(lost[0])), ema.swapped():
+        apply(model)
+    assert whole.averages_are_true()
+    refused(ValueError, ema.update, model, averages(ema), names=[lost[0]])
+    if len(model) > 2:
+        model.pop(2)
+    model.append(last)
+    last.bias = bias
+    whole.check()
+    ema.update()
+
+
+def becomes(value):
+    return lambda model: model[0]._parameters.update(weight=value())
+
+
+def made_for_inference():
+    with torch.inference_mode():
+        return torch.zeros(4, 3)
+
+
+WRONG_KINDS = {
+    "sparse": becomes(lambda: torch.zeros(4, 3).to_sparse()),
+    "expanded": becomes(lambda: torch.zeros(1, 3).expand(4, 3)),
+    "for inference": becomes(made_for_inference),
+    "uninitialised": lambda model: model.__setitem__(0, nn.LazyLinear(4)),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_KINDS)
+def test_usable_after_tensors_of_the_wrong_kind(backend, change):
+    ema = trained(net())
+    whole, old = Whole(ema), ema.model[0]
+    weight = old.weight
+    with pytest.raises(RuntimeError), ema.swapped() as model:
+        WRONG_KINDS[change](model)
+    assert whole.averages_are_true()
+    assert ema.describe()["swapped"] is None
+    model[0] = old
+    old.weight = weight
+    whole.check()
+
+
+def test_an_error_that_stays_is_raised(backend):
+    ema, calls = trained(net()), []
+    whole, model = Whole(ema), ema.model
+
+    def names_that_collide(*args, **options):
+        calls.append(1)
+        if len(calls) < 50:  # lest it hangs
+            raise ValueError("one name")
+        return nn.Module.named_modules(model, *args, **options)
+
+    @ema.swapped()
+    def block():
+        CHANGES["data"](model)
+        model.named_modules = names_that_collide
+
+    with pytest.raises(ValueError, match="one name"):
+        block()
+    assert len(calls) < 10
+    del model.named_modules
+    assert whole.averages_are_true()
+    assert ema.describe()["swapped"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refused_after_a_block_that_replaced_tensors(backend, dtype):
+    ema = trained(net().to(dtype))
+    with ema.swapped() as model:
+        CHANGES["assign"](model)
+    whole = Whole(ema)
+    model.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="extra"), ema.swapped():
+        pytest.fail("entered")
+    del model.extra
+    whole.check()
+
+
+# ---- Memory, compiled models
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the storages that PyTorch makes meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.storages[result.untyped_storage().data_ptr()] = result.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_set_aside(count):
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100)).bfloat16()
+    ema = trained(model, [0.5] * count)
+    size = sum(tensor.numel() * 2 for tensor in model.parameters())
+    with Allocated() as allocated, ema.swapped(count - 1):
+        pass
+    if ema.describe()["backend"] != "torch":
+        assert size <= sum(allocated.storages.values()) <= size + 16 * 4
+    ema = trained(model.float(), [0.5] * count)
+    with Allocated() as allocated, ema.swapped(count - 1):
+        pass
+    if ema.describe()["backend"] != "torch":
+        assert not any(allocated.storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_model_is_not_compiled_again(backend, dtype):
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(5, 3).to(dtype)
+    ema = trained(model)
+    raw = compiled(x)
+    averaged = copy.deepcopy(model)
+    ema.copy_to(averaged)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with ema.swapped():
+            assert torch.equal(compiled(x), averaged(x))
+            assert not torch.equal(compiled(x), raw)
+        assert torch.equal(compiled(x), raw)
+
+
+def test_not_entered_means_not_swapped(backend):
+    ema = trained(net())
+    whole = Whole(ema)
+    for _ in range(2):
+        ema.swapped()
+    whole.check()
+
+
+def test_as_a_decorator(backend):
+    ema = trained(net())
+    whole = Whole(ema)
+
+    @ema.swapped()
+    def evaluate():
+        return clones(parameters(ema.model))
+
+    assert equal(evaluate(), whole.true[0])
+    whole.check()
+
+
+@pytest.mark.filterwarnings("ignore:EMA.swapped. the block wrote")  # it did, the other's
+def test_two_managers_of_one_model(backend):
+    ema = trained(net())
+    other = trained(ema.model, 0.1)
+    whole, whole_other = Whole(ema), Whole(other)
+    with ema.swapped(), other.swapped():
+        assert equal(clones(parameters(ema.model)), whole_other.true[0])
+    whole.check(), whole_other.check()
+
+
+# ---- Ctrl-C at any moment
+
+INTERRUPTS = """
+import random, signal, sys
+import torch
+from torch import nn
+from fused_ema import EMA, _native
+
+torch.manual_seed(0)
+random.seed(0)
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C does, but by a timer
+
+def held(ema):
+    averages = [tensor for average in ema.state_dict()["averages"] for tensor in average.values()]
+    return [tensor.detach().clone() for tensor in [*ema.model.parameters(), *averages]]
+
+def interrupt(what, dtype, rounds, longest):
+    ema = EMA(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]).to(dtype), [0.5, 0.9])
+    with torch.no_grad():
+        for tensor in ema.model.parameters():
+            tensor.add_(1)
+    ema.update()
+    expected = held(ema)
+    for n in range(rounds):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, longest))
+            while True:
+                with ema.swapped(1):
+                    pass
+        except KeyboardInterrupt:
+            pass
+        if ema.describe()["swapped"] is not None:
+            sys.exit(f"{what}: still swapped after interrupt {n}")
+        if not all(map(torch.equal, held(ema), expected)):
+            sys.exit(f"{what}: other values after interrupt {n}")
+
+if _native.load():
+    interrupt("values exchanged", torch.float32, 800, 5e-4)
+    interrupt("values set aside", torch.bfloat16, 800, 5e-4)
+    _native.load = lambda: None
+interrupt("PyTorch alone", torch.float32, 400, 2e-3)
+print("done")
+"""
+
+
+def test_interrupted_at_any_moment():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTS], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
