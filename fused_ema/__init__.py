@@ -1,6 +1,6 @@
 """The exponential moving average of a model's weights, in one kernel launch."""
 
-from . import posthoc, schedules
+from . import checkpoints, posthoc, schedules
 from ._version import __version__
 from .ema import EMA
 from .functional import Binding, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "backend",
     "bind",
+    "checkpoints",
     "copy_",
     "get_ema_multi_avg_fn",
     "posthoc",

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from .checks import check_tensor
 from .ema import EMA
-from .pairing import _by_plain_name, _listed, _plain
-from .posthoc import _check_floating, _replacing, _safetensors, _storable
+from .files import check_floating, replacing, safetensors, storable
+from .pairing import by_plain_name, listed, plain_name
 from .schedules import inverse_power, tf_warmup
 from .state import whole_number
 
@@ -141,7 +141,7 @@ def load(path: File, map_location: str | torch.device = "cpu") -> dict[str, Any]
         OSError: the file can't be opened.
         ImportError: safetensors is not installed.
     """
-    library = _safetensors() if Path(path).suffix == ".safetensors" else None
+    library = safetensors() if Path(path).suffix == ".safetensors" else None
     try:
         if library:
             state = library.torch.load_file(path, device=str(map_location))
@@ -178,16 +178,16 @@ def save_safetensors(path: File, ema: EMA, index: int = 0, *, dtype: torch.dtype
         ValueError: a value is too large for `dtype`; complex128, which safetensors lacks.
         ImportError: safetensors, or numpy, which it needs to write, is not installed.
     """
-    library = _safetensors()
-    _check_floating(dtype or torch.float32)
+    library = safetensors()
+    check_floating(dtype or torch.float32)
     tensors = {}
     for key, value in _unwrapped(ema.model, ema.averaged_state_dict(index)).items():
         if isinstance(value, Tensor):
             if value.dtype == torch.complex128:
                 raise ValueError(f"ema[{key!r}]: expected a type that safetensors has, found complex128")
-            copy = _storable(key, value, dtype if value.is_floating_point() else None)
+            copy = storable(key, value, dtype if value.is_floating_point() else None)
             tensors[key] = torch.view_as_complex(copy) if value.is_complex() else copy
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         library.torch.save_file(tensors, temporary, {"format": "pt"})
 
 
@@ -293,7 +293,7 @@ def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, An
     wanted = {name: id(current[name]) for name in ema._averages}
     averaged, problems = {*wanted.values()}, []
     found: dict[int, Any] = {}
-    plain_places, plain_given = {_plain(key): place for key, place in places.items()}, _by_plain_name("state", given)
+    plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
     for plain, place in plain_places.items():
         if plain not in plain_given or not (positional or id(place) in averaged):
             continue
@@ -308,7 +308,7 @@ def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, An
     extra = [key for plain, key in plain_given.items() if plain not in plain_places]
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     if extra or missing:
-        differ = f"{_listed(extra)} only in the state and {_listed(missing)} only in the manager"
+        differ = f"{listed(extra)} only in the state and {listed(missing)} only in the manager"
         raise ValueError(f"state: expected the model's names, found {differ}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

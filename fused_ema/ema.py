@@ -66,7 +66,8 @@ class EMA:
             ema.update()
         with ema.swapped():
             validate(model)
-        torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, path)
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, path)     # to go on
+        torch.save(ema.averaged_state_dict(), path)                                  # to use: a model's state
     """
 
     def __init__(

@@ -78,18 +78,18 @@ def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
 def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[str, Tensor, bool]]:
     """By name without the segments of wrappers: the name with them, the tensor, whether it is a parameter."""
     tensors = named_tensors(module)
-    return {plain: (name, *tensors[name]) for plain, name in _by_plain_name(side, tensors).items()}
+    return {plain: (name, *tensors[name]) for plain, name in by_plain_name(side, tensors).items()}
 
 
 def difference(found: Iterable[str], wanted: Iterable[str], finder: str, wanter: str) -> str:
     """The names that only one of two sides has, in words; "" where they have the same."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
-    extra = _listed([name for name in found if name not in wanted])
-    missing = _listed([name for name in wanted if name not in found])
+    extra = listed([name for name in found if name not in wanted])
+    missing = listed([name for name in wanted if name not in found])
     return "" if extra == missing == "none" else f"{extra} only in {finder} and {missing} only in {wanter}"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     if not isinstance(name, str):  # the key of a mapping
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
@@ -99,16 +99,16 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
     """(name in ema, name in model) for each tensor: the same name, or the same once wrappers' segments are dropped."""
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
-    plain_ours, plain_theirs = _by_plain_name("ema", ours), _by_plain_name("model", theirs)
+    plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
     if differ := difference(plain_theirs, plain_ours, "model", "ema"):
         raise ValueError(f"ema and model: expected the same names, found {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
-def _by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
+def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
     plain_names: dict[str, str] = {}
     for name in names:
-        other = plain_names.setdefault(_plain(name), name)
+        other = plain_names.setdefault(plain_name(name), name)
         if other != name:
             raise ValueError(
                 f"{side}: {other!r} and {name!r} are one name once the segments of wrappers are dropped, "
@@ -117,7 +117,7 @@ def _by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
     return plain_names
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     if not names:
         return "none"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

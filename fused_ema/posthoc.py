@@ -13,12 +13,10 @@ So what combines the profiles of the snapshots to the wanted one combines the te
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .files import check_floating, replacing, safetensors, storable
 from .schedules import gamma_of
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ class Snapshot(NamedTuple):
 def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None) -> Path:
     """Writes the power_function averages of `ema`, not the others, to folder/ema-{updates:010d}.safetensors.
 
+    For the averages at the end of the training, the last snapshot is to be of its last update.
+
     Whatever interrupts it, a file of that name is complete: the new one, or the one that was there before.
 
     Args:
@@ -64,8 +65,8 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
         ValueError: no schedule is a power_function, there was no update yet, or a value is too large for `dtype`.
         ImportError: safetensors, or numpy, which it needs to write, is not installed.
     """
-    library = _safetensors()
-    _check_floating(dtype or torch.float32)
+    library = safetensors()
+    check_floating(dtype or torch.float32)
     state = ema.state_dict()
     schedules, updates = state["schedules"], state["updates"]
     powers = [k for k, each in enumerate(schedules) if isinstance(each, dict) and each["name"] == "power_function"]
@@ -83,10 +84,10 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
         "tensors": names,  # → the name that it is stored under
         "complex": [name for name in names if averages[0][name].is_complex()],
     }
-    tensors = {f"{k}/{x}": _storable(x, each[x], dtype) for k, each in enumerate(averages) for x in first_of.values()}
+    tensors = {f"{k}/{x}": storable(x, each[x], dtype) for k, each in enumerate(averages) for x in first_of.values()}
     path = Path(folder, f"ema-{updates:010d}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         metadata = {"format": "pt", _MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}}
         library.torch.save_file(tensors, temporary, metadata)
     return path
@@ -118,6 +119,9 @@ def reconstruct(
 ) -> dict[str, Tensor]:
     """The average that power_function(sigma_rel) would have given, nearly: `profile_error` says how nearly.
 
+    By the manager's names, without the segments of wrappers, and only what it averages: a model with buffers takes it
+    with `load_state_dict(..., strict=False)`.
+
     Exact where a snapshot holds that very average; warns where the error is above 0.25. Reads file by file, and sums in
     float64 on the CPU.
 
@@ -135,7 +139,7 @@ def reconstruct(
         ImportError: safetensors is not installed.
     """
     gamma = gamma_of(sigma_rel)
-    _check_floating(dtype)
+    check_floating(dtype)
     found = snapshots(folder)
     if not found:
         raise ValueError(f"{folder}: expected snapshots, found none")
@@ -252,23 +256,6 @@ def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]
     return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in each)
 
 
-def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy in memory of its own, as safetensors wants it; complex numbers, which it lacks in part, as two reals."""
-    value = tensor.detach()
-    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    copy = value.to("cpu", dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
-    if dtype is not None and not torch.equal(copy.isfinite(), value.isfinite().cpu()):
-        raise ValueError(
-            f"ema['{name}']: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
-        )
-    return copy
-
-
-def _check_floating(dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating type, found {dtype}")
-
-
 def _check_same(path: Path, found: dict[str, str], first: Path, expected: dict[str, str]) -> None:
     differences = [
         f"'{name}': expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
@@ -280,34 +267,9 @@ def _check_same(path: Path, found: dict[str, str], first: Path, expected: dict[s
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write; it takes the place of `path` once it is on disk, and goes where there is an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors may replace the file by one of mode 0600
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)  # where the new name is kept
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The file and its metadata, which is {} where it is none of `save_snapshot`'s."""
-    library = _safetensors()
+    library = safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -316,12 +278,3 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, {key: json.loads(metadata[key]) for key in _KEYS} if _MARK in metadata else {}
     except (library.SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path}: truncated or corrupt: {error}") from error
-
-
-def _safetensors() -> Any:
-    try:
-        library = importlib.import_module("safetensors")
-        importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError("snapshots are safetensors files: pip install safetensors numpy") from error
-    return library

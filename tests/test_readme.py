@@ -23,9 +23,17 @@ def test_the_quick_start_runs_and_is_ten_lines():
     assert model.norm() < ema.norm() < 3, "the weights go to 0, and their average lags behind"
 
 
+def test_the_quick_start_of_the_manager_runs(capsys):
+    names = {}
+    exec(BLOCKS[1], names)
+    assert float(capsys.readouterr().out.removeprefix("tensor(").partition(",")[0].rstrip(")\n")) > 0
+    assert names["ema"].step == 100
+    names["ema"].load_state_dict(names["state"]["ema"])
+
+
 def test_the_equivalent_loop_is_equivalent():
     names = {"torch": torch}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     model = net()
     ours = copy.deepcopy(model)
     with torch.no_grad():

@@ -1,0 +1,65 @@
+"""Files of tensors: safetensors, written so that a file of its name is always whole."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def safetensors() -> Any:
+    try:
+        library = importlib.import_module("safetensors")
+        importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(".safetensors files need two packages: pip install safetensors numpy") from error
+    return library
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write; it takes the place of `path` once it is on disk, and goes where there is an error."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors may replace the file by one of mode 0600
+        yield temporary
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)  # where the new name is kept
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy in memory of its own, as safetensors wants it; complex numbers, which it lacks in part, as two reals."""
+    value = tensor.detach()
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    copy = value.to("cpu", dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
+    if dtype is not None and not torch.equal(copy.isfinite(), value.isfinite().cpu()):
+        raise ValueError(
+            f"ema['{name}']: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
+        )
+    return copy
+
+
+def check_floating(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating type, found {dtype}")
