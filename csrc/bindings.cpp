@@ -225,6 +225,8 @@ class PyPlan {
     if (is_update(op) && !device_decay && std::all_of(call.decay + call.first, call.decay + call.last, stays))
       return true;
     if (writes_model(op)) check_aside(aside);
+    if (device_decay && device_decay->numel() < call.last)
+      throw py::value_error("expected a decay on the device for each average");
     const at::Tensor device = device_decay.value_or(at::Tensor());
     if (plan_.large()) {
       const auto tensors = plan_.tensors();
@@ -268,7 +270,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("swap", Op::swap)
       .value("restore", Op::restore)
       .value("update_stochastic", Op::update_stochastic);
-  m.attr("MAX_AVERAGES") = kMaxAverages;
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
                     const std::vector<py::object>&, const std::vector<py::object>&, int, const std::vector<int64_t>&>(),

@@ -50,13 +50,13 @@ FUSED_EMA_NARROW_PAIRS(FUSED_EMA_STOCHASTIC_LOOP)
 FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP
 
-// Elements [begin, end) of one average of a flat row. The first average's type is E; the functions get void pointers to
-// element `begin`.
+// An element of an array of T.
 template <class T>
 T* at(void* base, int64_t element) {
   return static_cast<T*>(base) + element;
 }
 
+// Elements [begin, end) of one average of a flat row.
 void flat_lerp(const Row& row, const Step& step, int64_t begin, int64_t end) {
   switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P)      \

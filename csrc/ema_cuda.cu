@@ -1,5 +1,5 @@
-// The CUDA runner: tiles over one grid, a block per tile. The grid is not persistent: short blocks that the hardware
-// scheduler balances stream faster than a grid-stride loop (as CUB's DeviceTransform found too).
+// The CUDA runner: tiles over one grid, a block per tile and average. The grid is not persistent: short blocks that the
+// hardware scheduler balances stream faster than a grid-stride loop (as CUB's DeviceTransform found too).
 #include <initializer_list>
 
 #include "ema_cuda.h"
@@ -9,14 +9,14 @@ namespace {
 
 template <Op kOp>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) ema_kernel(const __grid_constant__ Launch launch) {
-  run_tile<kOp>(launch, blockIdx.x, threadIdx.x);
+  run_block<kOp>(launch, blockIdx.x, threadIdx.x);
 }
 
 }  // namespace
 
 cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream) {
-  if (launch.tile_count == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(launch.tile_count));
+  if (blocks(launch) == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(blocks(launch)));
   switch (op) {
     case Op::update: ema_kernel<Op::update><<<grid, kThreads, 0, stream>>>(launch); break;
     case Op::copy: ema_kernel<Op::copy><<<grid, kThreads, 0, stream>>>(launch); break;

@@ -126,7 +126,7 @@ struct DeviceTables {
 
   // One allocation, one copy. Waiting for the copy here, where plans are made, is what lets every later launch, on any
   // stream and inside a graph capture, read the tables without an event.
-  void upload() {
+  void upload(int averages) {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
     TORCH_CHECK(
@@ -150,7 +150,7 @@ struct DeviceTables {
     launch.layouts = reinterpret_cast<const Layout*>(base + rows);
     launch.tiles = reinterpret_cast<const Tile*>(base + rows + layouts);
     launch.tile_count = static_cast<int64_t>(tables.tiles.size());
-    TORCH_CHECK(launch.tile_count < (int64_t(1) << 31), "too many elements for one launch on ", device);
+    TORCH_CHECK(launch.tile_count * averages < (int64_t(1) << 31), "too many elements for one launch on ", device);
     tables.tiles = {};
   }
 
@@ -164,7 +164,7 @@ struct DeviceTables {
     C10_CUDA_CHECK(launch_cuda(op, now, stream));
   }
 #else
-  void upload() { TORCH_CHECK(false, "this build of fused_ema has no CUDA kernels"); }
+  void upload(int) { TORCH_CHECK(false, "this build of fused_ema has no CUDA kernels"); }
   void run(Op, const Call&) {}
 #endif
 };
@@ -216,7 +216,7 @@ Plan::Plan(std::vector<Entry> entries, int averages) : averages_(averages), fork
   // Launches are asynchronous: they go out before the CPU's share is worked off.
   std::stable_partition(devices_.begin(), devices_.end(), [](auto& d) { return !d->device.is_cpu(); });
   for (auto& device : devices_)
-    if (!device->device.is_cpu()) device->upload();
+    if (!device->device.is_cpu()) device->upload(averages);
 }
 
 // In a forked child the memory of the tables is not ours to free: that would call CUDA, which is not there.

@@ -72,9 +72,9 @@ class Plan {
   // The same for other tensor objects, which then take the place of the plan's own.
   bool adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op);
 
-  // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (one for each average, on their device)
-  // takes the place of the call's decays where it is defined. `aside` is needed by an exchange between types: bytes,
-  // for each device as many as `aside_bytes` says.
+  // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (one for each average, on the model's
+  // device) takes the place of the call's decays where it is defined. `aside` is needed by an exchange between types:
+  // bytes, for each device as many as `aside_bytes` says.
   void run(Op op, Call call, const at::Tensor& device_decay, const std::vector<at::Tensor>& aside);
   void bump_versions(Op op) const;
 

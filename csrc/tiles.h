@@ -1,5 +1,5 @@
 // The plan as plain data, and how one block of threads runs one tile of it. No torch headers: the CUDA kernel is
-// run_tile over a grid, and the tests build the same function with g++ and run it over an emulated grid.
+// run_block over a grid, and the tests build the same function with g++ and run it over an emulated grid.
 #pragma once
 
 #include "lerp.h"
@@ -151,12 +151,14 @@ FUSED_EMA_HD void store(void* pointer, const V& value) {
   *reinterpret_cast<V*>(pointer) = value;
 }
 
-// What happens to N neighbouring elements, the first of which is element `at` of its pair. The four flags spare the
-// traffic that is not needed.
+// What happens to N neighbouring elements, the first of which is element `at` of its pair. Four flags spare the traffic
+// that is not needed; `vectors` says whether whole tiles go by vectors, which for the rarer kinds would take more
+// registers than there are.
 template <class E, class P>
 struct Lerp {
   using C = Compute<E, P>;
   static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
+  static constexpr bool vectors = sizeof(P) <= sizeof(E);
   C factor;
   FUSED_EMA_HD Lerp(const Row&, const Step& step) : factor(factor_of<C>(step.decay)) {}
   template <int N>
@@ -171,6 +173,7 @@ template <class E, class P>
 struct LerpStochastic {
   using C = Compute<E, P>;
   static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
+  static constexpr bool vectors = false;
   C factor;
   uint64_t key, number;
   FUSED_EMA_HD LerpStochastic(const Row& row, const Step& step)
@@ -187,6 +190,7 @@ struct LerpStochastic {
 template <class E, class P>
 struct Copy {
   static constexpr bool reads_ema = false, writes_ema = true, reads_model = true, writes_model = false;
+  static constexpr bool vectors = true;
   FUSED_EMA_HD Copy(const Row&, const Step&) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
@@ -197,6 +201,7 @@ struct Copy {
 template <class E, class P>
 struct Swap {
   static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = true;
+  static constexpr bool vectors = true;
   FUSED_EMA_HD Swap(const Row&, const Step&) {}
   template <int N>
   FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
@@ -209,6 +214,7 @@ struct Swap {
 template <class E, class P>
 struct SetAside {
   static constexpr bool reads_ema = true, writes_ema = false, reads_model = true, writes_model = true;
+  static constexpr bool vectors = false;
   P* aside;
   FUSED_EMA_HD SetAside(const Row& row, const Step& step) : aside(reinterpret_cast<P*>(step.aside + row.aside)) {}
   template <int N>
@@ -221,6 +227,7 @@ struct SetAside {
 template <class E, class P>
 struct TakeBack {
   static constexpr bool reads_ema = false, writes_ema = false, reads_model = false, writes_model = true;
+  static constexpr bool vectors = false;
   const P* aside;
   FUSED_EMA_HD TakeBack(const Row& row, const Step& step) : aside(reinterpret_cast<const P*>(step.aside + row.aside)) {}
   template <int N>
@@ -248,7 +255,7 @@ FUSED_EMA_HD Offsets offsets_of(const Layout& layout, int64_t i) {
 
 // A whole, aligned tile of a flat pair: vectors, no guards, every load of a step before its first arithmetic.
 template <class E, class P, class F>
-FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F& f) {
+FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F& f) {  // both at element `low`
   constexpr int kLanes = kVectorBytes / int(sizeof(E));
   using VE = Vector<E, kLanes>;
   using VP = Vector<P, kLanes>;
@@ -259,15 +266,15 @@ FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F
     FUSED_EMA_UNROLL_LOOP
     for (int u = 0; u < kUnroll; ++u) {
       const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
-      if (F::reads_ema) e[u] = load<VE>(ema + low + at);
-      if (F::reads_model) p[u] = F::writes_model ? load<VP>(model + low + at) : load_read_only<VP>(model + low + at);
+      if (F::reads_ema) e[u] = load<VE>(ema + at);
+      p[u] = F::writes_model ? load<VP>(model + at) : load_read_only<VP>(model + at);
     }
     FUSED_EMA_UNROLL_LOOP
     for (int u = 0; u < kUnroll; ++u) {
       const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;
       f(e[u], p[u], low + at);
-      if (F::writes_ema) store(ema + low + at, e[u]);
-      if (F::writes_model) store(model + low + at, p[u]);
+      store(ema + at, e[u]);
+      if (F::writes_model) store(model + at, p[u]);
     }
   }
 }
@@ -339,11 +346,15 @@ struct TileRun {
     const int64_t high = begin + kTile < row.numel ? begin + kTile : row.numel;
     if (row.layout >= 0) {
       StridedRun{launch.layouts[row.layout], low + thread, high, kThreads, shift}.run<E, P>(row, f);
-    } else if (high - low == kTile && row.model_aligned) {
-      run_vectors(ema, model, low, thread, f);
-    } else {
-      run_elements(ema, model, low, high, thread, f);
+      return;
     }
+    if constexpr (F::vectors) {
+      if (high - low == kTile && row.model_aligned) {
+        run_vectors(ema + low, model + low, low, thread, f);
+        return;
+      }
+    }
+    run_elements(ema, model, low, high, thread, f);
   }
 };
 
@@ -406,17 +417,18 @@ FUSED_EMA_HD void run_step(const Row& row, const Step& step, const Run& run) {
   return same ? with_raw<Copy>(row, step, run) : with_cast<Copy>(row, step, run);
 }
 
-// Thread `thread` of the block that runs tile `tile`. The averages take turns: all but the first find the model's
-// values in the cache.
+// Blocks of a launch: one for each tile and each average that takes part. Those of one tile are neighbours, so that all
+// but the first find the model's values in the cache.
+FUSED_EMA_HD int64_t blocks(const Launch& launch) { return launch.tile_count * (launch.call.last - launch.call.first); }
+
+// Thread `thread` of block `block`.
 template <Op kOp>
-FUSED_EMA_HD void run_tile(const Launch& launch, int64_t tile, int thread) {
-  const Tile at = launch.tiles[tile];
+FUSED_EMA_HD void run_block(const Launch& launch, uint32_t block, int thread) {
+  const uint32_t averages = uint32_t(launch.call.last - launch.call.first);
+  const Tile at = launch.tiles[block / averages];
   const Row& row = launch.rows[at.row];
-  FUSED_EMA_KEEP_LOOP
-  for (int average = launch.call.first; average < launch.call.last; ++average) {
-    const Step step = step_of(launch.call, row, average);
-    run_step<kOp>(row, step, TileRun{launch, at.index, thread, step.shift});
-  }
+  const Step step = step_of(launch.call, row, launch.call.first + int(block % averages));
+  run_step<kOp>(row, step, TileRun{launch, at.index, thread, step.shift});
 }
 
 }  // namespace fused_ema

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 cuda_built: bool
-MAX_AVERAGES: int
 
 class Op(Enum):
     update = ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ class Attachment:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
         self._ema = ema
+        # Where a class and its base both define step(), torch runs the hooks after each of the two.
+        steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
+        self._nested = len(steps) > 1
         self._overlap = overlap = overlap or ema._on_host  # the bus is slow: nothing on the device should wait for it
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
@@ -54,6 +58,8 @@ class Attachment:
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         # A GradScaler does not call step() where gradients overflowed, but for optimizers that skip by themselves:
         # those get a tensor that tells.
+        if self._nested and _depth(optimizer) > 1:
+            return
         self.join()
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and not found_inf.is_cuda:
@@ -68,9 +74,13 @@ class Attachment:
         with contextlib.ExitStack() as streams:
             if self._overlap:
                 for device in devices:
-                    stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+                    if device not in self._streams:
+                        self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    stream = self._streams[device]
                     stream.wait_stream(torch.cuda.current_stream(device))
                     streams.enter_context(torch.cuda.stream(stream))
+                    if isinstance(found_inf, Tensor):
+                        found_inf.record_stream(stream)  # the scaler frees it when the step returns
             self._ema._update_attached(found_inf)
             if isinstance(found_inf, Tensor):
                 news = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
@@ -78,3 +88,16 @@ class Attachment:
                 self._news = news, torch.cuda.current_stream(found_inf.device).record_event()
             if self._overlap:
                 self._done = [(device, self._streams[device].record_event()) for device in devices]
+
+
+_WRAPPER = sys.modules[torch.optim.Optimizer.__module__].__file__
+
+
+def _depth(optimizer: torch.optim.Optimizer) -> int:
+    """How many of torch's wrappers around `optimizer.step` are under way."""
+    depth, frame = 0, sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _WRAPPER:
+            depth += frame.f_locals.get("self") is optimizer
+    return depth

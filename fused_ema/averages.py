@@ -48,11 +48,14 @@ class Averages:
 
     def apart(self) -> list[int]:
         """Elements from one average to the next, for each name."""
-        return [_apart(tensor, self.count) for tensor in self._first.values()]
+        return [self._apart(tensor) for tensor in self._first.values()]
 
     def get(self, name: str, k: int) -> Tensor:
         first = self._first[name]
-        return first.detach() if k == 0 else nth_average(first, _apart(first, self.count), k)
+        return first.detach() if k == 0 else nth_average(first, self._apart(first), k)
+
+    def _apart(self, first: Tensor) -> int:
+        return _apart(first.numel(), first.dtype, self.count)
 
     def to(self, device: torch.device) -> None:
         moved: dict[int, Tensor] = {}
@@ -70,17 +73,14 @@ def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: to
     if target.type not in ("cpu", tensor.device.type):
         raise ValueError(f"device: expected 'cpu' or that of model[{name!r}], {tensor.device}, found {device}")
     strides = torch.empty_like(tensor, device="meta").stride()
-    apart = _apart_of(tensor.numel(), _average_dtype(tensor, dtype), count)
+    dtype = _average_dtype(tensor, dtype)
     pinned = target.type == "cpu" and tensor.is_cuda
-    memory = torch.empty(count * apart, dtype=_average_dtype(tensor, dtype), device=target, pin_memory=pinned)
-    return memory.as_strided(tensor.shape, strides)
+    with torch.inference_mode(False):
+        size = count * _apart(tensor.numel(), dtype, count)
+        return torch.empty(size, dtype=dtype, device=target, pin_memory=pinned).as_strided(tensor.shape, strides)
 
 
-def _apart(first: Tensor, count: int) -> int:
-    return _apart_of(first.numel(), first.dtype, count)
-
-
-def _apart_of(numel: int, dtype: torch.dtype, count: int) -> int:
+def _apart(numel: int, dtype: torch.dtype, count: int) -> int:
     unit = _ALIGNMENT // dtype.itemsize
     return math.ceil(numel / unit) * unit if count > 1 else numel
 

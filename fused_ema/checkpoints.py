@@ -103,6 +103,7 @@ def restore(
     index: int = 0,
     *,
     parameters: Iterable[Tensor] | None = None,
+    step: int | None = None,
 ) -> None:
     """Takes over average and step from the state of another package; nothing else: the schedules stay.
 
@@ -114,15 +115,19 @@ def restore(
         layout: one of `LAYOUTS`; None: told by the keys.
         index: of the average. (All averages have one step.)
         parameters: for `shadow_params`, what the other package was given, where that is not `model.parameters()`.
+        step: the manager's from now on; None: the state's.
 
     Raises:
-        ValueError, TypeError: an unknown layout, no whole count, other names, shapes or number of tensors, or wider
+        ValueError, TypeError: no count of steps where the schedule would begin with a copy; an unknown layout, no whole
+            count, other names, shapes or number of tensors, or wider
             types than the averages': the differences. Nothing is changed.
         RuntimeError: while swapped. Nothing is changed.
     """
     ema._check_index(index)
     layout = _layout_of(state, layout)
-    step = _step_of(ema, layout, state)
+    step = _step_of(ema, layout, state) if step is None else whole_number("step", step, 0)
+    if step is None and 0.0 in ema._decays_at(ema.step + 1):
+        raise ValueError(f"state: the layout {layout!r} counts no steps, and the next update would copy: pass step=")
     new = ema.state_dict()
     new["averages"][index] = _averages(ema, layout, _given(layout, state), _places(ema, layout, parameters))
     if step is not None:

@@ -155,7 +155,7 @@ def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None
         raise TypeError(
             f"{name}: expected {dtype_name(model)} or a type it can be averaged in, found {dtype_name(ema)}"
         )
-    if refusal := _write_refusal(name, ema):
+    if refusal := write_refusal(name, ema):
         raise refusal
 
 
@@ -170,10 +170,10 @@ def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, fr
     if ema.dtype != model.dtype and not free_types:
         wanted, found = dtype_name(model), dtype_name(ema)
         return TypeError(f"{ema_name}: expected {wanted}, as in model, to exchange values, found {found}")
-    return _write_refusal(model_name, model)
+    return write_refusal(model_name, model)
 
 
-def _write_refusal(name: str, tensor: Tensor) -> Exception | None:
+def write_refusal(name: str, tensor: Tensor) -> Exception | None:
     if tensor.numel() and _overlaps_itself(tensor):
         shape, strides = tuple(tensor.shape), tensor.stride()
         return ValueError(f"{name}: expected elements with memory of their own, found {shape} with strides {strides}")

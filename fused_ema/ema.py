@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from . import schedules, state, view
 from .attachment import Attachment
 from .averages import Averages
-from .checks import check_buffers
+from .checks import check_buffers, check_tensor, dtype_name, write_refusal
 from .exchange import Exchange
 from .pairing import Pairs, difference, plain_tensors
-from .plan import Buffers, Call, OpName, Plan
+from .plan import Buffers, Call, OpName, Plan, watchable
 from .schedules import Schedule
 from .state import number, whole_number
 
@@ -37,7 +37,8 @@ class EMA:
             of the host, written by the same kernel over the bus. For a model on the CPU it makes no difference.
         buffers: "copy" or "ignore": buffers are not kept, wherever they are needed they are the model's. "average":
             floating buffers are averaged as parameters are.
-        select: `select(name, tensor) -> bool`, asked once for each tensor, when the manager is made. What it turns down
+        select: `select(name, tensor) -> bool`, asked once for each tensor, when the manager is made, by its name
+            without the segments of wrappers. What it turns down
             takes no memory, and counts as the model's. Default: everything real or complex.
         update_every: k: only each k-th `update()` moves the averages, with the k-th power of the decay (for schedules
             that are stated per step; see `fused_ema.schedules`).
@@ -145,14 +146,12 @@ class EMA:
         self._check_unswapped("update")
         step = self._step + 1
         after = step - self.update_after_step
-        if after % self.update_every == 0 if after > 0 else after == 0 or step % self.update_every == 0:
+        if after <= 0 or after % self.update_every == 0:
             decays = self._decays_at(step)
-            call = Call(decays)
-            if self.rounding == "stochastic":
-                call = call._replace(keys=tuple(_key(self.seed, step, k) for k in range(len(decays))))
-            if skipped is not None:
-                call = call._replace(on_device=_unless(skipped, decays))
-            self._run("update" if self.rounding == "nearest" else "update_stochastic", call)
+            stochastic = self.rounding == "stochastic"
+            keys = tuple(_key(self.seed, step, k) for k in range(len(decays))) if stochastic else ()
+            on_device = None if skipped is None else _unless(skipped, decays)
+            self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
             self._decays = decays
         self._step = step
 
@@ -179,7 +178,8 @@ class EMA:
         One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
         raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
         kept aside meanwhile. So the block may replace the model's tensors, but must not train them: what it writes to
-        those that exchanged values stays in the average, with a warning. Gives the model.
+        those that exchanged values stays in the average, with a warning (not seen: writes through `.data`). Gives the
+        model.
 
         Raises:
             RuntimeError: already swapped; or, at the end, the block replaced tensors by others of other shapes, which
@@ -191,7 +191,8 @@ class EMA:
         swap = Exchange(self._averages, index, self._current())
         self._swap = swap
         try:
-            self._plan = swap.enter(self._plan, self._new_plan)
+            plan = swap.enter(self._plan, self._new_plan)
+            self._plan = plan if plan.reusable and watchable(self.model) else None
             yield self.model
         finally:
             problem: BaseException | None = None
@@ -232,10 +233,16 @@ class EMA:
             self._current()  # has them all
         else:
             values = {name: values.get(name, tensor) for name, tensor in self._current().items()}
-        into = {name: tensor for name, (_, tensor, _) in plain_tensors("model", target).items()}
+        into = self._found(target)
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
         for name, value in values.items():
+            check_tensor(f"model[{name!r}]", into[name])
+            if refusal := write_refusal(f"model[{name!r}]", into[name]):
+                raise refusal
+            if not torch.can_cast(value.dtype, into[name].dtype):
+                ours, kind = dtype_name(value), dtype_name(into[name])
+                raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {kind}")
             if into[name].shape != value.shape:
                 wanted, found = tuple(value.shape), tuple(into[name].shape)
                 raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
@@ -246,8 +253,8 @@ class EMA:
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages are in their own dtype, and not copies, but while they are in the model, swapped; the rest is the
-        model's.
+        Averages are in their own dtype; not copies, but where there are several or while they are in the model, swapped.
+        The rest is the model's.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
@@ -256,7 +263,7 @@ class EMA:
         self._check_index(index)
         by_tensor = {id(tensor): name for name, tensor in self._current().items() if name in self._averages}
         found = self.model.state_dict(keep_vars=True)
-        missing = {id(tensor) for name, tensor in self._current().items() if name in self._averages}
+        missing = set(by_tensor)
         for key, value in found.items():
             if not isinstance(value, Tensor):
                 continue
@@ -265,7 +272,9 @@ class EMA:
                 found[key] = value.detach()
             else:
                 missing.discard(id(value))
-                found[key] = self._average(name, index)
+                average = self._average(name, index)
+                # torch.save would write the memory of all of several averages
+                found[key] = average.clone() if self._averages.count > 1 else average
         if missing:
             names = [by_tensor[each] for each in missing]
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {names[:5]}")
@@ -277,7 +286,7 @@ class EMA:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
         The averages are not copies, as in a module's `state_dict`, but while they are in the model, swapped: those are
-        copies, and the true ones.
+        copies, and the true ones. To come back to a state without a file, `copy.deepcopy` it.
         """
         self._join()
         return state.to_dict(self)
@@ -285,10 +294,12 @@ class EMA:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over averages, step, schedules and options, so that it goes on with the bits it would have had.
 
-        Schedules of your own, which a state can't hold, stay as they are.
+        Schedules of `fused_ema.schedules` take the place of those there are; one of your own, which a state can't hold,
+        has to be there already.
 
         Raises:
-            ValueError: other names, shapes, dtypes or number of averages: the differences. Nothing is changed.
+            ValueError: a schedule of your own was saved and is not there; other names, shapes, dtypes or number of
+                averages: the differences. Nothing is changed.
             RuntimeError: while swapped.
         """
         self._check_unswapped("load_state_dict")
@@ -300,12 +311,13 @@ class EMA:
         self._check_unswapped("to")
         self._join()
         self._averages.to(torch.device(device))
-        self._plan, self._on_host = None, False
+        self._plan, self._on_host = None, self._on_host and torch.device(device).type == "cpu"
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         if self._swap or self._attachment:
             raise RuntimeError("EMA: expected neither a swap nor an attached optimizer while it is copied or pickled")
+        self._join()
         return {**self.__dict__, "_plan": None}
 
     # ---- Hands-free
@@ -332,16 +344,19 @@ class EMA:
         return self._attachment
 
     def _join(self) -> None:
-        """Waits for an update on another stream, and for the news of whether its step was skipped."""
+        """Waits for what still writes to the averages, and for the news of whether the latest step was skipped."""
         if self._attachment:
             self._attachment.join()
+        if self._on_host:  # the host would read what a kernel is still writing
+            for device in {tensor.device for tensor in self._found().values() if tensor.is_cuda}:
+                torch.cuda.synchronize(device)
 
     # ---- Looking
 
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
-        average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
+        average in the model, or None) and `not_averaged` (names); `problem`, where the model has other names."""
         return view.describe(self)
 
     def __repr__(self) -> str:
@@ -370,25 +385,27 @@ class EMA:
         known: dict[str, bool] = {}
         chosen: dict[str, Tensor] = {}
         verdicts: dict[int, bool] = {}  # tied names follow the first
-        for plain, (name, tensor, parameter) in plain_tensors("model", self.model).items():
+        for plain, (_, tensor, parameter) in plain_tensors("model", self.model).items():
             if not parameter and self._buffers != "average":
                 continue
             if id(tensor) not in verdicts:
                 floating = tensor.is_floating_point() or tensor.is_complex()
-                verdicts[id(tensor)] = floating and (select is None or bool(select(name, tensor)))
+                verdicts[id(tensor)] = floating and (select is None or bool(select(plain, tensor)))
             known[plain] = verdicts[id(tensor)]
             if known[plain]:
                 chosen[plain] = tensor
         if known and not chosen:
-            raise ValueError(f"select: expected some of the model's {len(known)} tensors, found none chosen")
+            raise ValueError(
+                f"select: expected some of the model's tensors chosen, found none of {list(known)[:5]}, ..."
+            )
         return known, chosen
 
-    def _found(self) -> dict[str, Tensor]:
+    def _found(self, model: nn.Module | None = None) -> dict[str, Tensor]:
         """The model's tensors by plain name, whichever they are."""
-        return {name: tensor for name, (_, tensor, _) in plain_tensors("model", self.model).items()}
+        return {name: tensor for name, (_, tensor, _) in plain_tensors("model", model or self.model).items()}
 
     def _current(self) -> dict[str, Tensor]:
-        """The model's tensors by plain name, the ones that it had when the manager was made."""
+        """The model's tensors by plain name; raises where the names are others than when the manager was made."""
         found = plain_tensors("model", self.model)
         candidates = [name for name, (_, _, p) in found.items() if p or self._buffers == "average"]
         if differ := difference(candidates, self._known, "the model", "the manager"):
@@ -414,15 +431,20 @@ class EMA:
         plan = self._new_plan()
         if not plan.run_call(op, call, fresh=True):
             raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
-        self._plan = plan if plan.reusable else None
+        self._plan = plan if plan.reusable and watchable(self.model) else None
 
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
         """For the model, or for `tensors` in the place of its own."""
-        watched: nn.Module | list[Tensor] = self.model if tensors is None else list(tensors)
         names, firsts = list(self._averages), self._averages.firsts()
+        # A script module can't be watched: its tensors are, for the one run that such a plan is good for.
+        watched: nn.Module | list[Tensor] = self.model
         if tensors is None:
             current = self._current()
             tensors = [current[name] for name in names]
+            if not watchable(self.model):
+                watched = list(tensors)
+        else:
+            watched = list(tensors)
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
         return Plan(
             pairs,

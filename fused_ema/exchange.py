@@ -67,9 +67,10 @@ class Exchange:
         elif self._plan and self._plan.exchanged() and not self._plan.run_call("restore", self._call):
             # Undone in the tensors that it was done with.
             self.replaced = True
-            self._plan = make_plan(list(self._memory.values()))
-            self._plan.mark_exchanged()
-            self._plan.run_call("restore", self._call, fresh=True)
+            plan = make_plan(list(self._memory.values()))
+            plan.mark_exchanged()
+            self._plan = plan
+            plan.run_call("restore", self._call, fresh=True)
         if self.replaced:
             try:
                 self._follow(current())
@@ -81,7 +82,7 @@ class Exchange:
             warnings.warn(
                 f"EMA.swapped: the block wrote to {', '.join(map(repr, written[:5]))} in the model, where the averages "
                 "were: they keep what it wrote",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Plan:
     ) -> None:
         checked = check(pairs, buffers, free_types=free_types)
         # Sees by itself when the sources hold something else.
-        self.watches = bool(watched) and all(map(_watchable, watched))
+        self.watches = bool(watched) and all(map(watchable, watched))
         self._about = _describe(checked, averages)
         self._devices: tuple[str, ...] = tuple(self._about["devices"])
         no_update, no_swap = checked.no_update, checked.no_swap
@@ -203,7 +203,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _watchable(source: Source) -> bool:
+def watchable(source: Source) -> bool:
     """Whether C++ can see by itself that a source holds something else than before."""
     if isinstance(source, nn.Module):  # the registries of a ScriptModule are no dicts
         return not any(isinstance(child, torch.jit.ScriptModule) for child in source.modules())

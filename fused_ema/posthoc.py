@@ -87,6 +87,14 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
     tensors = {f"{k}/{x}": storable(x, each[x], dtype) for k, each in enumerate(averages) for x in first_of.values()}
     path = Path(folder, f"ema-{updates:010d}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if later := [
+        other.name for other in path.parent.iterdir() if _NAME.fullmatch(other.name) and other.name > path.name
+    ]:
+        warnings.warn(
+            f"{folder}: holds snapshots of more than {updates} updates, of another run or of this one before it was "
+            f"resumed; until it comes there, reconstruct() would mix them: {later[:5]}",
+            stacklevel=2,
+        )
     with replacing(path) as temporary:
         metadata = {"format": "pt", _MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}}
         library.torch.save_file(tensors, temporary, metadata)

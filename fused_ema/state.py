@@ -61,6 +61,9 @@ def load(ema: EMA, saved: Any) -> None:
         schedules.from_state(theirs) if isinstance(theirs, Mapping) else own
         for theirs, own in zip(saved["schedules"], ema.schedules, strict=True)
     )
+    for theirs, own in zip(saved["schedules"], ours["schedules"], strict=True):
+        if isinstance(theirs, str) and not isinstance(own, str):
+            raise ValueError(f"state: expected a manager with the schedule it was saved with, {theirs}, found {own}")
     pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
     with torch.no_grad():
         for average, theirs in pairs:

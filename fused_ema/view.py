@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def describe(ema: EMA) -> dict[str, Any]:
     try:
+        ema._current()  # or says what differs
         plan = (ema._plan or ema._new_plan()).describe()
     except (ValueError, TypeError, RuntimeError) as problem:
         plan = {"problem": str(problem)}

@@ -30,7 +30,7 @@ using namespace fused_ema;
 
 template <Op kOp>
 static void run_threads(const Launch& launch, const std::vector<int64_t>& order) {
-  for (int64_t i : order) run_tile<kOp>(launch, i / kThreads, static_cast<int>(i % kThreads));
+  for (int64_t i : order) run_block<kOp>(launch, static_cast<uint32_t>(i / kThreads), static_cast<int>(i % kThreads));
 }
 
 template <class T>
@@ -38,27 +38,31 @@ static void convert_to_float(const T* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
+// Rounds to nearest, or, where it is given random bits, by chance.
 template <class T>
-static void convert_from_float(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
+static void convert_from_float(const float* from, T* to, int64_t n, const uint32_t* random) {
+  for (int64_t i = 0; i < n; ++i) to[i] = random ? from_float<T>(from[i], random[i]) : from_float<T>(from[i]);
 }
 
 extern "C" {
 
 #define FUSED_EMA_NAME(E, P) #E "<-" #P " "
 const char* grid_lerp_pairs() { return FUSED_EMA_LERP_PAIRS(FUSED_EMA_NAME); }
+const char* grid_narrow_pairs() { return FUSED_EMA_NARROW_PAIRS(FUSED_EMA_NAME); }
 const char* grid_cast_pairs() { return FUSED_EMA_CAST_PAIRS(FUSED_EMA_NAME); }
 
 int64_t grid_tile_elements(int ema_size) { return tile_elements(ema_size); }
+int64_t grid_call_bytes() { return sizeof(Call); }
 
 Tables* grid_new() { return new Tables; }
 void grid_delete(Tables* tables) { delete tables; }
 
 int grid_add(Tables* tables, void* ema, void* model, int ema_type, int model_type, int average, int dims,
-             const int64_t* sizes, const int64_t* ema_strides, const int64_t* model_strides, int with_tiles) {
+             const int64_t* sizes, const int64_t* ema_strides, const int64_t* model_strides, int64_t next_average,
+             int64_t number, int with_tiles) {
   return add_pair(*tables,
                   Pair{ema, model, static_cast<Type>(ema_type), static_cast<Type>(model_type), average != 0, dims,
-                       sizes, ema_strides, model_strides},
+                       sizes, ema_strides, model_strides, next_average, number},
                   with_tiles != 0);
 }
 
@@ -69,6 +73,8 @@ void grid_counts(const Tables* tables, int64_t* out) {
   out[2] = static_cast<int64_t>(tables->tiles.size());
   out[3] = tables->elements;
 }
+int64_t grid_aside_bytes(const Tables* tables) { return tables->aside_bytes; }
+int64_t grid_aside(const Tables* tables, int64_t row) { return tables->rows[static_cast<size_t>(row)].aside; }
 const Tile* grid_tiles(const Tables* tables) { return tables->tiles.data(); }
 
 // Dimensions of a row's layout, or -1 where the row is flat.
@@ -86,19 +92,14 @@ void grid_offsets(const Tables* tables, int64_t row, int64_t i, int64_t* out) {
 }
 
 // Runs `count` tiles of `tiles`, or, where that is null, all of the tables' own.
-void grid_run(const Tables* tables, int op, double decay, const void* device_decay, int device_decay_is_f64,
-              const Tile* tiles, int64_t count, uint64_t seed) {
+void grid_run(const Tables* tables, int op, const Call* call, const Tile* tiles, int64_t count, uint64_t seed) {
   stores.clear();
   if (!tiles) {
     tiles = tables->tiles.data();
     count = static_cast<int64_t>(tables->tiles.size());
   }
-  Launch launch{tables->rows.data(), tables->layouts.data(), tiles, count, {}};
-  launch.call.last = 1;
-  launch.call.decay[0] = decay;
-  launch.call.device_decay = device_decay;
-  launch.call.device_decay_is_f64 = device_decay_is_f64 != 0;
-  std::vector<int64_t> order(static_cast<size_t>(count * kThreads));
+  const Launch launch{tables->rows.data(), tables->layouts.data(), tiles, count, *call};
+  std::vector<int64_t> order(static_cast<size_t>(blocks(launch) * kThreads));
   std::iota(order.begin(), order.end(), int64_t(0));
   std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
   switch (static_cast<Op>(op)) {
@@ -115,7 +116,14 @@ const Store* grid_stores() { return stores.data(); }
 
 void grid_bf16_to_float(const bf16* from, float* to, int64_t n) { convert_to_float(from, to, n); }
 void grid_f16_to_float(const f16* from, float* to, int64_t n) { convert_to_float(from, to, n); }
-void grid_bf16_from_float(const float* from, bf16* to, int64_t n) { convert_from_float(from, to, n); }
-void grid_f16_from_float(const float* from, f16* to, int64_t n) { convert_from_float(from, to, n); }
+void grid_bf16_from_float(const float* from, bf16* to, int64_t n, const uint32_t* random) {
+  convert_from_float(from, to, n, random);
+}
+void grid_f16_from_float(const float* from, f16* to, int64_t n, const uint32_t* random) {
+  convert_from_float(from, to, n, random);
+}
+void grid_random_bits(uint64_t key, const uint64_t* counters, uint32_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = random_bits(key, counters[i]);
+}
 
 }  // extern "C"

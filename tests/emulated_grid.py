@@ -20,20 +20,45 @@ import torch
 
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *INTEGERS]  # in the order of enum Type
-OPS = ["update", "copy", "swap"]  # of enum Op
+OPS = ["update", "copy", "swap", "restore", "update_stochastic"]  # of enum Op
+MAX_AVERAGES = 8
 
-LERP_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # of update; a manager has more
+UPDATE_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # of fused_ema.update
+LERP_PAIRS = UPDATE_PAIRS + oracle.NARROW_PAIRS  # a manager's
+STOCHASTIC_PAIRS = [pair for pair in LERP_PAIRS if pair[0] in oracle.HALF]
 CAST_PAIRS = list(itertools.permutations(oracle.FLOATS, 2))
 RAW_PAIRS = [(dtype, dtype) for dtype in INTEGERS]
 
-SANITIZE = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-static-libubsan"]  # undefined includes alignment
+# Undefined includes alignment. What is left out, and a lower level of optimisation, halve the time to build.
+SANITIZE = ["-fsanitize=undefined", "-fno-sanitize=vptr,null,object-size", "-static-libubsan", "-Og"]
 SMALL = ["-DFUSED_EMA_THREADS=32", "-DFUSED_EMA_UNROLL=2", "-DFUSED_EMA_STEPS=2"]
 
 
 class Pair(NamedTuple):
-    ema: torch.Tensor
+    ema: torch.Tensor  # the first average
     model: torch.Tensor
     average: bool = True
+    next_average: int = 0  # elements from one average to the next
+    number: int = 0  # of the first element, for random bits
+
+    def nth(self, k):
+        """Average k."""
+        ema = self.ema
+        return ema.as_strided(ema.shape, ema.stride(), ema.storage_offset() + k * self.next_average)
+
+
+class Call(ctypes.Structure):
+    """struct Call of csrc/tiles.h."""
+
+    _fields_ = (
+        ("first", ctypes.c_int32),
+        ("last", ctypes.c_int32),
+        ("decay", ctypes.c_double * MAX_AVERAGES),
+        ("key", ctypes.c_uint64 * MAX_AVERAGES),
+        ("device_decay", ctypes.c_void_p),
+        ("device_decay_is_f64", ctypes.c_bool),
+        ("aside", ctypes.c_void_p),
+    )
 
 
 @functools.cache
@@ -62,10 +87,11 @@ class Grid:
         self.library = ctypes.CDLL(str(path))
         for name in ("grid_new", "grid_tiles", "grid_stores"):
             getattr(self.library, name).restype = ctypes.c_void_p
-        for name in ("grid_tile_elements", "grid_store_count"):
+        for name in ("grid_tile_elements", "grid_store_count", "grid_call_bytes", "grid_aside_bytes", "grid_aside"):
             getattr(self.library, name).restype = ctypes.c_int64
-        for name in ("grid_lerp_pairs", "grid_cast_pairs"):
+        for name in ("grid_lerp_pairs", "grid_narrow_pairs", "grid_cast_pairs"):
             getattr(self.library, name).restype = ctypes.c_char_p
+        assert self.library.grid_call_bytes() == ctypes.sizeof(Call), "struct Call is not what it was"
 
     def tile(self, dtype):
         """Elements of an average of this type in one tile."""
@@ -78,12 +104,23 @@ class Grid:
         """The writes of the last run: addresses, sizes in bytes."""
         return array_at(self.library.grid_stores(), ctypes.c_int64, self.library.grid_store_count()).T
 
-    def convert(self, function, values, dtype):
-        """A C function (values, results, count) applied to a flat tensor."""
+    def convert(self, function, values, dtype, random=None):
+        """A C function (values, results, count, random) applied to a flat tensor; `random`: int32 bits."""
         results = torch.empty(len(values), dtype=dtype)
         count = ctypes.c_int64(len(values))
-        self.library[function](ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(results.data_ptr()), count)
+        self.library[function](address_of(values), address_of(results), count, address_of(random))
         return results
+
+    def random_bits(self, key, counters):
+        """For counters in int64: their bits are taken as unsigned."""
+        bits = torch.empty(len(counters), dtype=torch.int32)
+        count = ctypes.c_int64(len(counters))
+        self.library.grid_random_bits(ctypes.c_uint64(key), address_of(counters), address_of(bits), count)
+        return bits
+
+
+def address_of(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def array_at(address, type_, rows):
@@ -104,12 +141,12 @@ class Tables:
     def __del__(self):
         self.library.grid_delete(self.handle)
 
-    def _add(self, ema, model, average, with_tiles):
-        sides = [ctypes.c_void_p(side.data_ptr()) for side in (ema, model)]
+    def _add(self, ema, model, average, next_average, number, with_tiles):
         types = [TYPES.index(side.dtype) for side in (ema, model)]
         shape = [(ctypes.c_int64 * ema.dim())(*values) for values in (ema.shape, ema.stride(), model.stride())]
-        added = self.library.grid_add(self.handle, *sides, *types, int(average), ema.dim(), *shape, int(with_tiles))
-        return bool(added)
+        arguments = [address_of(ema), address_of(model), *types, int(average), ema.dim(), *shape]
+        more = ctypes.c_int64(next_average), ctypes.c_int64(number)
+        return bool(self.library.grid_add(self.handle, *arguments, *more, int(with_tiles)))
 
     def counts(self):
         """Rows, layouts, tiles, elements."""
@@ -125,20 +162,33 @@ class Tables:
         """Of a row that is not flat; -1 of one that is."""
         return self.library.grid_dims(self.handle, ctypes.c_int64(row))
 
+    def aside_bytes(self):
+        """Memory that an exchange between types needs."""
+        return self.library.grid_aside_bytes(self.handle)
+
+    def aside(self, row):
+        """Where a row's part of that memory begins, or -1."""
+        return self.library.grid_aside(self.handle, ctypes.c_int64(row))
+
     def offsets(self, row, i):
         """Of element i of a row, on both sides."""
         out = (ctypes.c_int64 * 2)()
         self.library.grid_offsets(self.handle, ctypes.c_int64(row), ctypes.c_int64(i), out)
         return tuple(out)
 
-    def run(self, op, decay, device_decay=None, tiles=None, seed=1):
-        """`device_decay`: a tensor of one float32 or float64. `tiles`: chosen ones, as tiles() gives them."""
+    def run(self, op, decay, device_decay=None, tiles=None, seed=1, *, first=0, keys=(), aside=None):
+        """`decay`, and `keys`: of the averages from `first` on, or a number for one. `device_decay`: a tensor of
+        float32 or float64, of all averages. `aside`: a tensor of bytes. `tiles`: chosen ones, as tiles() gives them."""
+        decays = [decay] if isinstance(decay, float) else decay
+        call = Call(first, first + len(decays))
+        call.decay[first : call.last] = decays
+        call.key[first : first + len(keys)] = keys
+        call.device_decay, call.aside = address_of(device_decay), address_of(aside)
+        call.device_decay_is_f64 = device_decay is not None and device_decay.dtype == torch.float64
         self.library.grid_run(
             self.handle,
             OPS.index(op),
-            ctypes.c_double(decay),
-            None if device_decay is None else ctypes.c_void_p(device_decay.data_ptr()),
-            int(device_decay is not None and device_decay.dtype == torch.float64),
+            ctypes.byref(call),
             None if tiles is None else ctypes.c_void_p(tiles.ctypes.data),
             ctypes.c_int64(0 if tiles is None else len(tiles)),
             ctypes.c_uint64(seed),

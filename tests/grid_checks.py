@@ -1,5 +1,7 @@
 """Tensors in memory with guards, and one launch of the emulated grid with every byte of that memory checked."""
 
+from collections import defaultdict
+
 import numpy as np
 import oracle
 import torch
@@ -17,72 +19,109 @@ def noise(dtype, n, rng):
     return torch.where(torch.from_numpy(rng.random(n) < 0.1), bits, oracle.values(dtype, n, rng))
 
 
-def place(rng, rows):
+def place(rng, rows, averages=1, number=0):
     """For each row (dtypes, n, offsets, average) a flat pair of n elements, `offsets` elements past a 16-byte boundary;
-    all in one block of random bytes, GUARD of them or more around each tensor. Returns the block and the pairs."""
-    starts, end = [], GUARD
+    all in one block of random bytes, GUARD of them or more around each tensor.
+
+    With several `averages` the pair's is the first of them. The elements are numbered from `number` on, as in
+    csrc/plan.cpp. Returns the block and the pairs."""
+    starts, apart, end = [], [], GUARD
     for dtypes, n, offsets, _ in rows:
-        for dtype, offset in zip(dtypes, offsets, strict=True):
+        size = dtypes[0].itemsize
+        apart.append(-(-(n * size + GUARD) // 16) * 16 // size if averages > 1 else 0)
+        for dtype, length, offset in zip(dtypes, ((averages - 1) * apart[-1] + n, n), offsets, strict=True):
             starts.append(end + offset * dtype.itemsize)
-            end = -(-(starts[-1] + n * dtype.itemsize + GUARD) // 16) * 16
+            end = -(-(starts[-1] + length * dtype.itemsize + GUARD) // 16) * 16
     memory = torch.empty(end, dtype=torch.uint8)  # torch aligns it to 64 bytes
     memory.copy_(noise(torch.uint8, end, rng))
     pairs, start = [], iter(starts)
-    for dtypes, n, _, average in rows:
+    for (dtypes, n, _, average), next_average in zip(rows, apart, strict=True):
         ema, model = (memory[at : at + n * t.itemsize].view(t) for t, at in zip(dtypes, start, strict=False))
-        ema.copy_(noise(ema.dtype, n, rng))
+        pairs.append(Pair(ema, model, average, next_average, number))
+        number += 2 * n
         model.copy_(noise(model.dtype, n, rng))
-        equal = torch.from_numpy(rng.random(n) < 0.2)
-        ema[equal] = model[equal].to(ema.dtype)
-        pairs.append(Pair(ema, model, average))
+        for k in range(averages):
+            equal = torch.from_numpy(rng.random(n) < 0.2)
+            pairs[-1].nth(k).copy_(torch.where(equal, model.to(ema.dtype), noise(ema.dtype, n, rng)))
     return memory, pairs
+
+
+def in_copy(memory, pairs, spare=0):
+    """A copy of the memory with `spare` bytes more, and the same pairs in it."""
+    other = torch.cat([memory, memory.new_full((spare,), 99)])
+    views = [[same_view(side, other) for side in pair[:2]] for pair in pairs]
+    return other, [Pair(*sides, *pair[2:]) for sides, pair in zip(views, pairs, strict=True)]
+
+
+def same_view(tensor, memory):
+    """What a view into another block of memory of the same length is here."""
+    there = torch.empty(0, dtype=tensor.dtype)
+    return there.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 # ---- One launch and all that it must and must not do ----
 
 
-def launch(grid, memory, pairs, op="update", decay=0.9, device_decay=None):
-    """Runs `pairs`, which lie in `memory`; checks values, guards, and that each element is written exactly once."""
-    before = memory.clone()
-    old = [(pair, pair.ema.clone(), pair.model.clone()) for pair in pairs]
-    tables = grid.tables(pairs)
-    tables.run(op, decay, device_decay)
-    if device_decay is not None:
-        decay = device_decay.item()
+def launch(grid, memory, pairs, op="update", decay=0.9, device_decay=None, *, first=0, keys=()):
+    """Runs `pairs`, which lie in `memory`; checks values, guards, and that each element is written exactly once.
 
-    averages = []
+    `decay` and `keys`: of the averages from `first` on, or a number for one."""
+    decays = [decay] if isinstance(decay, float) else decay
+    ran = range(first, first + len(decays))
+    before = memory.clone()
+    old = [(pair, [pair.nth(k).clone() for k in ran], pair.model.clone()) for pair in pairs]
+    tables = grid.tables(pairs)
+    tables.run(op, decays, device_decay, first=first, keys=keys)
+    if device_decay is not None:
+        decays = device_decay[first : ran.stop].tolist()
+
+    averages = defaultdict(list)
     expected = torch.zeros_like(memory)  # how often each byte is written
-    for (ema, model, average), e, p in old:
-        if decay == 1:
-            continue  # nothing may be written
-        mark(expected, ema)
-        if op == "update" and average and decay != 0:
-            averages.append((e, p, ema))
-        elif op == "swap":
-            mark(expected, model)
-            assert oracle.same_bits(ema, p)
-            assert oracle.same_bits(model, e)
-        else:
-            same = oracle.same_bits if ema.dtype == model.dtype else oracle.same_bits_but_nan
-            assert same(ema, p.to(ema.dtype)), (ema.dtype, model.dtype)
-    if averages:
-        check_averages(averages, decay)
+    for pair, old_averages, p in old:
+        for k, e, d in zip(ran, old_averages, decays, strict=True):
+            z = pair.nth(k)
+            if op in ("swap", "restore"):
+                mark(expected, z, pair.model)
+                assert oracle.same_bits(z, p)
+                assert oracle.same_bits(pair.model, e)
+            elif op == "copy" or d == 0 or not pair.average:
+                if op != "copy" and d == 1:
+                    continue  # nothing may be written
+                mark(expected, z)
+                same = oracle.same_bits if z.dtype == p.dtype else oracle.same_bits_but_nan
+                assert same(z, p.to(z.dtype)), (z.dtype, p.dtype)
+            elif d != 1:
+                mark(expected, z)
+                numbers = element_numbers(pair) if op == "update_stochastic" and z.dtype in oracle.HALF else None
+                averages[k].append((e, p, z, numbers))
+    for k, steps in averages.items():
+        by_chance = [step for step in steps if step[3] is not None]
+        if by_chance:
+            check_by_chance(by_chance, decays[k - first], keys[k - first])
+        if len(by_chance) < len(steps):
+            check_averages([step[:3] for step in steps if step[3] is None], decays[k - first])
     assert torch.equal(memory[expected == 0], before[expected == 0]), "bytes outside the tensors changed"
     assert torch.equal(writes_per_byte(grid, memory), expected.long()), "not every element was written exactly once"
     return tables
 
 
-def mark(expected, tensor):
-    """Puts 1 into each byte that the tensor, a view into another block of memory, has there."""
-    there = torch.empty(0, dtype=tensor.dtype)
-    there.set_(expected.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    integer = {dtype.itemsize: dtype for dtype in INTEGERS}[tensor.dtype.itemsize]
-    there.view(integer).fill_(0x0101010101010101 & torch.iinfo(integer).max)
+def mark(expected, *tensors):
+    """Puts 1 into each byte that the tensors, views into another block of memory, have there."""
+    for tensor in tensors:
+        integer = {dtype.itemsize: dtype for dtype in INTEGERS}[tensor.dtype.itemsize]
+        same_view(tensor, expected).view(integer).fill_(0x0101010101010101 & torch.iinfo(integer).max)
+
+
+def element_numbers(pair):
+    """The number of each element, which counts along the average's memory."""
+    order = sorted(range(pair.ema.dim()), key=lambda d: -pair.ema.stride(d))
+    count = torch.arange(pair.number, pair.number + pair.ema.numel()).view([pair.ema.shape[d] for d in order])
+    return count.permute([order.index(d) for d in range(len(order))])
 
 
 def writes_per_byte(grid, memory):
     addresses, sizes = grid.stores()
-    assert (addresses % sizes == 0).all(), "misaligned store"
+    assert (addresses % np.minimum(sizes, 16) == 0).all(), "misaligned store"
     at = addresses - memory.data_ptr()
     counts = np.zeros(len(memory), np.int64)
     for size in np.unique(sizes):
@@ -98,19 +137,31 @@ def check_averages(steps, decay):
     finite_steps = []
     for e, p, z in steps:
         cast = p.to(z.dtype)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        t = p.to(wide) - e.to(wide)
+        wide = oracle.is_wide(z.dtype, p.dtype)
+        t = p.to(torch.float64 if wide else torch.float32) - e
         finite = t.isfinite() & cast.isfinite()
         finite_steps.append([side[finite] for side in (e, p, z)])
         between = (torch.minimum(e, cast) <= z) & (z <= torch.maximum(e, cast))
         assert between[finite].all()
-        if wide == torch.float64:  # check_step looks at a sample, this roughly at all
+        if z.dtype == torch.float64:  # check_step looks at a sample, this roughly at all
             error = (z - torch.lerp(e, cast, 1 - decay)).abs()
             assert (error <= 2.0**-50 * (e.abs() + cast.abs()) + 2.0**-1070)[finite].all()
         e, p, z = (side[~finite] for side in (e, p, z))
-        if wide == torch.float64:  # Inf and NaN need no fused rounding
-            want = e + (1 - decay) * t[~finite] if 1 - decay < 0.5 else p - decay * t[~finite]
+        if wide:  # its Inf and NaN need no fused rounding
+            rest = t[~finite]
+            want = oracle.cast(e + (1 - decay) * rest if 1 - decay < 0.5 else p - decay * rest, z.dtype)
         else:
             want = oracle.contract(e, p, decay, z.dtype)
         assert oracle.same_bits_but_nan(want, z), "other bits than the formula"
     oracle.check_step(*zip(*finite_steps, strict=True), decay, bitwise=True)
+
+
+def check_by_chance(steps, decay, key):
+    """Each (old average, model, new average, numbers of its elements), bit for bit; of wide ones a sample."""
+    for e, p, z, numbers in steps:
+        e, p, z, numbers = (side.reshape(-1) for side in (e, p, z, numbers))
+        if oracle.is_wide(p.dtype) and len(e) > oracle.SAMPLE:
+            at = torch.linspace(0, len(e) - 1, oracle.SAMPLE).long()
+            e, p, z, numbers = (side[at] for side in (e, p, z, numbers))
+        want = oracle.contract_by_chance(e, p, decay, z.dtype, key, numbers.numpy())
+        assert oracle.same_bits_but_nan(want, z), "other bits than the formula's"

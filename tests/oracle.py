@@ -1,4 +1,4 @@
-"""What one update must give: exact arithmetic, the bound of one step, and the contract's formula bit for bit.
+"""What one update must give: exact arithmetic, the bound of one step, the contract's formulas bit for bit.
 
 numpy and fractions do all of it: nothing here calls fused_ema, and no rounding is left to torch but its casts.
 """
@@ -22,6 +22,7 @@ PAIRS = [  # (average, model)
 ]
 # A manager's only: averages narrower than the model.
 NARROW_PAIRS = [(average, dtype) for average in HALF for dtype in FLOATS if dtype not in HALF]
+NARROW_PAIRS += [(torch.float32, torch.float64)]
 # The neighbours of 0 and 1, both sides of 1/2 (where the formula changes), and what people use.
 DECAYS = [0.0, math.nextafter(0, 1), 1e-6, 0.3, 0.5, 0.9, 0.999, 0.9999, math.nextafter(1, 0), 1.0]
 INNER_DECAYS = DECAYS[1:-1]
@@ -59,7 +60,7 @@ def flat(tensors):
 
 
 def same_bits(a, b):
-    raw = [reals(t).cpu().contiguous().view(torch.uint8) for t in (a, b)]
+    raw = [torch.cat([reals(t).cpu()]).view(torch.uint8) for t in (a, b)]  # cat: one element can have any stride
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
@@ -136,15 +137,32 @@ def _error_over_bound_f64(ema, model, new, decay):
 
 def contract(ema, model, decay, dtype):
     """What the kernels must write for 0 < decay < 1: flat CPU tensors in and out."""
+    return cast(moved(ema, model, decay), dtype)
+
+
+def cast(tensor, dtype):
+    """Rounded to nearest; from float64 to 16 bits, through float32."""
+    return (tensor.float() if dtype.itemsize == 2 else tensor).to(dtype)
+
+
+def is_wide(*dtypes):
+    """Whether the arithmetic is in float64."""
+    return torch.float64 in map(real, dtypes)
+
+
+def moved(ema, model, decay):
+    """An average after one update, in the type of the arithmetic."""
     weight = 1.0 - decay
     near = weight < 0.5
-    wide = dtype == torch.float64
+    wide = is_wide(ema.dtype, model.dtype)
     e, p = ((side.double() if wide else side.float()).numpy() for side in (ema, model))
     factor = e.dtype.type(weight if near else -decay)
     with np.errstate(all="ignore"):
         t = p - e
-        result = (_fma_f64 if wide else _fma_f32)(factor, t, e if near else p)
-        return torch.from_numpy(np.where(t == 0, e, result)).to(dtype)
+        finite = np.isfinite(t) if wide else slice(None)  # Inf and NaN need no fused rounding
+        result = factor * t + (e if near else p)
+        result[finite] = (_fma_f64 if wide else _fma_f32)(factor, t[finite], (e if near else p)[finite])
+        return torch.from_numpy(np.where(t == 0, e, result))
 
 
 def _fma_f32(a, b, c):
@@ -160,6 +178,59 @@ def _fma_f32(a, b, c):
 def _fma_f64(a, b, c):
     a = Fraction(float(a))
     return np.array([float(a * Fraction(x) + Fraction(y)) for x, y in zip(b.tolist(), c.tolist(), strict=True)])
+
+
+# ---- Stochastic rounding, bit for bit ----
+
+UINT32 = 2**32 - 1
+
+
+def _mixed(x):
+    """The hash "lowbias32" of 32-bit numbers (Wellons), which lie in uint64."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor) & np.uint64(UINT32)
+    return x ^ (x >> np.uint64(16))
+
+
+def random_bits(key, numbers):
+    """32 bits for each of these elements: arrays of uint64 in and out."""
+    numbers = numbers.astype(np.uint64)
+    low, high = numbers & np.uint64(UINT32), numbers >> np.uint64(32)
+    inner = _mixed(low ^ np.uint64(key & UINT32)) + np.uint64(key >> 32) + high * np.uint64(0x9E3779B9)
+    return _mixed(inner & np.uint64(UINT32))
+
+
+def neighbours(x, dtype):
+    """x, finite and in float64: its two neighbours of a 16-bit type, towards 0 and away from 0, and the share of the
+    way from the one to the other. Beyond the largest value lies infinity."""
+    unit = ulp(x, dtype)
+    near = np.trunc(x / unit) * unit
+    far = near + np.copysign(unit, x)
+    largest = torch.finfo(dtype).max
+    return near, np.where(abs(far) > largest, np.copysign(np.inf, x), far), abs(x - near) / unit
+
+
+def round_by_chance(x, dtype, random):
+    """float32 to 16 bits: away from 0 where the share of the way and a random share, of as many bits as are cut off,
+    reach 1 together. Beyond the largest value and its unit: infinity."""
+    wide = np.where(np.isfinite(x), x, 0).astype(np.float64)
+    near, far, share = neighbours(wide, dtype)
+    bits = 24 - FORMAT[dtype][0]
+    drawn = (random >> np.uint64(32 - bits)) * 2.0**-bits
+    units = abs(near) / ulp(wide, dtype)
+    total = units + share + drawn
+    if dtype == torch.float16:  # its subnormals are added in float32
+        total = np.where(abs(wide) < 2.0**-14, np.float32(units + share) + np.float32(drawn), total)
+    rounded = np.where(np.floor(total) > units, far, near)
+    largest = torch.finfo(dtype).max
+    rounded = np.where(abs(wide) >= largest + ulp(largest, dtype), np.copysign(np.inf, wide), rounded)
+    return torch.from_numpy(np.where(np.isfinite(x), rounded, x)).to(dtype)
+
+
+def contract_by_chance(ema, model, decay, dtype, key, numbers):
+    """What stochastic rounding must write for 0 < decay < 1; `numbers`: of the elements, an array."""
+    result = moved(ema, model, decay).float().numpy()
+    return round_by_chance(result, dtype, random_bits(key, numbers))
 
 
 # ---- The check ----
@@ -182,7 +253,7 @@ def check_step(old, model, new, decay, *, bitwise):
             copied = same_bits if dtype == model_dtype else same_bits_but_nan
             assert copied(n, p.to(dtype)), f"{what}: not a copy"
         else:
-            if dtype == torch.float64:
+            if is_wide(dtype, model_dtype):
                 at = _sample([reals(o).numel() for o, _, _ in members])
                 e, p, n = e[at], p[at], n[at]
             ratio = error_over_bound(e, p, n, decay, dtype)

@@ -250,6 +250,8 @@ def test_attached_again(backend):
     old.remove()
     checked.handle = checked.ema.attach(second)
     old.remove()  # which is no longer its concern
+    with pytest.raises(RuntimeError, match="attach"):
+        checked.ema.attach(first)
     first.step()
     checked.after(taken=False)
     second.step()
@@ -325,3 +327,25 @@ def test_everything_works_while_attached(backend):
     ema.load_state_dict(ema.state_dict())
     ema.averaged_state_dict(), ema.distance(), repr(ema), ema.copy_to(net())
     checked.after(taken=True)
+
+
+class Derived(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base_first", [False, True])
+def test_a_step_that_calls_its_base_is_one_step(backend, base_first):
+    # PyTorch wraps step() of each class that it makes an instance of: nested ones run the hooks twice.
+    model = nn.Linear(3, 3)
+    if base_first:
+        torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = Derived(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    handle = ema.attach(optimizer)
+    torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert ema.step == 3
+    handle.remove()

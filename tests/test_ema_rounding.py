@@ -146,7 +146,7 @@ def test_mean_over_many_seeds_is_the_unrounded_value(backend, dtype, model_dtype
     torch.manual_seed(0)
     old, new = torch.randn(200).to(dtype), torch.randn(200).to(model_dtype)
     draws = torch.stack(
-        [rounded([old.float()], [new.float()], 0.9, dtype=dtype, seed=seed)[0].double() for seed in range(400)]
+        [rounded([old.float()], [new.float()], 0.9, dtype=dtype, seed=seed)[0].double() for seed in range(200)]
     )
     exact = 0.9 * old.double() + 0.1 * new.double()
     sigma = draws.std(0) / math.sqrt(len(draws))
@@ -238,6 +238,7 @@ def test_kernel_and_pytorch_agree(monkeypatch, dtype, kind, tie):
     if kind == "strided":
         tensors[0], tensors[1] = torch.ones(9, 70).t(), torch.ones(70, 3, 3, 3).to(memory_format=torch.channels_last)
     for model_dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors[-1] = tensors[-1][: 66_001 if model_dtype == torch.float32 else 100]  # one block of PyTorch's, or two
         native = three_steps(tensors, dtype, model_dtype, tie)
         pure = without_extension(
             monkeypatch, lambda model_dtype=model_dtype: three_steps(tensors, dtype, model_dtype, tie)

@@ -109,6 +109,25 @@ def test_averages_in_it_are_not_copies(backend):
     assert all(same_bits(states[k][name], averages(ema, k)[name]) for k in range(2) for name in states[k])
 
 
+def size_of_file(state):
+    torch.save(state, file := io.BytesIO())
+    return file.tell()
+
+
+def test_file_of_one_average_holds_one():
+    model = nn.Linear(100, 100)
+    one, three = (EMA(model, [0.5] * count).averaged_state_dict() for count in (1, 3))
+    assert size_of_file(three) < 1.1 * size_of_file(one)
+
+
+def test_file_of_the_state_holds_each_average_once():
+    model = nn.Linear(100, 100)
+    model.tied = model.weight
+    bytes_of = sum(tensor.numel() * 4 for tensor in model.parameters())
+    for count in (1, 3):
+        assert size_of_file(EMA(model, [0.5] * count).state_dict()) < 1.1 * count * bytes_of
+
+
 # ---- Going on
 
 

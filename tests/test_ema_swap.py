@@ -383,6 +383,18 @@ def test_lost_in_the_block(backend, dtype, change):
         assert same_bits(tensor.detach(), kept[name] if name in lost else whole.raw[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_strides_on_the_same_memory(backend, dtype):
+    # Its values are those of the memory, which is restored; as they were can't be told.
+    ema = trained(net().to(dtype))
+    whole = Whole(ema)
+    with pytest.raises(RuntimeError, match=r"0\.weight"), ema.swapped() as model:
+        model[0].weight.data = model[0].weight.data.as_strided((4, 3), (1, 4))
+    assert whole.averages_are_true()
+    model[0].weight.data = model[0].weight.data.as_strided((4, 3), (3, 1))
+    whole.check()
+
+
 @pytest.mark.parametrize("change", LOST)
 def test_usable_after_a_loss(backend, change):
     ema = trained(net(), [0.5, 0.9])
@@ -550,6 +562,55 @@ def test_two_managers_of_one_model(backend):
 
 # ---- Ctrl-C at any moment
 
+
+def interrupted_at(moment, call):
+    """Runs `call` up to a moment at which Python hands out signals: where a function begins, or a built-in one ends.
+
+    True if it came to that.
+    """
+    moments = 0
+
+    def profile(frame, event, argument):
+        nonlocal moments
+        moments += event in ("call", "c_return")
+        if moments == moment:
+            raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(profile)
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+        torch.set_grad_enabled(True)  # PyTorch's own no_grad() does not see to that
+    return False
+
+
+def replaces_weights(model):
+    for layer in model:
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [lambda model: None, replaces_weights], ids=["", "replaced"])
+def test_interrupted_at_each_moment(backend, dtype, block):
+    ema = trained(nn.Sequential(nn.Linear(3, 2)).to(dtype), [0.5, 0.9])
+    whole = Whole(ema)
+
+    def evaluate():
+        with ema.swapped(1) as model:
+            block(model)
+
+    moment = 1
+    while interrupted_at(moment, evaluate):
+        assert ema.describe()["swapped"] is None, f"moment {moment}: still swapped"
+        assert whole.averages_are_true(), f"moment {moment}: other averages"
+        assert equal(clones(parameters(ema.model)), whole.raw), f"moment {moment}: another model"
+        moment += 1
+    assert moment > 50
+
+
 INTERRUPTS = """
 import random, signal, sys
 import torch
@@ -564,7 +625,11 @@ def held(ema):
     averages = [tensor for average in ema.state_dict()["averages"] for tensor in average.values()]
     return [tensor.detach().clone() for tensor in [*ema.model.parameters(), *averages]]
 
-def interrupt(what, dtype, rounds, longest):
+def replace(model):
+    for layer in model:
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+
+def interrupt(what, dtype, rounds, longest, block=lambda model: None):
     ema = EMA(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]).to(dtype), [0.5, 0.9])
     with torch.no_grad():
         for tensor in ema.model.parameters():
@@ -576,7 +641,7 @@ def interrupt(what, dtype, rounds, longest):
             signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, longest))
             while True:
                 with ema.swapped(1):
-                    pass
+                    block(ema.model)
         except KeyboardInterrupt:
             pass
         if ema.describe()["swapped"] is not None:
@@ -585,10 +650,12 @@ def interrupt(what, dtype, rounds, longest):
             sys.exit(f"{what}: other values after interrupt {n}")
 
 if _native.load():
-    interrupt("values exchanged", torch.float32, 800, 5e-4)
-    interrupt("values set aside", torch.bfloat16, 800, 5e-4)
+    interrupt("values exchanged", torch.float32, 400, 5e-4)
+    interrupt("values set aside", torch.bfloat16, 400, 5e-4)
+    interrupt("tensors replaced", torch.float32, 100, 2e-3, replace)
+    interrupt("tensors of another type replaced", torch.bfloat16, 100, 2e-3, replace)
     _native.load = lambda: None
-interrupt("PyTorch alone", torch.float32, 400, 2e-3)
+interrupt("PyTorch alone", torch.float32, 200, 2e-3)
 print("done")
 """
 

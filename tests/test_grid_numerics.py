@@ -27,7 +27,7 @@ def test_special_values(grid, decay):
     special = [[special_values(dtype) for dtype in dtypes] for dtypes in LERP_PAIRS]
     rows = [(dtypes, len(e) * len(p), (0, 0), True) for dtypes, (e, p) in zip(LERP_PAIRS, special, strict=True)]
     memory, pairs = place(np.random.default_rng(1), rows)
-    for (ema, model, _), (e, p) in zip(pairs, special, strict=True):
+    for (ema, model, *_), (e, p) in zip(pairs, special, strict=True):
         ema.copy_(e.repeat_interleave(len(p)))
         model.copy_(p.repeat(len(e)))
     launch(grid, memory, pairs, decay=decay)

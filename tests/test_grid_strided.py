@@ -22,7 +22,7 @@ def random_strides(rng, sizes):
 
 def launch_strided(grid, rng, dtypes, sizes, strides, op="update"):
     span = 1 + max(sum((n - 1) * s for n, s in zip(sizes, side, strict=True)) for side in strides)
-    memory, [(ema, model, _)] = place(rng, [(dtypes, span, rng.integers(0, 4, 2), True)])
+    memory, [(ema, model, *_)] = place(rng, [(dtypes, span, rng.integers(0, 4, 2), True)])
     views = [t.as_strided(sizes, side, t.storage_offset()) for t, side in zip((ema, model), strides, strict=True)]
     return launch(grid, memory, [Pair(*views)], op)
 

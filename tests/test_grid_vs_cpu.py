@@ -4,13 +4,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from emulated_grid import CAST_PAIRS, LERP_PAIRS, RAW_PAIRS, TYPES, Pair
+from emulated_grid import CAST_PAIRS, RAW_PAIRS, TYPES, UPDATE_PAIRS, Pair
 from grid_checks import noise
 
 import fused_ema
 
 CALLS = {  # of fused_ema: the kernel's name, pairs of types, decays
-    "update": ("update", LERP_PAIRS + RAW_PAIRS, [0.999, 0.25]),
+    "update": ("update", UPDATE_PAIRS + RAW_PAIRS, [0.999, 0.25]),
     "copy_": ("copy", CAST_PAIRS + RAW_PAIRS, [0.0]),
     "swap_": ("swap", [(dtype, dtype) for dtype in TYPES], [0.0]),
 }
@@ -36,7 +36,7 @@ def random_pairs(rng, types):
                 sides = [side.view(200, 200) for side in sides]
                 side = rng.integers(0, 2)
                 sides[side] = sides[side].T
-            yield Pair(*sides, dtypes in LERP_PAIRS)
+            yield Pair(*sides, dtypes in UPDATE_PAIRS)
 
 
 @pytest.mark.filterwarnings("ignore")  # 16-bit averages at a high decay
@@ -46,7 +46,7 @@ def test_same_bits(grid, call, threads):
     rng = np.random.default_rng(1)
     pairs = list(random_pairs(rng, types))
     for decay in decays:
-        own = [Pair(ema.clone(), model.clone(), average) for ema, model, average in pairs]
+        own = [Pair(ema.clone(), model.clone(), average) for ema, model, average, *_ in pairs]
         grid.tables(own).run(op, decay)
         theirs = [pairs[i] for i in rng.permutation(len(pairs))]
         arguments = [pair.ema for pair in theirs], [pair.model for pair in theirs]

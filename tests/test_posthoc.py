@@ -646,3 +646,15 @@ def test_end_to_end(tmp_path, options):
             # The noise in the average is far below what the weights have moved since the start, some 0.1.
             assert (averages[name] - wanted[name]).abs().max() < 0.1 * error + 1e-5 * parameter.abs().max()
     model.load_state_dict(reconstruct(tmp_path, 0.15), strict=False)
+
+
+def test_snapshots_of_a_longer_run_are_named(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    ema = fused_ema.EMA(model, [fused_ema.schedules.power_function(0.05), fused_ema.schedules.power_function(0.1)])
+    for _ in range(2):
+        ema.update()
+        fused_ema.posthoc.save_snapshot(tmp_path, ema)
+    again = fused_ema.EMA(model, ema.schedules)
+    again.update()
+    with pytest.warns(UserWarning, match="more than 1 updates.*ema-0000000002"):
+        fused_ema.posthoc.save_snapshot(tmp_path, again)
