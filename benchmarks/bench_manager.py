@@ -28,23 +28,16 @@ CALLS = 200  # of a short update, timed together
 
 
 def several(dtype: torch.dtype, count: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """One manager of `count` averages, as many managers of one, and as many calls of PyTorch's."""
+    """One manager of `count` averages, and as many managers of one."""
     model = filled(gpt2, dtype, device)
-    parameters = list(model.parameters())
     together = fused_ema.EMA(model, decay=DECAYS[:count])
     apart = [fused_ema.EMA(model, decay=decay) for decay in DECAYS[:count]]
-    lists = [[p.detach().clone() for p in parameters] for _ in apart]
 
     def one_by_one() -> None:
         for manager in apart:
             manager.update()
 
-    def foreach() -> None:
-        for averages, decay in zip(lists, DECAYS, strict=False):
-            torch._foreach_lerp_(averages, parameters, 1 - decay)
-
-    methods = {f"EMA with {count} averages": together.update, f"{count} EMAs with one": one_by_one}
-    return methods | ({f"{count} x _foreach_lerp_ on cached lists": foreach} if dtype == torch.float32 else {})
+    return {f"EMA with {count} averages": together.update, f"{count} EMAs with one": one_by_one}
 
 
 def overhead(model: nn.Module) -> dict[str, Callable[[], None]]:

@@ -253,7 +253,7 @@ class EMA:
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages are in their own dtype; not copies, but where there are several or while they are in the model, swapped.
+        Averages are in their own dtype; not copies, but where there are several, or while they are in the model.
         The rest is the model's.
 
         Raises:
@@ -395,9 +395,8 @@ class EMA:
             if known[plain]:
                 chosen[plain] = tensor
         if known and not chosen:
-            raise ValueError(
-                f"select: expected some of the model's tensors chosen, found none of {list(known)[:5]}, ..."
-            )
+            names = f"{list(known)[:5]} ..."
+            raise ValueError(f"select: expected some of the model's {len(known)} tensors, found none chosen: {names}")
         return known, chosen
 
     def _found(self, model: nn.Module | None = None) -> dict[str, Tensor]:
