@@ -1,9 +1,9 @@
 """Audits the machine code of the CUDA kernels, which needs no GPU:  python tests/audit_sass.py [_C.so or .o]
 
-The main path of each kind of pair is one straight run of instructions that ends in 128-bit stores. Each must
-load averages in 128 bits too (parameters in what as many elements take), issue all loads before it first uses a
-loaded value, and do one add and one fused multiply-add per element; nowhere may there be local memory. Prints a
-table; exits 1 and says why if anything is otherwise.
+The main path of each kind of pair that goes by vectors is one straight run of instructions that ends in 128-bit
+stores. Each must load averages in 128 bits too (parameters in what as many elements take), issue all loads before it
+first uses a loaded value, and do one add and one fused multiply-add per element; nowhere may there be local memory, nor
+a generic access. Prints a table; exits 1 and says why if anything is otherwise.
 """
 
 import argparse
@@ -28,23 +28,25 @@ class Kind(NamedTuple):
     name: str
     kernel: str
     average_loads: int  # plain, 128 bits each
-    model_loads: int  # through the read-only path (but for swap, which writes the model)
+    model_loads: int  # through the read-only path (but for an exchange, which writes the model)
     model_width: int
     adds: int
     instances: int  # pairs of types that are of this kind
     letters: str = ""  # that its arithmetic starts with: F for float32, D for float64
 
 
-KINDS = [
-    Kind("float32 <- float32", "update", 1, 1, 128, 4, 1, "F"),
-    Kind("float32 <- 16-bit", "update", 1, 1, 64, 4, 2, "F"),
-    Kind("16-bit <- 16-bit", "update", 1, 1, 128, 8, 4, "F"),
-    Kind("float64 <- float64", "update", 1, 1, 128, 2, 1, "D"),
-    Kind("float64 <- float32", "update", 1, 1, 64, 2, 1, "D"),
-    Kind("float64 <- 16-bit", "update", 1, 1, 32, 2, 2, "D"),
-    Kind("exchange", "swap", 1, 0, 128, 0, 1),
-]
-for kernel in ("update", "copy"):  # code of equal copies may be shared: one instance of each is enough
+KINDS = [Kind("exchange", kernel, 1, 0, 128, 0, 1) for kernel in ("swap", "restore")]
+for kernel in ("update", "update_stochastic"):
+    KINDS += [
+        Kind("float32 <- float32", kernel, 1, 1, 128, 4, 1, "F"),
+        Kind("float32 <- 16-bit", kernel, 1, 1, 64, 4, 2, "F"),
+        Kind("float64 <- float64", kernel, 1, 1, 128, 2, 1, "D"),
+        Kind("float64 <- float32", kernel, 1, 1, 64, 2, 1, "D"),
+        Kind("float64 <- 16-bit", kernel, 1, 1, 32, 2, 2, "D"),
+        # Rounded to nearest, so never run by the other kernel, which may leave it out.
+        Kind("16-bit <- 16-bit", kernel, 1, 1, 128, 8, 4 if kernel == "update" else 0, "F"),
+    ]
+for kernel in ("update", "update_stochastic", "copy"):  # code of equal copies may be shared: one of each is enough
     KINDS += [
         Kind("copy, equal sizes", kernel, 0, 1, 128, 0, 1),
         Kind("copy, from half the size", kernel, 0, 1, 64, 0, 1),
@@ -104,7 +106,7 @@ def run_complaints(run, unroll):
     if run.kind is None:
         yield f"fits no kind of pair: loads {summary(run.loads) or 'nothing'}, stores {writes}, adds {run.adds}"
     else:
-        planned = unroll * (2 if run.kernel == "swap" else 1)
+        planned = unroll * (2 if run.kind.name == "exchange" else 1)
         if stores != planned:
             yield f"stores {stores} vectors where FUSED_EMA_UNROLL plans {planned}"
         for name, found in (("add", run.adds), ("fused multiply-add", run.multiplies)):
@@ -150,6 +152,9 @@ def read_only_complaints(run):
 
 
 def memory_complaints(code, usage):
+    generic = [i for i in code if i.name in ("LD", "ST")]
+    if generic:
+        yield f"{len(generic)} generic accesses (LD, ST), the first {generic[0]}"
     local = [i for i in code if i.name in ("LDL", "STL")]
     if local:
         yield f"{len(local)} accesses to local memory (a spill), the first {local[0]}"

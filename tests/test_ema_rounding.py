@@ -120,6 +120,24 @@ def test_bits_look_independent(backend, dtype):
             assert abs(correlation(get(0), get(n))) < 4 / math.sqrt(COUNT), f"{what} {n} apart"
 
 
+def lowbias32(x):
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("number", [0, 2**32 - 3, 2**32, 5 * 2**32 + 7])
+def test_bits_of_any_element(number):
+    """Counters of 64 bits, as csrc/lerp.h has them: those of the kernel are compared with these above and below."""
+    key, values = 0x0123456789ABCDEF, torch.full((6,), 1 + 0.4 * 2**-7)
+    found = reference.round_stochastically(values, torch.bfloat16, key, number)
+    for i in range(6):
+        low, high = (number + i) % 2**32, (number + i) >> 32
+        random = lowbias32((lowbias32(low ^ key % 2**32) + (key >> 32) + high * 0x9E3779B9) % 2**32)
+        up = (random >> 16) + (values[i].view(torch.int32).item() & 0xFFFF) >= 2**16
+        assert found[i] == 1 + up * 2**-7
+
+
 # ---- Unbiased
 
 

@@ -144,7 +144,10 @@ def test_goes_on_with_the_same_bits(backend, options, stop):
     run(ema, 0, stop)
     weights, state = saved_and_loaded(ema.model.state_dict()), saved_and_loaded(ema.state_dict())
     run(ema, stop, 11)
-    for fresh in (options, {**options, "decay": [0.123] * len(ema.schedules), "update_every": 7, "seed": 5}):
+    for fresh in (
+        options,
+        {**options, "decay": [0.123] * len(ema.schedules), "update_every": 7, "update_after_step": 4, "seed": 5},
+    ):
         resumed = EMA(small(dtype), **fresh)
         run(resumed, 20, 23)  # what it held before does not matter
         resumed.model.load_state_dict(weights)
