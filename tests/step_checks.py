@@ -1,4 +1,4 @@
-"""Updates on any device, checked: test_numerics.py runs these on the CPU, test_gpu.py on CUDA."""
+"""Updates on any device, checked: test_numerics.py runs these on the CPU, test_gpu_*.py on CUDA."""
 
 import copy
 import itertools
