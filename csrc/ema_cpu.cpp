@@ -19,7 +19,7 @@ namespace fused_ema {
 namespace {
 
 constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a second thread's wake-up
-constexpr int64_t kPiece = 8192;              // elements of the model that several averages share in the cache
+constexpr int64_t kPiece = 1024;              // elements of the model that several averages share in the L1 cache
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
