@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,14 @@ class Attachment:
             optimizer = inner  # a wrapper such as accelerate's, whose own hooks never run
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        ours = {id(tensor) for tensor in ema.model.parameters()}
+        if ours and not any(id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"]):
+            # Not an error: some optimizers step copies of the parameters in higher precision.
+            warnings.warn(
+                "EMA.attach: expected an optimizer of the averaged model's parameters, found none of them in its "
+                "groups; is it another model's?",
+                stacklevel=3,
+            )
         self._ema = ema
         # Where a class and its base both define step(), torch runs the hooks after each of the two.
         steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]

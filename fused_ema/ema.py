@@ -326,7 +326,8 @@ class EMA:
         """Updates after each `optimizer.step()`: not after one that a GradScaler skipped.
 
         Args:
-            optimizer: the one that steps last, where there are several.
+            optimizer: the one that steps last, where there are several. A warning says where it has none of the
+                model's parameters.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
                 the next optimizer step waits for it; always so for averages in host memory. Everything here waits for
                 it too; what else writes to the parameters between steps has to read `step` first, which does.

@@ -267,6 +267,16 @@ def test_other_things_are_refused(backend, thing):
     ema.attach(optimizer)  # it is still free
 
 
+def test_an_optimizer_of_another_model_is_warned_of(backend, recwarn):
+    model, other = net(), net()
+    with pytest.warns(UserWarning, match="expected an optimizer of the averaged model's parameters, found none of"):
+        EMA(model).attach(torch.optim.SGD(other.parameters(), 0.1)).remove()
+    recwarn.clear()
+    some = [next(model.parameters()), next(other.parameters())]
+    EMA(model).attach(torch.optim.SGD([{"params": [tensor]} for tensor in some], 0.1)).remove()
+    assert not recwarn
+
+
 def test_two_managers_on_one_optimizer(backend):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
