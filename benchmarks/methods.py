@@ -1,173 +1,270 @@
-"""What is measured: modules of real shapes with random values, and the methods that average them."""
+"""The methods that are measured: what people write by hand, the managers that they install, and fused_ema.
+
+Each method gets a model and a module of averages, and returns the function that makes one update of constant decay, as
+the package has it after any warm-up. All methods work on the same averages: where a package makes its own, it is given
+those in their place, so that no layout of memory favours one of them.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shlex
-import subprocess
-import tempfile
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_ema
 
 DECAY = 0.999
+WEIGHT = 1 - DECAY
 
+Step: TypeAlias = Callable[[], None]
+Make: TypeAlias = Callable[[nn.Module, nn.Module], Step]  # (model, averages)
 
-def gpt2() -> nn.Module:
-    """GPT-2 small: 148 tensors, 124M elements."""
-    layer = nn.TransformerEncoderLayer(768, 12, 3072)
-    blocks = nn.TransformerEncoder(layer, 12, nn.LayerNorm(768), enable_nested_tensor=False)
-    return nn.ModuleList([nn.Embedding(50257, 768), nn.Embedding(1024, 768), blocks])
-
-
-def resnet50() -> nn.Module:
-    """161 parameter tensors, 26M elements, and BatchNorm's 159 buffers."""
-
-    def convolution(channels: int, features: int, size: int) -> list[nn.Module]:
-        return [nn.Conv2d(channels, features, size, bias=False), nn.BatchNorm2d(features)]
-
-    layers, channels = convolution(3, 64, 7), 64
-    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(count):
-            layers += convolution(channels, width, 1) + convolution(width, width, 3)
-            layers += convolution(width, 4 * width, 1)
-            if block == 0:
-                layers += convolution(channels, 4 * width, 1)  # of the shortcut
-            channels = 4 * width
-    return nn.Sequential(*layers, nn.Linear(channels, 1000))
-
-
-def many() -> nn.Module:
-    """One list, the quickest for PyTorch to walk over."""
-    return nn.ParameterList(torch.empty(256) for _ in range(2000))
-
-
-class Case(NamedTuple):
-    name: str
-    build: Callable[[], nn.Module]
-    dtype: torch.dtype  # of the model; averages are float32
-    repeats: int = 1  # calls in a row; the first of several warms the caches and is not counted
-
-
-GPT2 = "GPT-2 small shapes, float32"
-GPT2_BF16 = "GPT-2 small shapes, float32 average of bfloat16"
-RESNET = "ResNet-50 shapes, float32"
-MANY = "2000 tensors of 256, float32"
-MANY_REPEATED = "2000 tensors of 256, float32, called again and again"
-CASES = (
-    Case(GPT2, gpt2, torch.float32),
-    Case(GPT2_BF16, gpt2, torch.bfloat16),
-    Case(RESNET, resnet50, torch.float32),
-    Case(MANY, many, torch.float32),
-    Case(MANY_REPEATED, many, torch.float32, repeats=6),
-)
-
-
-def filled(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    with torch.device("meta"):  # the modules' own initialisation takes long, and is of no use here
-        module = build()
-    module.to(dtype).to_empty(device=device)
-    for tensor in chain(module.parameters(), module.buffers()):
-        tensor.data.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
-    return module
-
-
-# ---- Methods -------------------------------------------------------------------------------------
-
-LOOP = "loop: named_parameters, mul_, add_"
+LOOP = "tutorial loop: named_parameters, mul_, add_"
 MUL_ADD = "mul_, add_ on cached lists"
+FOREACH_MUL_ADD = "_foreach_mul_, _foreach_add_ on cached lists"
 FOREACH = "_foreach_lerp_, lists at each call"
 FOREACH_CACHED = "_foreach_lerp_ on cached lists"
+COMPILED = "torch.compile of the loop"
 AVERAGED = "AveragedModel"
 AVERAGED_FUSED = "AveragedModel with fused_ema"
-UPDATE = "fused_ema.update(module, module)"
-BOUND = "fused_ema.bind(...).update"
-STREAM = "plain C++ loop, two arrays"
-COPY = "device copy of as many bytes"
+TIMM = "timm ModelEmaV3"
+EMA_PYTORCH = "ema-pytorch EMA"
+EMA_PYTORCH_FOREACH = "ema-pytorch EMA, foreach"
+TORCH_EMA = "torch_ema"
+DIFFUSERS = "diffusers EMAModel"
+DIFFUSERS_FOREACH = "diffusers EMAModel, foreach"
+LIGHTNING = "Lightning EMAWeightAveraging"
+APEX = "apex multi_tensor_axpby"
+FOREACH_GRAPH = "_foreach_lerp_ in a CUDA graph"
+UPDATE = "fused_ema.update"
+BOUND = "fused_ema.bind"
+MANAGER = "fused_ema.EMA"
+BOUND_GRAPH = "fused_ema.bind in a CUDA graph"
 
-Pairs = list[tuple[Tensor, Tensor]]
+# ---- By hand
 
 
-class Method(NamedTuple):
-    step: Callable[[], None]
-    pairs: Pairs | None  # (average, parameter) it is to be checked on; None: it computes something else
-
-
-def methods(ema: nn.Module, model: nn.Module, library: ctypes.CDLL | str) -> dict[str, Method]:
-    averages, parameters = list(ema.parameters()), list(model.parameters())
-    pairs = list(zip(averages, parameters, strict=True))
-    weight = 1 - DECAY
-    handle = fused_ema.bind(ema, model)
-
-    def loop() -> None:
+def _loop(model: nn.Module, ema: nn.Module) -> Step:
+    def step() -> None:
         ours = dict(ema.named_parameters())
         for name, parameter in model.named_parameters():
-            ours[name].mul_(DECAY).add_(parameter, alpha=weight)
+            ours[name].mul_(DECAY).add_(parameter.data, alpha=WEIGHT)
 
-    def mul_add() -> None:
+    return step
+
+
+def _lists(model: nn.Module, ema: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return list(ema.parameters()), list(model.parameters())
+
+
+def _mul_add(model: nn.Module, ema: nn.Module) -> Step:
+    pairs = list(zip(*_lists(model, ema), strict=True))
+
+    def step() -> None:
         for average, parameter in pairs:
-            average.mul_(DECAY).add_(parameter, alpha=weight)
+            average.mul_(DECAY).add_(parameter, alpha=WEIGHT)
 
-    def averaged_model(function: Callable[..., None]) -> Callable[[], None]:
-        manager = AveragedModel(nn.Identity(), multi_avg_fn=function)
-        manager.module = ema  # the averages that all methods update, not a copy
+    return step
+
+
+def _foreach_mul_add(model: nn.Module, ema: nn.Module) -> Step:
+    averages, parameters = _lists(model, ema)
+
+    def step() -> None:
+        torch._foreach_mul_(averages, DECAY)
+        torch._foreach_add_(averages, parameters, alpha=WEIGHT)
+
+    return step
+
+
+def _foreach(model: nn.Module, ema: nn.Module) -> Step:
+    return lambda: torch._foreach_lerp_(*_lists(model, ema), WEIGHT)
+
+
+def _foreach_cached(model: nn.Module, ema: nn.Module) -> Step:
+    averages, parameters = _lists(model, ema)
+    return lambda: torch._foreach_lerp_(averages, parameters, WEIGHT)
+
+
+def _compiled(model: nn.Module, ema: nn.Module) -> Step:
+    averages, parameters = _lists(model, ema)
+    if len(averages) > 300:
+        raise NotImplementedError(f"{len(averages)} tensors take torch.compile too long")
+
+    @torch.compile(fullgraph=True)
+    def lerp(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter.to(average.dtype), WEIGHT)
+
+    return lambda: lerp(averages, parameters)
+
+
+# ---- Packages
+
+
+def _averaged(function: Callable[..., None]) -> Make:
+    def make(model: nn.Module, ema: nn.Module) -> Step:
+        manager = AveragedModel(model, multi_avg_fn=function)
+        manager.module = ema
         manager.n_averaged.fill_(1)  # the first update would copy
         return lambda: manager.update_parameters(model)
 
-    steps = {
-        LOOP: loop,
-        MUL_ADD: mul_add,
-        FOREACH: lambda: torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight),
-        FOREACH_CACHED: lambda: torch._foreach_lerp_(averages, parameters, weight),
-        AVERAGED: averaged_model(get_ema_multi_avg_fn(DECAY)),
-        AVERAGED_FUSED: averaged_model(fused_ema.get_ema_multi_avg_fn(DECAY)),
-        UPDATE: lambda: fused_ema.update(ema, model, DECAY),
-        BOUND: lambda: handle.update(DECAY),
-    }
-    found = {name: Method(step, pairs) for name, step in steps.items()}
-    elements = sum(average.numel() for average in averages)
-    if elements < 10**7:  # no stream: it fits into a cache
-        return found
-    if isinstance(library, ctypes.CDLL):
-        found[STREAM] = stream(library, elements, parameters[0].dtype)
-    if averages[0].is_cuda:
-        size = handle.describe()["bytes_per_update"] // 2
-        source, target = torch.zeros(2, size, dtype=torch.uint8, device=averages[0].device)
-        found[COPY] = Method(lambda: target.copy_(source), None)
-    return found
+    return make
 
 
-def stream(library: ctypes.CDLL, elements: int, dtype: torch.dtype) -> Method:
-    average, parameter = torch.randn(elements), torch.randn(elements, dtype=dtype)
-    function = getattr(library, f"stream_{str(dtype).removeprefix('torch.')}")
+def _timm(model: nn.Module, ema: nn.Module) -> Step:
+    # Its file alone: `import timm` needs torchvision, which this file does not.
+    package = importlib.util.find_spec("timm")
+    if package is None or package.origin is None:
+        raise ImportError("No module named 'timm'")
+    spec = importlib.util.spec_from_file_location("_timm_model_ema", Path(package.origin).parent / "utils/model_ema.py")
+    assert spec
+    assert spec.loader
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    manager = sys.modules[spec.name].ModelEmaV3(model, decay=DECAY, stochastic_rounding=False)
+    manager.module = ema
+    return lambda: manager.update(model)
+
+
+def _ema_pytorch(foreach: bool) -> Make:
+    def make(model: nn.Module, ema: nn.Module) -> Step:
+        manager = importlib.import_module("ema_pytorch").EMA(
+            model,
+            ema,
+            beta=DECAY,
+            min_value=DECAY,
+            update_after_step=0,
+            update_every=1,
+            include_online_model=False,
+            coerce_dtype=True,
+            use_foreach=foreach,
+        )
+        manager.initted.fill_(True)
+        manager.step.fill_(10)
+        return manager.update  # type: ignore[no-any-return]
+
+    return make
+
+
+def _torch_ema(model: nn.Module, ema: nn.Module) -> Step:
+    library = importlib.import_module("torch_ema")
+    manager = library.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
+    manager.shadow_params = list(ema.parameters())
+    return lambda: manager.update()
+
+
+def _diffusers(foreach: bool) -> Make:
+    def make(model: nn.Module, ema: nn.Module) -> Step:
+        library = importlib.import_module("diffusers.training_utils")
+        manager = library.EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY, foreach=foreach)
+        manager.shadow_params = list(ema.parameters())
+        manager.optimization_step = 10
+        return torch.no_grad()(lambda: manager.step(model.parameters()))
+
+    return make
+
+
+def _lightning(model: nn.Module, ema: nn.Module) -> Step:
+    """The callback as the trainer calls it, with a stand-in for the trainer's counter of steps."""
+    lightning = importlib.import_module("lightning.pytorch")
+    callback = importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging(decay=DECAY)
+    module = lightning.LightningModule()
+    module.model = model
+    trainer = types.SimpleNamespace(global_step=0)
+    callback.setup(trainer, module, "fit")
+    callback._average_model.module.model = ema
+    callback._average_model.n_averaged.fill_(1)
 
     def step() -> None:
-        pointers = (ctypes.c_void_p(average.data_ptr()), ctypes.c_void_p(parameter.data_ptr()))
-        weight = ctypes.c_float(1 - DECAY)
-        function(*pointers, ctypes.c_int64(elements), weight, ctypes.c_int(torch.get_num_threads()))
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, 0)
 
-    return Method(step, [(average, parameter)])
+    return step
 
 
-def compile_stream() -> ctypes.CDLL | str:
-    """stream.cpp, built for this very CPU, or why not."""
-    compiler = os.environ.get("CXX") or "g++"
-    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/stream.so"
-        command = [*shlex.split(compiler), *flags, "stream.cpp", "-o", library]
-        try:
-            subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        except FileNotFoundError:
-            return f"no compiler {compiler!r} here; set CXX to another"
-        except subprocess.CalledProcessError as problem:
-            return f"{compiler} failed: {problem.stderr.strip()}"
-        return ctypes.CDLL(library)
+def _apex(model: nn.Module, ema: nn.Module) -> Step:
+    applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    kernel = importlib.import_module("amp_C").multi_tensor_axpby
+    averages, parameters = _lists(model, ema)
+    overflow = torch.zeros(1, dtype=torch.int, device=averages[0].device)
+    lists = [averages, parameters, averages]
+    return lambda: applier(kernel, overflow, lists, DECAY, WEIGHT, -1)
+
+
+# ---- fused_ema
+
+
+def _update(model: nn.Module, ema: nn.Module) -> Step:
+    return lambda: fused_ema.update(ema, model, DECAY)
+
+
+def _bound(model: nn.Module, ema: nn.Module) -> Step:
+    handle = fused_ema.bind(ema, model)
+    return lambda: handle.update(DECAY)
+
+
+def _manager(model: nn.Module, ema: nn.Module) -> Step:
+    dtype = next(ema.parameters()).dtype
+    manager = fused_ema.EMA(model, decay=DECAY, dtype=dtype)
+    theirs = dict(ema.named_parameters(remove_duplicate=False))
+    manager._averages._first = {name: theirs[name].detach() for name in manager._averages}
+    manager._plan = None
+    return manager.update
+
+
+def _graph(make: Make) -> Make:
+    def captured(model: nn.Module, ema: nn.Module) -> Step:
+        step, graph = make(model, ema), torch.cuda.CUDAGraph()
+        step()  # plans, uploads and warms up before the capture
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    return captured
+
+
+METHODS: dict[str, Make] = {
+    LOOP: _loop,
+    MUL_ADD: _mul_add,
+    FOREACH_MUL_ADD: _foreach_mul_add,
+    FOREACH: _foreach,
+    FOREACH_CACHED: _foreach_cached,
+    COMPILED: _compiled,
+    AVERAGED: _averaged(get_ema_multi_avg_fn(DECAY)),
+    AVERAGED_FUSED: _averaged(fused_ema.get_ema_multi_avg_fn(DECAY)),
+    TIMM: _timm,
+    EMA_PYTORCH: _ema_pytorch(False),
+    EMA_PYTORCH_FOREACH: _ema_pytorch(True),
+    TORCH_EMA: _torch_ema,
+    DIFFUSERS: _diffusers(False),
+    DIFFUSERS_FOREACH: _diffusers(True),
+    LIGHTNING: _lightning,
+    UPDATE: _update,
+    BOUND: _bound,
+    MANAGER: _manager,
+}
+CUDA_METHODS: dict[str, Make] = {APEX: _apex, FOREACH_GRAPH: _graph(_foreach_cached), BOUND_GRAPH: _graph(_bound)}
+OURS = (UPDATE, BOUND, MANAGER, BOUND_GRAPH)
+
+
+def method_names(device: torch.device) -> list[str]:
+    return [*METHODS, *(CUDA_METHODS if device.type == "cuda" else ())]
+
+
+def make_step(name: str, model: nn.Module, ema: nn.Module) -> Step:
+    make = METHODS.get(name) or CUDA_METHODS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of averages in 16 bits, which some cases ask for
+        return make(model, ema)

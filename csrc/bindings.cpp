@@ -141,13 +141,13 @@ std::mutex& one_at_a_time() {
 std::vector<Entry> make_entries(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
                                 const std::vector<int>& actions, const std::vector<int64_t>& next_averages) {
   if (names.size() != ema.size() || names.size() != model.size() || names.size() != actions.size() ||
-      (!next_averages.empty() && names.size() != next_averages.size()))
+      names.size() != next_averages.size())
     throw py::value_error("names, ema, model, actions and next_averages must have one length");
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i)
     entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i]),
-                            next_averages.empty() ? 0 : next_averages[i]});
+                            next_averages[i]});
   return entries;
 }
 
@@ -170,13 +170,7 @@ class PyPlan {
   // Both return false, and have written nothing, where the plan no longer fits what it was made from.
   bool run(Op op, const std::vector<double>& decay, const std::optional<at::Tensor>& device_decay,
            const std::vector<uint64_t>& keys, int average, const Tensors& aside) {
-    const auto current = [](const auto& watched) { return watched.current(); };
-    return run_if(
-        [&] {
-          return complete_ && std::all_of(modules_.begin(), modules_.end(), current) &&
-                 std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
-        },
-        op, make_call(decay, keys, average), device_decay, aside);
+    return run_if([&] { return watched_current(op); }, op, make_call(decay, keys, average), device_decay, aside);
   }
   // For tensor objects that are new at each call; no reference to them is kept.
   bool run_with(const Tensors& ema, const Tensors& model, Op op, const std::vector<double>& decay,
@@ -184,6 +178,7 @@ class PyPlan {
     return run_if([&] { return plan_.adopt(ema, model, op); }, op, make_call(decay, {}, -1), device_decay, {});
   }
 
+  bool current() const { return !plan_.forked() && watched_current(Op::update); }
   int64_t launches() const { return plan_.launches(); }
   // Whether the model holds an average. Kept here, where an interrupt can't come between the exchange and the note of
   // it.
@@ -197,6 +192,12 @@ class PyPlan {
   }
 
  private:
+  bool watched_current(Op op) const {
+    const auto current = [](const auto& watched) { return watched.current(); };
+    return complete_ && std::all_of(modules_.begin(), modules_.end(), current) &&
+           std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
+  }
+
   // Of all averages, or, where it is not negative, of one.
   Call make_call(const std::vector<double>& decay, const std::vector<uint64_t>& keys, int average) const {
     Call call;
@@ -274,12 +275,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
                     const std::vector<py::object>&, const std::vector<py::object>&, int, const std::vector<int64_t>&>(),
            py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("modules"),
-           py::arg("containers"), py::arg("averages") = 1, py::arg("next_averages") = std::vector<int64_t>())
+           py::arg("containers"), py::arg("averages"), py::arg("next_averages"))
       .def("run", &PyPlan::run, py::arg("op"), py::arg("decay"), py::arg("device_decay") = py::none(),
            py::arg("keys") = std::vector<uint64_t>(), py::arg("average") = -1, py::arg("aside") = Tensors())
       .def("run_with", &PyPlan::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decay"),
            py::arg("device_decay"))
       .def("aside_bytes", &PyPlan::aside_bytes)
+      .def("current", &PyPlan::current)
       .def("exchanged", &PyPlan::exchanged)
       .def("mark_exchanged", &PyPlan::mark_exchanged)
       .def("launches", &PyPlan::launches);

@@ -187,12 +187,13 @@ FUSED_EMA_HD T factor_of(double decay) {
   return 1.0 - decay < 0.5 ? T(1.0 - decay) : T(-decay);
 }
 
-// e' for 0 < decay < 1. The select keeps an average bitwise where it equals the model: fma(w, +0, -0) is +0.
+// e' for 0 < decay < 1. The select keeps an average bitwise where it equals the model: fma(w, +0, -0) is +0, and
+// Inf - Inf is NaN.
 template <class T>
 FUSED_EMA_HD T lerp(T e, T p, T factor) {
   const T t = p - e;
   const T result = fused_multiply_add(factor, t, factor > T(0) ? e : p);
-  return t == T(0) ? e : result;
+  return e == p ? e : result;
 }
 
 }  // namespace fused_ema

@@ -359,19 +359,16 @@ struct TileRun {
 };
 
 // The pairs of types. F(E, P) is expanded once for each.
-#define FUSED_EMA_LERP_PAIRS(F) \
-  F(f32, f32)                   \
-  F(f32, bf16)                  \
-  F(f32, f16) F(f32, f64) F(f64, f64) F(f64, f32) F(f64, bf16) F(f64, f16) FUSED_EMA_NARROW_PAIRS(F)
-#define FUSED_EMA_NARROW_PAIRS(F) \
-  F(bf16, bf16)                   \
-  F(bf16, f16)                    \
-  F(bf16, f32) F(bf16, f64) F(f16, f16) F(f16, bf16) F(f16, f32) F(f16, f64)
+#define FUSED_EMA_LERP_PAIRS(F) F(f32, f32) F(f64, f64) F(bf16, bf16) F(f16, f16) FUSED_EMA_CAST_PAIRS(F)
 #define FUSED_EMA_CAST_PAIRS(F) \
   F(f32, bf16)                  \
   F(f32, f16)                   \
   F(f32, f64)                   \
   F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) F(f16, f64) F(f16, bf16)
+#define FUSED_EMA_NARROW_PAIRS(F) \
+  F(bf16, bf16)                   \
+  F(bf16, f16)                    \
+  F(bf16, f32) F(bf16, f64) F(f16, f16) F(f16, bf16) F(f16, f32) F(f16, f64)
 
 constexpr int pair_of(Type ema, Type model) { return int(ema) * 16 + int(model); }
 FUSED_EMA_HD constexpr bool is_narrow(Type type) { return type == Type::bf16 || type == Type::f16; }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import types
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +16,36 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .ema import EMA
 
+Undo = Callable[[], None]
+STATE = "fused_ema"  # the key of the averages in the state of an optimizer
+
+
+class _News(NamedTuple):
+    """Whether the latest step was skipped, on its way from the device, and what to go back to then."""
+
+    skipped: Tensor
+    arrived: torch.cuda.Event
+    before: tuple[int, tuple[float, ...]]  # step and decays
+
 
 class Attachment:
-    """A manager that updates after each step of an optimizer, until `remove()`."""
+    """A manager that updates after each step of an optimizer, until `remove()`.
 
-    def __init__(self, ema: EMA, optimizer: torch.optim.Optimizer, overlap: bool) -> None:
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # a wrapper such as accelerate's, whose own hooks never run
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    Where `optimizer` wraps another (`.optimizer`, as accelerate's or a Lookahead do), a step is one of the innermost,
+    which tells steps that were left out; the update comes once the outermost has returned, which may write to the
+    parameters after it.
+    """
+
+    def __init__(self, ema: EMA, optimizer: torch.optim.Optimizer, overlap: bool, save: bool) -> None:
+        layers = [optimizer]
+        while isinstance(inner := getattr(layers[-1], "optimizer", None), torch.optim.Optimizer):
+            layers.append(inner)
+        inner = layers[-1]
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(inner).__name__}")
         ours = {id(tensor) for tensor in ema.model.parameters()}
-        if ours and not any(id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"]):
+        stepped = (id(tensor) for each in layers for group in each.param_groups for tensor in group["params"])
+        if ours and not any(each in ours for each in stepped):
             # Not an error: some optimizers step copies of the parameters in higher precision.
             warnings.warn(
                 "EMA.attach: expected an optimizer of the averaged model's parameters, found none of them in its "
@@ -32,54 +54,103 @@ class Attachment:
             )
         self._ema = ema
         # Where a class and its base both define step(), torch runs the hooks after each of the two.
-        steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
+        steps = [kind for kind in type(inner).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
         self._nested = len(steps) > 1
-        self._overlap = overlap = overlap or ema._on_host  # the bus is slow: nothing on the device should wait for it
+        self._overlap = overlap or ema._averages.on_host  # the bus is slow: nothing on the device should wait for it
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
-        self._news: tuple[Tensor, torch.cuda.Event] | None = None  # whether the latest step was skipped, on its way
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
-        if overlap:
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.join()))
+        self._news: _News | None = None
+        self._outside = 0  # calls of the outermost step() that are under way
+        self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
+        if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
+            inner._patch_step_function()
+        self._undo: list[Undo] = [
+            inner.register_step_pre_hook(self._before_step).remove,
+            inner.register_step_post_hook(self._after_step).remove,
+        ]
+        if save:
+            self._undo += [
+                inner.register_state_dict_post_hook(self._save).remove,
+                inner.register_load_state_dict_pre_hook(self._load).remove,
+            ]
+        if layers[0] is not inner:
+            self._undo.append(_wrap_step(layers[0], self._around_outer))
 
     def remove(self) -> None:
         """Ends it, once the update that may be under way is done. Again: does nothing."""
         self.join()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for undo in self._undo:
+            undo()
+        self._undo = []
         if self._ema._attachment is self:
             self._ema._attachment = None
 
     def join(self) -> None:
         """Makes the current streams wait for the update on the others, and learns whether its step was skipped."""
         if self._news:
-            skipped, arrived = self._news
+            skipped, arrived, before = self._news
             self._news = None
             arrived.synchronize()  # recorded a step ago
-            self._ema._step -= bool(skipped.item())
+            if skipped.item():
+                self._ema._step, self._ema._decays = before
         for device, event in self._done:
             torch.cuda.current_stream(device).wait_event(event)
-            if self._ema._on_host:
-                event.synchronize()
         self._done = []
 
+    def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, STATE: self._ema.state_dict()}
+
+    def _load(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        if STATE in state:
+            self._ema.load_state_dict(state[STATE])
+        else:
+            warnings.warn(
+                f"EMA.attach: expected averages in the optimizer's state, under {STATE!r}, found none: the manager "
+                "goes on with those it has",
+                stacklevel=4,
+            )
+        return {key: value for key, value in state.items() if key != STATE}
+
+    def _before_step(self, *_: Any) -> None:
+        self._ema._check_unswapped("attach", "optimizer.step() would train the averages; ")
+        if self._overlap:
+            self.join()
+
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        # A GradScaler does not call step() where gradients overflowed, but for optimizers that skip by themselves:
-        # those get a tensor that tells.
         if self._nested and _depth(optimizer) > 1:
             return
-        self.join()
         found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor) and not found_inf.is_cuda:
+        found = found_inf if isinstance(found_inf, Tensor) else None
+        if self._outside:
+            self._pending = (found,)
+        else:
+            self._update(found)
+
+    @contextlib.contextmanager
+    def _around_outer(self) -> Any:
+        self._outside += 1
+        try:
+            yield
+        finally:
+            self._outside -= 1
+        if self._pending and not self._outside:
+            (found_inf,), self._pending = self._pending, None
+            self._update(found_inf)
+
+    def _update(self, found_inf: Tensor | None) -> None:
+        # A GradScaler does not call step() where gradients overflowed, but for optimizers that skip by themselves:
+        # those get a tensor that tells.
+        self.join()
+        if found_inf is not None and not found_inf.is_cuda:
             if found_inf.item():
                 return
             found_inf = None
-        devices = self._ema._cuda_devices() if self._overlap or isinstance(found_inf, Tensor) else []
-        if isinstance(found_inf, Tensor) and devices != [found_inf.device]:
+        devices = self._ema._cuda_devices() if self._overlap or found_inf is not None else []
+        if found_inf is not None and devices != [found_inf.device]:
             if found_inf.item():  # averages elsewhere can't read it there
                 return
             found_inf = None
+        before = (self._ema._step, self._ema._decays)
         with contextlib.ExitStack() as streams:
             if self._overlap:
                 for device in devices:
@@ -88,15 +159,39 @@ class Attachment:
                     stream = self._streams[device]
                     stream.wait_stream(torch.cuda.current_stream(device))
                     streams.enter_context(torch.cuda.stream(stream))
-                    if isinstance(found_inf, Tensor):
+                    if found_inf is not None:
                         found_inf.record_stream(stream)  # the scaler frees it when the step returns
             self._ema._update_attached(found_inf)
-            if isinstance(found_inf, Tensor):
-                news = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
-                news.copy_(found_inf, non_blocking=True)
-                self._news = news, torch.cuda.current_stream(found_inf.device).record_event()
+            if found_inf is not None:
+                skipped = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
+                skipped.copy_(found_inf, non_blocking=True)
+                self._news = _News(skipped, torch.cuda.current_stream(found_inf.device).record_event(), before)
             if self._overlap:
                 self._done = [(device, self._streams[device].record_event()) for device in devices]
+
+
+def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
+    """Runs every `optimizer.step()` within `around()`; returns what ends that."""
+    original, of_the_object = optimizer.step, "step" in vars(optimizer)
+    active = [True]
+
+    @functools.wraps(original)
+    def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+        with around() if active else contextlib.nullcontext():
+            return original(*args, **kwargs)
+
+    wrapped = types.MethodType(step, optimizer)  # which schedulers of the learning rate wrap in turn
+
+    def undo() -> None:
+        active.clear()
+        if vars(optimizer).get("step") is wrapped:  # else someone else's wrapper keeps it
+            if of_the_object:
+                optimizer.step = original
+            else:
+                del optimizer.step
+
+    optimizer.step = wrapped
+    return undo
 
 
 _WRAPPER = sys.modules[torch.optim.Optimizer.__module__].__file__

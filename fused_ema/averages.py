@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Averages:
 
     def __init__(self, tensors: dict[str, Tensor], count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         self.count = count
+        # In memory of the host that kernels on CUDA devices write to, so pinned.
+        self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
         self._first: dict[str, Tensor] = {}
         tied: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
@@ -57,13 +60,29 @@ class Averages:
     def _apart(self, first: Tensor) -> int:
         return _apart(first.numel(), first.dtype, self.count)
 
+    def cuda_devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(tensor.device for tensor in self._first.values() if tensor.is_cuda))
+
     def to(self, device: torch.device) -> None:
+        from_cuda = bool(self.cuda_devices())
+        self.on_host = device.type == "cpu" and (self.on_host or from_cuda)
+        self._move(lambda whole: whole.to(device))
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         moved: dict[int, Tensor] = {}
         for name, tensor in self._first.items():
             if id(tensor) not in moved:
                 whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-                moved[id(tensor)] = whole.to(device).as_strided(tensor.shape, tensor.stride(), 0)
+                whole = move(whole)
+                if self.on_host and torch.cuda.is_available():
+                    whole = whole.pin_memory()
+                moved[id(tensor)] = whole.as_strided(tensor.shape, tensor.stride(), 0)
             self._first[name] = moved[id(tensor)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.on_host:  # neither a pickle nor a copy is pinned
+            self._move(lambda whole: whole)
 
 
 def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -6,7 +6,7 @@
 
 | layout | whose state | averages | count |
 | --- | --- | --- | --- |
-| "averaged_model" | torch's AveragedModel | by name, after `module.` | n_averaged: our updates |
+| "averaged_model" | torch's AveragedModel | by name, after `module.` | n_averaged: our updates, and the first copy |
 | "timm" | a checkpoint of timm's | by name, in `state_dict_ema` | none |
 | "diffusers" | EMAModel | `shadow_params`, by position | optimization_step: our step |
 | "ema_pytorch" | ema_pytorch.EMA | by name, after `ema_model.` | step: our step |
@@ -26,12 +26,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_floating, whole_number
 from .checks import check_tensor
 from .ema import EMA
-from .files import check_floating, replacing, safetensors, storable
+from .files import replacing, safetensors, storable
 from .pairing import by_plain_name, listed, plain_name
 from .schedules import inverse_power, tf_warmup
-from .state import whole_number
+from .selection import tensors_of
 
 File: TypeAlias = "str | os.PathLike[str]"
 
@@ -56,7 +57,8 @@ def export(
 ) -> dict[str, Any]:
     """The average as the state of another package: what its `load_state_dict` takes, in tensors and numbers.
 
-    Averages keep their dtype, and are copies only where the manager has several; what is not averaged is the model's.
+    Averages keep their dtype, and are copies where the manager has several, or while they are in the model; what is not
+    averaged is the model's.
     Names are those of `model.state_dict()`, for timm without what DDP and torch.compile put in front.
 
     Of the schedule, diffusers' and torch_ema's state have a part. diffusers goes on as we would with `constant`,
@@ -76,19 +78,19 @@ def export(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
-    ema._check_index(index)
+    index = ema._check_index(index)
     ema._join()
     if layout not in _PREFIXES:
-        places, current = _places(ema, layout, parameters).values(), ema._current()
-        averages = {id(current[name]): ema._average(name, index) for name in ema._averages}
-        shadows = [_alone(ema, averages.get(id(place), place.detach())) for place in places]
+        places, averages = _places(ema, layout, parameters).values(), ema._by_tensor(index)
+        shadows = [averages.get(id(place), place.detach()) for place in places]
         return {**_scalars(ema, layout, index), "shadow_params": shadows}
-    averaged = {key: _alone(ema, value) for key, value in ema.averaged_state_dict(index).items()}
+    averaged = ema.averaged_state_dict(index)
     if layout == "timm":
         return {"state_dict_ema": _unwrapped(ema.model, averaged)}
     named = {_PREFIXES[layout] + key: value for key, value in averaged.items()}
     if layout == "averaged_model":
-        return {"n_averaged": torch.tensor(ema.updates), **named}
+        copied = 0 < ema.update_after_step <= ema.step
+        return {"n_averaged": torch.tensor(ema.updates + copied), **named}
     if include_online and ema._swap:
         raise RuntimeError("export: expected the model's own weights, found it swapped; pass include_online=False")
     online = ema.model.state_dict() if include_online else {}
@@ -123,16 +125,17 @@ def restore(
             types than the averages': the differences. Nothing is changed.
         RuntimeError: while swapped. Nothing is changed.
     """
-    ema._check_index(index)
+    index = ema._check_index(index)
     layout = _layout_of(state, layout)
     step = _step_of(ema, layout, state) if step is None else whole_number("step", step, 0)
-    if step is None and 0.0 in ema._decays_at(ema.step + 1):
+    upcoming = ema.step + 1 if ema.step < ema.update_after_step else ema._step_of(ema.updates + 1)
+    if step is None and 0.0 in ema._decays_at(upcoming):
         raise ValueError(f"state: the layout {layout!r} counts no steps, and the next update would copy: pass step=")
     new = ema.state_dict()
     new["averages"][index] = _averages(ema, layout, _given(layout, state), _places(ema, layout, parameters))
     if step is not None:
-        latest = ema.update_after_step + ema._updates_at(step) * ema.update_every
-        new.update(step=step, decays=list(ema._decays_at(latest)) if ema._updates_at(step) else [])
+        count = ema._updates_at(step)
+        new.update(step=step, decays=list(ema._decays_at(ema._step_of(count))) if count else [])
     ema.load_state_dict(new)
 
 
@@ -215,11 +218,6 @@ def _scalars(ema: EMA, layout: str, index: int) -> dict[str, Any]:
     return about
 
 
-def _alone(ema: EMA, value: Any) -> Any:
-    """A copy, where averages share their memory: torch.save would write all of it."""
-    return value.clone() if isinstance(value, Tensor) and len(ema.schedules) > 1 else value
-
-
 def _unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """With the names of the innermost model."""
     while True:
@@ -259,9 +257,11 @@ def _step_of(ema: EMA, layout: str, state: Mapping[str, Any]) -> int | None:
         return None
     single = isinstance(count, Tensor) and count.numel() == 1
     step = whole_number(f"state[{key!r}]", count.item() if single else count, 0)
-    if layout == "averaged_model":
-        step *= ema.update_every
-    return step + ema.update_after_step if step and layout in ("averaged_model", "torch_ema") else step
+    if not step or layout not in ("averaged_model", "torch_ema"):
+        return step
+    if layout == "averaged_model":  # which counts the copy that it begins with
+        step = (step - (ema.update_after_step > 0)) * ema.update_every
+    return step + ema.update_after_step
 
 
 def _given(layout: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,11 +281,11 @@ def _places(ema: EMA, layout: str, parameters: Iterable[Tensor] | None) -> dict[
     """What they belong to in the model: its tensors, or whatever its state_dict has besides."""
     if layout in _PREFIXES:
         return ema.model.state_dict(keep_vars=True)
-    listed = list(ema.model.parameters() if parameters is None else parameters)
-    known = {id(tensor) for tensor in ema._current().values()}
-    if strangers := [i for i, tensor in enumerate(listed) if id(tensor) not in known]:
+    those = list(ema.model.parameters() if parameters is None else parameters)
+    known = {id(tensor) for tensor in tensors_of(ema.model).values()}
+    if strangers := [i for i, tensor in enumerate(those) if id(tensor) not in known]:
         raise ValueError(f"parameters: expected those of the manager's model, found others at {strangers[:5]}")
-    return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(listed)}
+    return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
 
 def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, Any]) -> dict[str, Tensor]:

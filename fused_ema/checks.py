@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .arguments import check_buffers
 from .pairing import Pairs
 
 # Width in bits orders the real types an average may have; each complex type counts as its real part.
@@ -52,11 +53,6 @@ class _Span(NamedTuple):
     begin: int
     end: int
     name: str
-
-
-def check_buffers(buffers: str) -> None:
-    if buffers not in ("copy", "average", "ignore"):
-        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
 
 
 def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import schedules, state, view
+from .arguments import check_buffers, decay_number, whole_number
 from .attachment import Attachment
 from .averages import Averages
-from .checks import check_buffers, check_tensor, dtype_name, write_refusal
-from .exchange import Exchange
-from .pairing import Pairs, difference, plain_tensors
+from .checks import check_tensor, dtype_name, write_refusal
+from .exchange import Exchange, exchanging, hold_average
+from .pairing import Pairs, difference
 from .plan import Buffers, Call, OpName, Plan, watchable
 from .schedules import Schedule
-from .state import number, whole_number
+from .selection import Select, Selection, tensors_of
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
@@ -29,19 +31,21 @@ class EMA:
     Args:
         model: the module that is trained. Its tensors are found by name at each call; it is never copied, so that
             parametrized, wrapped and compiled modules work.
-        decay: a number in [0, 1], a schedule (`fused_ema.schedules`, or any function from the number of the update,
-            counted from 1, to a decay), or up to 8 of them: as many averages, for which each parameter is read once.
+        decay: a number in [0, 1], a schedule (`fused_ema.schedules`, or any function from the number of the step after
+            `update_after_step`, counted from 1, to a decay), or up to 8 of them: as many averages, for which each
+            parameter is read once.
         dtype: of the averages: float32 (the default) or float64, in which wider parameters keep their own type, or
             bfloat16 or float16, in which all real ones are kept. Complex ones keep theirs, complex64 at least.
         device: None: each average lies on its parameter's device. "cpu", for a model on CUDA devices: in pinned memory
             of the host, written by the same kernel over the bus. For a model on the CPU it makes no difference.
         buffers: "copy" or "ignore": buffers are not kept, wherever they are needed they are the model's. "average":
-            floating buffers are averaged as parameters are.
-        select: `select(name, tensor) -> bool`, asked once for each tensor, when the manager is made, by its name
-            without the segments of wrappers. What it turns down
-            takes no memory, and counts as the model's. Default: everything real or complex.
-        update_every: k: only each k-th `update()` moves the averages, with the k-th power of the decay (for schedules
-            that are stated per step; see `fused_ema.schedules`).
+            floating buffers are averaged as parameters are, but for those that are not persistent.
+        select: `select(name, tensor) -> bool`, asked when the manager is made for each name, which is without the
+            segments of wrappers; of tied names, one yes is enough. What it turns down takes no memory, and counts as
+            the model's. Default: everything real or complex.
+        update_every: k: only each k-th `update()` moves the averages, with the k-th power of the decay at that step.
+            (Schedules with `per_step = False`, as `power_function`, are asked by the number of the update instead, and
+            their decay is taken as it is.)
         update_after_step: up to this step the averages are copies of the model; schedules count from here.
         rounding: "nearest", or "stochastic" for averages in 16 bits, which stand still with the former: up or down by
             chance, so that the mean is right. Reproducible: the bits depend on `seed`, the step and the element alone.
@@ -79,7 +83,7 @@ class EMA:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         buffers: Buffers = "copy",
-        select: Callable[[str, Tensor], bool] | None = None,
+        select: Select | None = None,
         update_every: int = 1,
         update_after_step: int = 0,
         rounding: Rounding = "nearest",
@@ -99,16 +103,15 @@ class EMA:
         self.update_after_step = whole_number("update_after_step", update_after_step, 0)
         self.rounding, self.seed = rounding, whole_number("seed", seed, 0)
         self.schedules = _schedules(decay)
-        self._buffers = buffers
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
         self._swap: Exchange | None = None
         self._attachment: Attachment | None = None
-        self._known, chosen = self._choose(select)
+        self._selection = Selection(model, buffers, select)
         where = None if device is None else torch.device(device)
-        self._averages = Averages(chosen, len(self.schedules), dtype, where)
-        self._on_host = where is not None and where.type == "cpu" and any(t.is_cuda for t in chosen.values())
+        self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
+        self._check_unswapped("__init__")
         self._run("copy", Call((0.0,) * len(self.schedules)))
 
     # ---- Updating
@@ -127,7 +130,8 @@ class EMA:
     @property
     def decay(self) -> float | tuple[float, ...]:
         """The decay of the latest update (before one: of the first), one for each average where there are several."""
-        decays = self._decays or self._decays_at(self.update_after_step + self.update_every)
+        self._join()
+        decays = self._decays or self._decays_at(self._step_of(1))
         return decays[0] if len(decays) == 1 else decays
 
     def update(self) -> None:
@@ -158,6 +162,9 @@ class EMA:
     def _updates_at(self, step: int) -> int:
         return max(0, step - self.update_after_step) // self.update_every
 
+    def _step_of(self, update: int) -> int:
+        return self.update_after_step + update * self.update_every
+
     def _decays_at(self, step: int) -> tuple[float, ...]:
         after = step - self.update_after_step
         if after <= 0:
@@ -165,7 +172,7 @@ class EMA:
         decays = []
         for schedule in self.schedules:
             per_step = getattr(schedule, "per_step", True)
-            decay = number(schedule(after if per_step else after // self.update_every))
+            decay = decay_number(schedule(after if per_step else after // self.update_every))
             decays.append(decay**self.update_every if per_step and self.update_every > 1 else decay)
         return tuple(decays)
 
@@ -178,21 +185,25 @@ class EMA:
         One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
         raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
         kept aside meanwhile. So the block may replace the model's tensors, but must not train them: what it writes to
-        those that exchanged values stays in the average, with a warning (not seen: writes through `.data`). Gives the
-        model.
+        those that exchanged values stays in the average, with a warning (not seen: writes through `.data`). So does
+        what it writes to buffers that are not averaged: for BatchNorm's statistics of the averages, copy the model,
+        `copy_to` the copy, and measure them there. A forward pass and its backward pass belong on one side of a swap;
+        autograd sees it otherwise, and raises. Gives the model.
 
         Raises:
-            RuntimeError: already swapped; or, at the end, the block replaced tensors by others of other shapes, which
-                keep their values. The averages are whole in any case.
+            RuntimeError: already swapped, by this manager or another; or, at the end, the block replaced tensors by
+                others of other shapes, which keep their values. The averages are whole in any case.
         """
         self._join()
-        self._check_index(index)
+        index = self._check_index(index)
         self._check_unswapped("swapped")
-        swap = Exchange(self._averages, index, self._current())
+        current = self._current()
+        averaged = {id(tensor) for tensor in current.values()}
+        others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
+        swap = Exchange(self._averages, index, current, others)
         self._swap = swap
         try:
-            plan = swap.enter(self._plan, self._new_plan)
-            self._plan = plan if plan.reusable and watchable(self.model) else None
+            self._keep(swap.enter(self._plan, self._new_plan))
             yield self.model
         finally:
             problem: BaseException | None = None
@@ -208,7 +219,7 @@ class EMA:
 
     def _leave(self, swap: Exchange) -> None:
         try:
-            swap.leave(self._new_plan, self._found)
+            swap.leave(self._new_plan, lambda: tensors_of(self.model))
         finally:
             if swap.over:
                 self._swap = None
@@ -225,15 +236,15 @@ class EMA:
             RuntimeError: into the averaged model while it is swapped.
         """
         self._join()
-        self._check_index(index)
+        index = self._check_index(index)
         target = self.model if model is None else model
         values = {name: self._average(name, index) for name in self._averages}
+        self._current()  # or raises
         if target is self.model:
             self._check_unswapped("copy_to")
-            self._current()  # has them all
         else:
-            values = {name: values.get(name, tensor) for name, tensor in self._current().items()}
-        into = self._found(target)
+            values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
+        into = tensors_of(target)
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
         for name, value in values.items():
@@ -246,6 +257,7 @@ class EMA:
             if into[name].shape != value.shape:
                 wanted, found = tuple(value.shape), tuple(into[name].shape)
                 raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
+        torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
         with torch.no_grad():
             for name, value in values.items():
                 into[name].copy_(value)
@@ -253,32 +265,33 @@ class EMA:
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages are in their own dtype; not copies, but where there are several, or while they are in the model.
-        The rest is the model's.
+        Averages are in their own dtype; not copies, but where there are several, or while they are in the model. Tied
+        ones are tied here too. The rest is the model's.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
         """
         self._join()
-        self._check_index(index)
-        by_tensor = {id(tensor): name for name, tensor in self._current().items() if name in self._averages}
+        index = self._check_index(index)
+        averages = self._by_tensor(index)
         found = self.model.state_dict(keep_vars=True)
-        missing = set(by_tensor)
-        for key, value in found.items():
-            if not isinstance(value, Tensor):
-                continue
-            name = by_tensor.get(id(value))
-            if name is None:
-                found[key] = value.detach()
-            else:
-                missing.discard(id(value))
-                average = self._average(name, index)
-                # torch.save would write the memory of all of several averages
-                found[key] = average.clone() if self._averages.count > 1 else average
-        if missing:
-            names = [by_tensor[each] for each in missing]
-            raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {names[:5]}")
+        tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        ids = {id(value) for value in tensors.values()}
+        if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
+            raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+        for key, value in tensors.items():
+            found[key] = averages.get(id(value), value.detach())
         return found
+
+    def _by_tensor(self, index: int) -> dict[int, Tensor]:
+        """The average of each of the model's tensors, by its id, in memory that torch.save writes no more of."""
+        averages: dict[int, Tensor] = {}
+        for name, tensor in self._current().items():
+            if id(tensor) not in averages:
+                average, own = self._average(name, index), self._averages.get(name, index)
+                shared = self._averages.count > 1 and average.data_ptr() == own.data_ptr()
+                averages[id(tensor)] = average.clone() if shared else average
+        return averages
 
     # ---- Saving
 
@@ -295,7 +308,8 @@ class EMA:
         """Takes over averages, step, schedules and options, so that it goes on with the bits it would have had.
 
         Schedules of `fused_ema.schedules` take the place of those there are; one of your own, which a state can't hold,
-        has to be there already.
+        has to be there already. To go on with other decays, put those into it first:
+        ``saved["schedules"] = ema.state_dict()["schedules"]``.
 
         Raises:
             ValueError: a schedule of your own was saved and is not there; other names, shapes, dtypes or number of
@@ -311,7 +325,7 @@ class EMA:
         self._check_unswapped("to")
         self._join()
         self._averages.to(torch.device(device))
-        self._plan, self._on_host = None, self._on_host and torch.device(device).type == "cpu"
+        self._plan = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -322,34 +336,37 @@ class EMA:
 
     # ---- Hands-free
 
-    def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False) -> Attachment:
+    def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
         """Updates after each `optimizer.step()`: not after one that a GradScaler skipped.
 
         Args:
-            optimizer: the one that steps last, where there are several. A warning says where it has none of the
-                model's parameters.
+            optimizer: the one that steps last, where there are several; of one that wraps another, the outermost. A
+                warning says where it has none of the model's parameters.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
                 the next optimizer step waits for it; always so for averages in host memory. Everything here waits for
                 it too; what else writes to the parameters between steps has to read `step` first, which does.
+
+            save: the state of the manager is part of the optimizer's, under "fused_ema": whatever saves and loads that
+                one saves and loads both. It warns of a state without, and raises what `load_state_dict` does.
 
         Returns:
             A handle, whose `remove()` ends it.
 
         Raises:
-            RuntimeError: already attached.
+            RuntimeError: already attached. From `optimizer.step()`: while swapped, before anything moves.
             TypeError: not an optimizer.
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
-        self._attachment = Attachment(self, optimizer, overlap)
+        self._attachment = Attachment(self, optimizer, overlap, save)
         return self._attachment
 
     def _join(self) -> None:
         """Waits for what still writes to the averages, and for the news of whether the latest step was skipped."""
         if self._attachment:
             self._attachment.join()
-        if self._on_host:  # the host would read what a kernel is still writing
-            for device in {tensor.device for tensor in self._found().values() if tensor.is_cuda}:
+        if self._averages.on_host:  # the host would read what a kernel is still writing
+            for device in self._cuda_devices():
                 torch.cuda.synchronize(device)
 
     # ---- Looking
@@ -376,48 +393,19 @@ class EMA:
         """
         self._check_unswapped("distance")
         self._join()
-        self._check_index(index)
-        return view.distance(self, index)
+        return view.distance(self, self._check_index(index))
 
     # ---- Inside
 
-    def _choose(self, select: Callable[[str, Tensor], bool] | None) -> tuple[dict[str, bool], dict[str, Tensor]]:
-        """Every plain name that could be averaged and whether it is; the tensors of those that are."""
-        known: dict[str, bool] = {}
-        chosen: dict[str, Tensor] = {}
-        verdicts: dict[int, bool] = {}  # tied names follow the first
-        for plain, (_, tensor, parameter) in plain_tensors("model", self.model).items():
-            if not parameter and self._buffers != "average":
-                continue
-            if id(tensor) not in verdicts:
-                floating = tensor.is_floating_point() or tensor.is_complex()
-                verdicts[id(tensor)] = floating and (select is None or bool(select(plain, tensor)))
-            known[plain] = verdicts[id(tensor)]
-            if known[plain]:
-                chosen[plain] = tensor
-        if known and not chosen:
-            names = f"{list(known)[:5]} ..."
-            raise ValueError(f"select: expected some of the model's {len(known)} tensors, found none chosen: {names}")
-        return known, chosen
-
-    def _found(self, model: nn.Module | None = None) -> dict[str, Tensor]:
-        """The model's tensors by plain name, whichever they are."""
-        return {name: tensor for name, (_, tensor, _) in plain_tensors("model", model or self.model).items()}
-
     def _current(self) -> dict[str, Tensor]:
-        """The model's tensors by plain name; raises where the names are others than when the manager was made."""
-        found = plain_tensors("model", self.model)
-        candidates = [name for name, (_, _, p) in found.items() if p or self._buffers == "average"]
-        if differ := difference(candidates, self._known, "the model", "the manager"):
-            raise ValueError(
-                f"model: expected the names it had when the manager was made, found {differ}; "
-                "make a new fused_ema.EMA, and load the state of this one if it fits"
-            )
-        return {name: tensor for name, (_, tensor, _) in found.items()}
+        """The model's tensors that are averaged; raises where the names are others than when the manager was made."""
+        return self._selection.chosen(self.model)
 
     def _cuda_devices(self) -> list[torch.device]:
-        current = self._current()
-        return list(dict.fromkeys(current[name].device for name in self._averages if current[name].is_cuda))
+        """Those that updates run on."""
+        if not self._averages.on_host:
+            return self._averages.cuda_devices()
+        return list(dict.fromkeys(tensor.device for tensor in tensors_of(self.model).values() if tensor.is_cuda))
 
     def _average(self, name: str, k: int) -> Tensor:
         """The true average, whether swapped or not; a copy where it is in the model."""
@@ -425,13 +413,17 @@ class EMA:
         return self._swap.true_average(name, k, average) if self._swap else average
 
     def _run(self, op: OpName, call: Call) -> None:
-        plan = self._plan
-        if plan and plan.watches and plan.run_call(op, call):
+        if self._plan and self._plan.run_call(op, call):
             return
         plan = self._new_plan()
-        if not plan.run_call(op, call, fresh=True):
-            raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+        plan.run_call(op, call, fresh=True)
+        self._keep(plan)
+
+    def _keep(self, plan: Plan) -> None:
         self._plan = plan if plan.reusable and watchable(self.model) else None
+
+    def _fitting_plan(self) -> Plan:
+        return self._plan if self._plan and self._plan.current() else self._new_plan()
 
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
         """For the model, or for `tensors` in the place of its own."""
@@ -455,13 +447,21 @@ class EMA:
             free_types=True,
         )
 
-    def _check_index(self, index: int) -> None:
+    def _check_index(self, index: int) -> int:
+        index = operator.index(index)
         if not 0 <= index < len(self.schedules):
             raise IndexError(f"index: expected one of {len(self.schedules)} averages, found {index}")
+        return index
 
-    def _check_unswapped(self, member: str) -> None:
+    def _check_unswapped(self, member: str, why: str = "") -> None:
         if self._swap:
-            raise RuntimeError(f"EMA.{member}: expected the model's own weights, found it swapped with the averages")
+            raise RuntimeError(
+                f"EMA.{member}: {why}expected the model's own weights, found it swapped with the averages"
+            )
+        if exchanging() and hold_average(self._current().values()):
+            raise RuntimeError(
+                f"EMA.{member}: {why}expected the model's own weights, found it swapped with another manager's averages"
+            )
 
 
 def _schedules(decay: Any) -> tuple[Schedule, ...]:

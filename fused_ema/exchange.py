@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ class Exchange:
     Every step leaves behind what the next try needs: `leave` may be interrupted anywhere, and called again.
     """
 
-    def __init__(self, averages: Averages, index: int, current: dict[str, Tensor]) -> None:
+    def __init__(self, averages: Averages, index: int, current: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        """`current`: the model's tensors that are averaged; `buffers`: those of its buffers that are not."""
         self.index = index
         self.over = False
         self._averages = averages
-        self._tensors = {name: current[name] for name in averages}
+        self._tensors = current
         self._memory = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items()]
         self._versions: list[int] = []
         self._plan: Plan | None = None
         self._call = Call((0.0,))
@@ -38,13 +40,14 @@ class Exchange:
 
     def enter(self, plan: Plan | None, make_plan: MakePlan) -> Plan:
         """Returns the plan that did it."""
-        if not (plan and plan.watches and self._run(plan, fresh=False)):
+        _exchanges[:] = [*(each for each in _exchanges if not each.over), self]
+        if not (plan and self._run(plan, fresh=False)):
             plan = make_plan(None)
             plan.refuse("swap")
-            if not plan.reusable:
+            if plan.reusable:
+                self._run(plan, fresh=True)
+            else:
                 self._copy_in()
-            elif not self._run(plan, fresh=True):
-                raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
         self._versions = self._versions_now()
         return plan
 
@@ -78,6 +81,14 @@ class Exchange:
                 self.over = True  # as far as it goes: the averages are whole
                 raise
         self.over = True
+        if self in _exchanges:
+            _exchanges.remove(self)
+        if changed := [name for name, tensor, before in self._buffers if _version(tensor) != before]:
+            warnings.warn(
+                f"EMA.swapped: the block wrote to the model's buffers {', '.join(map(repr, changed[:5]))}, which are "
+                "not averaged and keep it; to measure statistics for the averages, copy_to a copy of the model",
+                stacklevel=5,
+            )
         if written:
             warnings.warn(
                 f"EMA.swapped: the block wrote to {', '.join(map(repr, written[:5]))} in the model, where the averages "
@@ -94,7 +105,7 @@ class Exchange:
         return self._memory[name].dtype == self._averages.get(name, 0).dtype
 
     def _versions_now(self) -> list[int]:
-        return [-1 if tensor.is_inference() else tensor._version for tensor in self._memory.values()]
+        return [_version(tensor) for tensor in self._memory.values()]
 
     def _written(self) -> list[str]:
         changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
@@ -124,7 +135,28 @@ class Exchange:
         return not (same and tensor.stride() == memory.stride())
 
 
+# Those under way, and at most one that is over, where an interrupt kept it here. (Not weak references: a Ctrl-C that
+# comes while one is cleared is lost.)
+_exchanges: list[Exchange] = []
+
+
+def exchanging() -> bool:
+    """Whether any model may hold an average now."""
+    return bool(_exchanges)
+
+
+def hold_average(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of a model's tensors holds an average now, of whichever manager."""
+    ids = set(map(id, tensors))
+    return any(not each.over and not ids.isdisjoint(map(id, each._tensors.values())) for each in list(_exchanges))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 @torch.no_grad()
 def _write(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    torch.clear_autocast_cache()
     for name, tensor in into.items():
         tensor.copy_(values[name])

@@ -58,8 +58,3 @@ def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"ema['{name}']: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
         )
     return copy
-
-
-def check_floating(dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating type, found {dtype}")

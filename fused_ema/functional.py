@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checks import PLAIN_TYPES, check_buffers, has_address
+from .arguments import check_buffers, decay_number
+from .checks import PLAIN_TYPES, has_address
 from .pairing import Pairs, Source, pair
-from .plan import Buffers, OpName, Plan, backend_on, check_decay
+from .plan import Buffers, OpName, Plan, backend_on
 
 
 def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy") -> None:
@@ -95,6 +96,8 @@ class Binding:
         (empty and repeated ones left out), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
         written), `launches_per_update` (of kernels; on the CPU, of parallel loops) and `dtypes` (pairs of tensors per
         "average←model")."""
+        if not self._plan.current():
+            self._plan = Plan(pair(*self._sources), self._sources[2], self._sources[:2])
         return self._plan.describe()
 
     def __repr__(self) -> str:
@@ -135,10 +138,7 @@ class EMAMultiAvgFn:
     """See `get_ema_multi_avg_fn`. A class, so that models that hold it can be pickled and deep-copied."""
 
     def __init__(self, decay: float) -> None:
-        value = check_decay(decay)
-        if not isinstance(value, float):
-            raise TypeError("decay: expected a number, found Tensor")
-        self.decay = value
+        self.decay = decay_number(decay)
 
     def __call__(self, averages: list[Tensor], parameters: list[Tensor], _: Any = None) -> None:
         update(averages, parameters, self.decay)
@@ -167,8 +167,7 @@ def _run(plan: Plan | None, op: OpName, decay: float | Tensor, ema: Source, mode
     if plan and not plan.watches and plan.run(op, decay, pairs):
         return plan
     plan = Plan(pairs, buffers, (ema, model))
-    if not plan.run(op, decay, None if plan.watches else pairs, fresh=True):
-        raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+    plan.run(op, decay, None if plan.watches else pairs, fresh=True)
     return plan
 
 
@@ -202,8 +201,7 @@ def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers
     plan = _list_plans.pop(key, None)
     if plan is None or not plan.run(op, decay, pairs):
         plan = Plan(pairs, buffers)
-        if not plan.run(op, decay, pairs, fresh=True):
-            raise RuntimeError("fused_ema: the tensors changed while they were checked; is another thread at work?")
+        plan.run(op, decay, pairs, fresh=True)
     if plan.reusable:
         _list_plans[key] = plan
         while len(_list_plans) > _MOST_LISTS:

@@ -75,10 +75,10 @@ def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
     return found
 
 
-def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[str, Tensor, bool]]:
-    """By name without the segments of wrappers: the name with them, the tensor, whether it is a parameter."""
+def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """By name without the segments of wrappers: the tensor, and whether it is a parameter."""
     tensors = named_tensors(module)
-    return {plain: (name, *tensors[name]) for plain, name in by_plain_name(side, tensors).items()}
+    return {plain: tensors[name] for plain, name in by_plain_name(side, tensors).items()}
 
 
 def difference(found: Iterable[str], wanted: Iterable[str], finder: str, wanter: str) -> str:
@@ -99,20 +99,23 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
     """(name in ema, name in model) for each tensor: the same name, or the same once wrappers' segments are dropped."""
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
-    plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
+    unequal = ", and the names of the other side differ from both; expected equal names on both sides"
+    plain_ours, plain_theirs = by_plain_name("ema", ours, unequal), by_plain_name("model", theirs, unequal)
     if differ := difference(plain_theirs, plain_ours, "model", "ema"):
         raise ValueError(f"ema and model: expected the same names, found {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
-def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
+def by_plain_name(
+    side: str, names: Iterable[str], hint: str = "; expected names that differ by more"
+) -> dict[str, str]:
+    """`hint`: what more there is to say where two names are one."""
     plain_names: dict[str, str] = {}
     for name in names:
         other = plain_names.setdefault(plain_name(name), name)
         if other != name:
             raise ValueError(
-                f"{side}: {other!r} and {name!r} are one name once the segments of wrappers are dropped, "
-                "and the names of the other side differ from both; expected equal names on both sides"
+                f"{side}: {other!r} and {name!r} are one name once the segments of wrappers are dropped{hint}"
             )
     return plain_names
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import sys
 import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, SupportsFloat
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _native, reference
+from .arguments import check_decay
 from .checks import Action, Checked, check, dtype_name
 from .pairing import Pairs, Source
 
@@ -63,7 +63,7 @@ class Plan:
             "restore": no_swap,
             "update_stochastic": no_update,
         }
-        self._next_averages = next_averages or [0] * len(pairs.ema)
+        self._next_averages = list(next_averages) or [0] * len(pairs.ema)
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
         self._once: Checked | None = None
         self._native: Any = None
@@ -77,7 +77,7 @@ class Plan:
                 [child for source in sources if isinstance(source, nn.Module) for child in source.modules()],
                 [source for source in sources if not isinstance(source, nn.Module)],
                 averages,
-                next_averages,
+                self._next_averages,
             )
             self._about["launches_per_update"] = self._native.launches()
         else:
@@ -88,7 +88,8 @@ class Plan:
         """False, and nothing written, where the plan may not fit what there is now.
 
         With `pairs`, runs on those tensor objects. `fresh` says that the plan was made in this very call: its refusals
-        hold, and so does a plan of the pure-PyTorch path, which can't be compared with the tensors as they are.
+        hold, and so does a plan of the pure-PyTorch path, which can't be compared with the tensors as they are; where
+        it does not fit all the same, RuntimeError.
         """
         value = check_decay(decay)
         if self._native is None and not fresh:
@@ -103,11 +104,13 @@ class Plan:
             number, on_device = value, None
         if self._too_coarse(op, number, fresh):
             return False
+        if op == "swap":
+            torch.clear_autocast_cache()  # of 16-bit copies of what the tensors held before
         if self._native is None:
             return self._run_once(op, Call((number,), None if on_device is None else on_device.view(1)))
         if pairs is None:
-            return bool(self._native.run(self._ops[op], (number,), on_device))
-        return bool(self._native.run_with(pairs.ema, pairs.model, self._ops[op], (number,), on_device))
+            return self._fits(self._native.run(self._ops[op], (number,), on_device), fresh)
+        return self._fits(self._native.run_with(pairs.ema, pairs.model, self._ops[op], (number,), on_device), fresh)
 
     def run_call(self, op: OpName, call: Call, *, fresh: bool = False) -> bool:
         """`run` for a manager, which has checked the decays."""
@@ -122,7 +125,20 @@ class Plan:
             return False
         if self._native is None:
             return self._run_once(op, call)
-        return bool(self._native.run(self._ops[op], call.decays, call.on_device, call.keys, call.average, call.aside))
+        if op in ("swap", "restore"):
+            torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
+        ran = self._native.run(self._ops[op], call.decays, call.on_device, call.keys, call.average, call.aside)
+        return self._fits(ran, fresh)
+
+    @staticmethod
+    def _fits(ran: bool, fresh: bool) -> bool:
+        if fresh and not ran:
+            raise RuntimeError("fused_ema: the tensors changed while they were paired; is another thread at work?")
+        return ran
+
+    def current(self) -> bool:
+        """Whether it still fits what it was made from, as far as can be seen."""
+        return bool(self.watches and self._native and self._native.current())
 
     def exchanged(self) -> bool:
         """Whether the model holds an average, by this plan's doing."""
@@ -245,31 +261,6 @@ def _describe(checked: Checked, averages: int) -> dict[str, Any]:
         "bytes_per_update": size,
         "launches_per_update": averages * (averaged * reference.CALLS_PER_AVERAGE + copied * reference.CALLS_PER_COPY),
     }
-
-
-def check_decay(decay: float | Tensor) -> float | Tensor:
-    if isinstance(decay, Tensor):
-        if decay.dim() != 0 or decay.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"decay: expected a number or a 0-d float32 or float64 tensor, "
-                f"found shape {tuple(decay.shape)} and {dtype_name(decay)}"
-            )
-        return decay
-    value = decay if type(decay) is float else _number(decay)
-    if not 0.0 <= value <= 1.0:  # false for NaN too
-        raise ValueError(f"decay: expected a value in [0, 1], found {value}")
-    return value
-
-
-def _number(decay: object) -> float:
-    try:
-        if isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
-            return float(decay)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}")
 
 
 def _sixteen_bits(checked: Checked) -> set[torch.dtype]:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .files import check_floating, replacing, safetensors, storable
+from .arguments import check_floating
+from .files import replacing, safetensors, storable
 from .schedules import gamma_of
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def update_(
     for e, p in _blocks(_reals(ema.data), _reals(model)):
         difference = p.to(_compute_type(e)).sub(e)
         moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
-        moved = torch.where(difference == 0, e.to(moved.dtype), moved)
+        moved = torch.where(e == p, e.to(moved.dtype), moved)
         if random and e.element_size() == 2:
             moved = round_stochastically(moved.float(), e.dtype, random[0], random[1] + at)
         e.copy_(moved)
@@ -61,7 +61,7 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
     old, new = ema.to(decay.dtype), model.to(decay.dtype)
     difference = new - old
     moved = torch.where(weight < 0.5, difference * weight + old, difference * -decay + new)
-    moved = torch.where((difference == 0) | (decay == 1), old, moved)
+    moved = torch.where((old == new) | (decay == 1), old, moved)
     ema.copy_(torch.where(decay == 0, new, moved))
 
 

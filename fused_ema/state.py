@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import schedules
+from .arguments import whole_number
 from .checks import WIDTH, dtype_name
 from .pairing import difference
-from .plan import check_decay
 
 if TYPE_CHECKING:
     from .ema import EMA
@@ -37,12 +37,14 @@ def to_dict(ema: EMA) -> dict[str, Any]:
 
 def load(ema: EMA, saved: Any) -> None:
     ours = to_dict(ema)
-    if not isinstance(saved, Mapping) or saved.keys() != ours.keys():
-        found = list(saved) if isinstance(saved, Mapping) else type(saved).__name__
-        raise ValueError(f"state: expected the keys {list(ours)}, found {found}")
-    for key in ("version", "rounding"):
-        if saved[key] != ours[key]:
-            raise ValueError(f"state: expected {key} {ours[key]!r}, found {saved[key]!r}")
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"state: expected the keys {list(ours)}, found {type(saved).__name__}")
+    if saved.get("version", VERSION) != VERSION:
+        raise ValueError(f"state: expected version {VERSION}, found {saved['version']!r}")
+    if saved.keys() != ours.keys():
+        raise ValueError(f"state: expected the keys {list(ours)}, found {list(saved)}")
+    if saved["rounding"] != ours["rounding"]:
+        raise ValueError(f"state: expected rounding {ours['rounding']!r}, found {saved['rounding']!r}")
     least = {"step": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
     numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
     count = len(ema.schedules)
@@ -54,16 +56,7 @@ def load(ema: EMA, saved: Any) -> None:
     for decay in saved["decays"]:
         if not isinstance(decay, float) or not 0.0 <= decay <= 1.0:
             raise ValueError(f"state: expected decays in [0, 1], found {decay!r}")
-    for schedule in saved["schedules"]:
-        if not isinstance(schedule, (Mapping, str)):
-            raise ValueError(f"state: expected each schedule by name, found {schedule!r}")
-    taken = tuple(
-        schedules.from_state(theirs) if isinstance(theirs, Mapping) else own
-        for theirs, own in zip(saved["schedules"], ema.schedules, strict=True)
-    )
-    for theirs, own in zip(saved["schedules"], ours["schedules"], strict=True):
-        if isinstance(theirs, str) and not isinstance(own, str):
-            raise ValueError(f"state: expected a manager with the schedule it was saved with, {theirs}, found {own}")
+    taken = tuple(map(_schedule, saved["schedules"], ema.schedules))
     pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
     with torch.no_grad():
         for average, theirs in pairs:
@@ -71,6 +64,16 @@ def load(ema: EMA, saved: Any) -> None:
     ema.schedules, ema._decays, ema._step = taken, tuple(saved["decays"]), numbers["step"]
     ema.update_every, ema.update_after_step = numbers["update_every"], numbers["update_after_step"]
     ema.seed = numbers["seed"]
+
+
+def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
+    if isinstance(saved, Mapping):
+        return schedules.from_state(saved)
+    if not isinstance(saved, str):
+        raise ValueError(f"state: expected each schedule by name, found {saved!r}")
+    if not isinstance(ours := schedules.to_state(own), str):
+        raise ValueError(f"state: expected a manager with the schedule it was saved with, {saved}, found {ours}")
+    return own
 
 
 def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor, Tensor]]:
@@ -95,16 +98,3 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"state: in average {k}, " + "; ".join(problems[:_LISTED]) + more)
     return [(average, theirs[name]) for name, average in ours.items()]
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
-    return value
-
-
-def number(decay: Any) -> float:
-    value = check_decay(decay)
-    if not isinstance(value, float):
-        raise TypeError("decay: expected a number, found a tensor")
-    return value

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def describe(ema: EMA) -> dict[str, Any]:
     try:
-        ema._current()  # or says what differs
-        plan = (ema._plan or ema._new_plan()).describe()
+        plan = ema._fitting_plan().describe()
     except (ValueError, TypeError, RuntimeError) as problem:
         plan = {"problem": str(problem)}
     untied = ema._averages.untied().values()
@@ -32,7 +31,7 @@ def describe(ema: EMA) -> dict[str, Any]:
         "step": ema.step,
         "updates": ema.updates,
         "swapped": ema._swap.index if ema._swap else None,
-        "not_averaged": [name for name in ema._known if name not in ema._averages],
+        "not_averaged": ema._selection.left_out(),
     }
 
 

@@ -162,7 +162,7 @@ def moved(ema, model, decay):
         finite = np.isfinite(t) if wide else slice(None)  # Inf and NaN need no fused rounding
         result = factor * t + (e if near else p)
         result[finite] = (_fma_f64 if wide else _fma_f32)(factor, t[finite], (e if near else p)[finite])
-        return torch.from_numpy(np.where(t == 0, e, result))
+        return torch.from_numpy(np.where(e == p, e, result))
 
 
 def _fma_f32(a, b, c):

@@ -253,6 +253,19 @@ def test_restore_and_go_on(kind, tmp_path):
     assert not same(ours(ema), peer.model.parameters())
 
 
+def test_a_state_without_a_count_where_no_update_copies():
+    """What the next update does is what counts, not what the schedule says of a step without one."""
+    state = {"state_dict_ema": net().state_dict()}
+    restore(fused_ema.EMA(net(), inverse_power(0.999), update_every=4), state)  # 0 at step 1, more at step 4
+    resumed = fused_ema.EMA(net(), power_function(0.1), update_every=4)
+    for schedule, options in ((power_function(0.1), {"update_every": 4}), (constant(0.9), {"update_after_step": 1})):
+        with pytest.raises(ValueError, match="counts no steps, and the next update would copy: pass step="):
+            restore(fused_ema.EMA(net(), schedule, **options), state)
+    for _ in range(5):
+        resumed.update()
+    restore(resumed, state)
+
+
 @peers()
 def test_export_and_go_on(kind, tmp_path):
     peer = kind(net())
@@ -484,7 +497,7 @@ def test_decays_go_along(schedule, diffusers_too, torch_ema_too, after):
 @pytest.mark.parametrize(
     ("layout", "key", "step"),
     [
-        ("averaged_model", "n_averaged", 4 + 3 * 7),
+        ("averaged_model", "n_averaged", 4 + 3 * 6),
         ("diffusers", "optimization_step", 7),
         ("ema_pytorch", "step", 7),
         ("torch_ema", "num_updates", 4 + 7),

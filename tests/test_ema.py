@@ -1,5 +1,6 @@
 """EMA: the averages against the formula, whatever the types, the layouts, the wrappers and the changes in between."""
 
+import contextlib
 import math
 from itertools import pairwise
 
@@ -239,6 +240,49 @@ def test_expanded_parameter(backend):
     ema.update()
 
 
+def test_names_that_are_one_without_wrappers():
+    class Inner(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.module = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are one name .*; expected names that"):
+        EMA(Inner())
+
+
+@pytest.mark.parametrize("member", ["swapped", "averaged_state_dict", "copy_to", "distance"])
+def test_indices(member):
+    ema = EMA(net(), [0.5, 0.9])
+    for index, error in ((2, IndexError), (-1, IndexError), (0.0, TypeError), ("0", TypeError)):
+        with pytest.raises(error), contextlib.ExitStack() as stack:
+            stack.enter_context(getattr(ema, member)(index=index))
+    getattr(ema, member)(index=np.int64(1))
+
+
+def test_copy_to_an_empty_module_is_refused(backend):
+    ema = EMA(net(), 0.5)
+    nudge(ema.model)
+    refused(ValueError, lambda: ema.copy_to(nn.Sequential()), ema.model, names=["EMA.copy_to", "same names"])
+
+
+def test_describe_sees_what_changed(backend):
+    ema = EMA(net(), 0.5)
+    ema.update()
+    before = ema.describe()["bytes_per_update"]
+    ema.model.bfloat16()
+    assert ema.describe()["dtypes"] == {"float32←bfloat16": 6}
+    assert ema.describe()["bytes_per_update"] == before * 10 // 12
+    ema.model[0].bias = nn.Parameter(torch.zeros(7))
+    assert "expected shape (7,)" in ema.describe()["problem"]
+
+
+def test_tied_averages_are_tied_in_the_state(backend):
+    for decays in (0.5, [0.5, 0.9]):
+        ema = EMA(LowRank(), decays)
+        state = ema.averaged_state_dict()
+        assert state["alias"].data_ptr() == state["up.weight"].data_ptr()
+
+
 def test_model_without_parameters(backend):
     ema = EMA(nn.Sequential(nn.ReLU()), 0.9)
     ema.update()
@@ -354,6 +398,35 @@ def test_buffers_averaged(backend):
     assert same_bits(ema.averaged_state_dict()["1.num_batches_tracked"], tracked)
 
 
+def test_buffers_that_are_not_persistent_are_the_models(backend):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("scale", torch.ones(3))
+            self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1), persistent=False)
+
+    model = Masked()
+    ema = EMA(model, 0.5, buffers="average")
+    nudge(model)
+    model.scale.add_(1)
+    ema.update()
+    assert sorted(averages(ema)) == ["linear.bias", "linear.weight", "scale"]
+    state = ema.averaged_state_dict()
+    assert torch.equal(state["scale"], torch.full((3,), 1.5))
+    Masked().load_state_dict(state)
+    with ema.swapped():
+        assert same_bits(model.mask, Masked().mask)
+
+
+def test_an_infinite_average_stays(backend):
+    model = nn.ParameterList([torch.tensor([-torch.inf, torch.inf, 1.0])])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        ema = EMA(model, 0.9, dtype=dtype)
+        ema.update()
+        assert averages(ema)["0"].tolist() == [-math.inf, math.inf, 1.0]
+
+
 def test_added_buffer_is_refused_where_buffers_are_averaged(backend):
     model = net()
     ema = EMA(model, 0.9, buffers="average")
@@ -377,7 +450,7 @@ def test_select(backend):
     model = LowRank()
     asked = []
     ema = EMA(model, [0.9, 0.99], select=lambda n, p: asked.append(n) or p.requires_grad)
-    assert sorted(asked) == sorted(dict(model.named_parameters()))  # once for each tensor
+    assert sorted(asked) == sorted(model.state_dict())  # tied names too
     chosen = ["alias", "down.weight", "up.weight"]
     assert sorted(averages(ema)) == chosen
     about = ema.describe()
@@ -393,6 +466,13 @@ def test_select(backend):
     assert list(state) == list(model.state_dict())
     assert same_bits(state["base.weight"], model.base.weight)
     assert same_bits(state["up.weight"], averages(ema, 1)["up.weight"])
+
+
+def test_select_by_any_of_tied_names(backend):
+    model = LowRank()
+    for chosen in ("alias", "up.weight"):
+        ema = EMA(model, select=lambda name, _, chosen=chosen: name == chosen)
+        assert sorted(averages(ema)) == ["alias", "up.weight"]
 
 
 def test_select_takes_memory_for_the_chosen_alone(monkeypatch):
@@ -412,6 +492,11 @@ def test_select_takes_memory_for_the_chosen_alone(monkeypatch):
 def test_select_nothing_is_refused():
     with pytest.raises(ValueError, match=r"select.*6 tensors.*none"):
         EMA(net(), 0.9, select=lambda n, p: False)
+
+
+def test_select_by_a_list_is_refused():
+    with pytest.raises(TypeError, match="select: expected a function of a name and a tensor, found list"):
+        EMA(net(), select=["weight"])
 
 
 def test_select_that_raises_is_heard():

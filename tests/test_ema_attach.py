@@ -359,3 +359,166 @@ def test_a_step_that_calls_its_base_is_one_step(backend, base_first):
         optimizer.step()
     assert ema.step == 3
     handle.remove()
+
+
+def look_ahead(wrapper, closure):
+    loss = wrapper.optimizer.step(closure)
+    with torch.no_grad():
+        for group in wrapper.param_groups:
+            for tensor in group["params"]:
+                tensor.mul_(0.9)
+    return loss
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As several packages have it: it steps another optimizer and then writes to the parameters itself."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        return look_ahead(self, closure)
+
+
+class LookaheadWithoutHooks(torch.optim.Optimizer):
+    """Nor do all call the __init__ that makes torch run hooks."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        return look_ahead(self, closure)
+
+
+@pytest.mark.parametrize("kind", [Lookahead, LookaheadWithoutHooks])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_a_wrapper_that_writes_after_the_step(backend, kind, scheduled):
+    model = net()
+    optimizer = kind(torch.optim.SGD(model.parameters(), 0.1))
+    ema = EMA(model, 0.0)  # copies: what it holds is what it saw
+    original = optimizer.step
+    handle = ema.attach(optimizer)
+    if scheduled:  # wraps step() in turn
+        torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for step in range(1, 4):
+        backward(model)
+        optimizer.step()
+        assert ema.step == step
+        assert equal(averages(ema), {name: tensor.detach() for name, tensor in model.named_parameters()})
+    optimizer.optimizer.step()  # past the wrapper
+    assert ema.step == 4
+    handle.remove()
+    optimizer.step()
+    assert ema.step == 4
+    assert scheduled or optimizer.step == original
+
+
+def test_a_wrapper_that_raises_updates_nothing(backend):
+    model = net()
+
+    class Broken(Lookahead):
+        def step(self, closure=None):
+            super().step(closure)
+            raise ArithmeticError
+
+    optimizer = Broken(torch.optim.SGD(model.parameters(), 0.1))
+    ema = EMA(model, 0.0)
+    ema.attach(optimizer)
+    backward(model)
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    assert ema.step == 0
+    optimizer.optimizer.step()
+    assert ema.step == 1, "only its own"
+
+
+class Bare(torch.optim.SGD):
+    """Without the base's __init__, which is what makes torch run hooks."""
+
+    def __init__(self, params):
+        made = torch.optim.SGD(params, 0.1)
+        self.__dict__.update(made.__dict__)
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for tensor in group["params"]:
+                    tensor.mul_(0.9)
+
+
+def test_an_optimizer_that_never_called_its_base(backend):
+    model = net()
+    optimizer = Bare(model.parameters())
+    ema = EMA(model, 0.0)
+    ema.attach(optimizer)
+    for step in range(1, 4):
+        optimizer.step()
+        assert ema.step == step
+        assert equal(averages(ema), {name: tensor.detach() for name, tensor in model.named_parameters()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_while_swapped_is_refused_before_it_moves_anything(backend, dtype):
+    model = net().to(dtype).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer)
+    backward(model.float()), model.to(dtype)
+    optimizer.step()
+    expected, raw = clones(averages(ema)), clones(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) would train the averages"), ema.swapped():
+        optimizer.step()
+    assert equal(averages(ema), expected)
+    assert equal(dict(model.named_parameters()), raw)
+    assert ema.step == 1
+
+
+# ---- Saved with the optimizer
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Wrapper, Lookahead])
+def test_the_optimizers_state_holds_the_averages(backend, make_optimizer, wrap, tmp_path):
+    def setup():
+        model = net()
+        optimizer = make_optimizer(model.parameters())
+        return model, optimizer, EMA(model, [0.5, 0.9])
+
+    model, optimizer, ema = setup()
+    ema.attach(wrap(optimizer), save=True)
+    for _ in range(3):
+        backward(model)
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint")
+    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
+    other_model, other_optimizer, other = setup()
+    handle = other.attach(wrap(other_optimizer), save=True)
+    other_model.load_state_dict(saved["model"])
+    other_optimizer.load_state_dict(saved["optimizer"])
+    assert other.step == 3
+    assert all(equal(averages(other, k), averages(ema, k)) for k in range(2))
+    assert optimizer.state_dict().keys() == {"state", "param_groups", "fused_ema"}
+    handle.remove()
+    assert other_optimizer.state_dict().keys() == {"state", "param_groups"}
+    other_optimizer.load_state_dict(saved["optimizer"])  # as an optimizer alone would
+
+
+def test_an_optimizers_state_without_averages_is_warned_of(backend):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    plain = optimizer.state_dict()
+    ema.attach(optimizer, save=True)
+    with pytest.warns(UserWarning, match="expected averages in the optimizer's state, under 'fused_ema', found none"):
+        optimizer.load_state_dict(plain)
+
+
+def test_averages_in_an_optimizers_state_are_checked(backend):
+    model, other = net(), net(bias=False)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (model, other)]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        EMA(each, 0.5).attach(optimizer, save=True)
+    with pytest.raises(ValueError, match="state: expected the same names"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import EMA
 from fused_ema.averages import Averages
+from fused_ema.plan import Plan
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 averages, but of float64
 
@@ -146,7 +147,7 @@ def test_restored_after_an_exception(backend, dtype, error):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_restored_bitwise_after_training_inside(backend, dtype):
-    ema = trained(net().to(dtype))
+    ema = trained(net().to(dtype).eval())
     optimizer = torch.optim.SGD(ema.model.parameters(), 0.1)
     whole = Whole(ema)
     with ema.swapped() as model:
@@ -326,7 +327,7 @@ def test_written_to_in_the_block(backend, dtype, raises):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_reading_in_the_block_does_not_warn(backend, dtype):
-    ema = trained(net().to(dtype))
+    ema = trained(net().eval().to(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with ema.swapped() as model:
@@ -444,6 +445,24 @@ def test_usable_after_tensors_of_the_wrong_kind(backend, change):
     whole.check()
 
 
+def test_a_way_out_that_fits_nothing_is_an_error(monkeypatch):
+    """And is tried again."""
+    ema = trained(net())
+    run, failures = Plan.run_call, [True, True]
+
+    def fails(plan, op, call, *, fresh=False):
+        if op == "restore" and failures:
+            failures.pop()
+            return Plan._fits(False, fresh)
+        return run(plan, op, call, fresh=fresh)
+
+    monkeypatch.setattr(Plan, "run_call", fails)
+    whole = Whole(ema)
+    with pytest.raises(RuntimeError, match="the tensors changed while they were paired"), ema.swapped():
+        pass
+    whole.check()
+
+
 def test_an_error_that_stays_is_raised(backend):
     ema, calls = trained(net()), []
     whole, model = Whole(ema), ema.model
@@ -550,14 +569,70 @@ def test_as_a_decorator(backend):
     whole.check()
 
 
-@pytest.mark.filterwarnings("ignore:EMA.swapped. the block wrote")  # it did, the other's
-def test_two_managers_of_one_model(backend):
+@pytest.mark.parametrize("member", ["update", "swapped", "copy_to", "distance"])
+def test_two_managers_of_one_model(backend, member):
     ema = trained(net())
-    other = trained(ema.model, 0.1)
+    other, unrelated = trained(ema.model, 0.1), trained(net())
     whole, whole_other = Whole(ema), Whole(other)
-    with ema.swapped(), other.swapped():
-        assert equal(clones(parameters(ema.model)), whole_other.true[0])
+
+    def use(manager):
+        called = getattr(manager, member)()
+        if member == "swapped":
+            with called:
+                pass
+
+    with ema.swapped():
+        refused(RuntimeError, lambda: use(other), ema.model, names=[member, "another manager"])
+        use(unrelated)
+        assert equal(clones(parameters(ema.model)), whole.true[0])
     whole.check(), whole_other.check()
+    use(other)
+
+
+def test_two_managers_of_two_parts(backend):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    one = trained(model, select=lambda name, _: name.startswith("0"))
+    other = trained(model, select=lambda name, _: name.startswith("1"))
+    whole, whole_other = Whole(one), Whole(other)
+    with one.swapped(), other.swapped():
+        other_parameters = {name: tensor for name, tensor in parameters(model).items() if name.startswith("1")}
+        assert equal(clones(other_parameters), whole_other.true[0])
+    whole.check(), whole_other.check()
+
+
+def test_statistics_measured_in_the_block_stay_with_a_warning(backend):
+    ema = trained(net())
+    whole = Whole(ema)
+    data = [torch.randn(8, 3)]
+    wrote = r"the block wrote to the model's buffers '1\.running_mean', '1\.running_var'"
+    with pytest.warns(UserWarning, match=wrote), ema.swapped() as model:
+        torch.optim.swa_utils.update_bn(data, model)
+    assert whole.averages_are_true()
+    fresh = copy.deepcopy(ema.model)  # as help() has it
+    ema.copy_to(fresh)
+    torch.optim.swa_utils.update_bn(data, fresh)
+    torch.testing.assert_close(fresh[1].running_mean, fresh[0](data[0]).mean(0))
+
+
+def test_autocast_sees_what_the_model_holds(backend):
+    ema = trained(nn.Sequential(nn.Linear(3, 2)))
+    x = torch.randn(4, 3)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return ema.model(x)
+
+    raw = run()
+    with ema.swapped():
+        averaged = run()
+    assert not torch.equal(raw, averaged)
+    with torch.autocast("cpu", torch.bfloat16):  # one context, which keeps 16-bit copies of the weights
+        assert torch.equal(ema.model(x), raw)
+        with ema.swapped():
+            assert torch.equal(ema.model(x), averaged)
+        assert torch.equal(ema.model(x), raw)
+        ema.copy_to()
+        assert torch.equal(ema.model(x), averaged)
 
 
 # ---- Ctrl-C at any moment

@@ -1,0 +1,126 @@
+"""The cost of an update against the number of tensors and against their bytes, and a line fitted to both.
+
+    time = fixed + per_tensor * tensors + per_byte * bytes
+
+by least squares on relative errors. From it follows from which size on a method is as fast as fused_ema, nearly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from measure import in_turns, sets_for, spread
+from methods import (
+    AVERAGED,
+    BOUND,
+    DIFFUSERS_FOREACH,
+    EMA_PYTORCH,
+    FOREACH,
+    FOREACH_CACHED,
+    LOOP,
+    MANAGER,
+    TIMM,
+    TORCH_EMA,
+    UPDATE,
+    make_step,
+)
+from models import average_of, equal_tensors, filled
+from report import columns, console, progress, short
+
+METHODS = (
+    LOOP,
+    FOREACH,
+    FOREACH_CACHED,
+    AVERAGED,
+    TIMM,
+    EMA_PYTORCH,
+    TORCH_EMA,
+    DIFFUSERS_FOREACH,
+    UPDATE,
+    BOUND,
+    MANAGER,
+)
+ELEMENTS = 4_000_000  # of all tensors together, where their number varies
+COUNTS = (1, 10, 100, 1000, 5000, 20000)
+TENSORS = 100  # where their size varies
+SIZES = (25_000, 250_000, 2_500_000, 25_000_000, 125_000_000)  # elements of all tensors together
+GAIN = 1.1  # the least gain that counts
+
+
+def point(tensors: int, elements: int, device: torch.device, budget: float) -> dict[str, Any]:
+    build = equal_tensors(tensors, max(1, elements // tensors))
+    size = 12 * tensors * max(1, elements // tensors)
+    pairs = []
+    for _ in range(sets_for(size, device)):
+        model = filled(build, torch.float32, device)
+        pairs.append((model, average_of(model, torch.float32)))
+    steps = {}
+    for name in METHODS:
+        try:
+            steps[name] = [make_step(name, *pair) for pair in pairs]
+        except ImportError:
+            continue
+    with progress(f"{tensors} tensors, {short(size)}", budget) as tick:
+        times = in_turns(steps, device, budget, tick=tick)
+    # What a user waits for: on CUDA, the longer of the host's and the device's time.
+    spent = {name: spread([max(t) for t in values]) for name, values in times.items()}
+    return {"tensors": tensors, "bytes": size, "sets": len(pairs), "us": spent}
+
+
+def fit(points: list[dict[str, Any]], method: str) -> dict[str, float]:
+    """Microseconds: fixed, per tensor, per gigabyte; none negative."""
+    rows = torch.tensor([[1.0, p["tensors"], p["bytes"] / 1e9] for p in points], dtype=torch.float64)
+    us = torch.tensor([p["us"][method]["median"] for p in points], dtype=torch.float64)
+    keep = [0, 1, 2]
+    while True:
+        solved = torch.linalg.lstsq(rows[:, keep] / us[:, None], torch.ones(len(us), 1, dtype=torch.float64)).solution
+        if (solved >= 0).all():
+            break
+        del keep[int(solved.argmin())]
+    found = dict(zip(keep, solved[:, 0].tolist(), strict=True))
+    return {name: found.get(i, 0.0) for i, name in enumerate(("fixed_us", "us_per_tensor", "us_per_GB"))}
+
+
+def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -> float | None:
+    """The bytes from which on, with so many tensors, we are less than GAIN times as fast; None: at no size."""
+    lead = (
+        theirs["fixed_us"]
+        - GAIN * ours["fixed_us"]
+        + tensors * (theirs["us_per_tensor"] - GAIN * ours["us_per_tensor"])
+    )
+    slope = GAIN * ours["us_per_GB"] - theirs["us_per_GB"]
+    return max(0.0, lead / slope * 1e9) if slope > 0 else None
+
+
+def measure(device: torch.device, budget: float) -> dict[str, Any]:
+    by_count = [point(count, ELEMENTS, device, budget) for count in COUNTS]
+    by_size = [point(TENSORS, elements, device, budget) for elements in SIZES]
+    points = by_count + by_size
+    names = [name for name in METHODS if name in points[0]["us"]]
+    fits = {name: fit(points, name) for name in names}
+    ends = {name: break_even(fits[name], fits[BOUND], TENSORS) for name in names}
+    show(by_count, by_size, fits, ends)
+    return {"by_count": by_count, "by_size": by_size, "fits": fits, "break_even_bytes": ends, "tensors": TENSORS}
+
+
+def show(by_count: Any, by_size: Any, fits: dict[str, dict[str, float]], ends: dict[str, float | None]) -> None:
+    for title, points, head in (
+        (f"µs against the number of tensors, {short(12 * ELEMENTS)} to move", by_count, lambda p: f"{p['tensors']:,}"),
+        (f"µs against the bytes to move, {TENSORS} tensors", by_size, lambda p: short(p["bytes"])),
+    ):
+        table = columns(title, "method", [head(p) for p in points])
+        for name in fits:
+            table.add_row(name, *[f"{p['us'][name]['median']:,.0f}" for p in points])
+        console.print(table)
+    table = columns("fitted to both", "method", ["fixed µs", "µs per tensor", "ms per GB"])
+    for name, each in fits.items():
+        cells = (f"{each['fixed_us']:.1f}", f"{each['us_per_tensor']:.3f}", f"{each['us_per_GB'] / 1e3:.1f}")
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(f"Where fused_ema.bind is less than {GAIN} times as fast, for a float32 model of {TENSORS} tensors:")
+    for name, size in ends.items():
+        if not name.startswith("fused_ema"):
+            elements = "at no size" if size is None else f"from {size / 12 / 1e6:,.1f}M parameters on ({short(size)})"
+            console.print(f"    {name}: {elements}")
+    console.print()

@@ -1,0 +1,39 @@
+"""What the benchmarks print."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+@contextmanager
+def progress(title: str, seconds: float) -> Iterator[Callable[[], None]]:
+    """A bar that is full after `seconds`, and goes when the block ends; gives what to call now and then."""
+    shown = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task, start = bar.add_task(title, total=seconds), time.perf_counter()
+        yield lambda: bar.update(task, completed=time.perf_counter() - start)
+
+
+def columns(title: str, first: str, others: list[str]) -> Table:
+    table = Table(first, title=title, title_justify="left", title_style="bold")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def short(size: float) -> str:
+    """Bytes, for a reader."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"

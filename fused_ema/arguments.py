@@ -1,0 +1,60 @@
+"""Checks of arguments that are no tensors: decays, counts, options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, SupportsFloat
+
+import torch
+from torch import Tensor
+
+
+def check_decay(decay: float | Tensor) -> float | Tensor:
+    """A number in [0, 1], as a float, or a 0-d float32 or float64 tensor, whose value is not looked at."""
+    if isinstance(decay, Tensor):
+        if decay.dim() != 0 or decay.dtype not in (torch.float32, torch.float64):
+            found = str(decay.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"decay: expected a number or a 0-d float32 or float64 tensor, "
+                f"found shape {tuple(decay.shape)} and {found}"
+            )
+        return decay
+    value = decay if type(decay) is float else _as_float(decay)
+    if not 0.0 <= value <= 1.0:  # false for NaN too
+        raise ValueError(f"decay: expected a value in [0, 1], found {value}")
+    return value
+
+
+def decay_number(decay: Any) -> float:
+    """The same for where a tensor won't do."""
+    value = check_decay(decay)
+    if not isinstance(value, float):
+        raise TypeError("decay: expected a number, found a tensor")
+    return value
+
+
+def _as_float(decay: object) -> float:
+    try:
+        if isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
+            return float(decay)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"decay: expected a number or a 0-d tensor, found {type(decay).__name__}")
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
+    return value
+
+
+def check_buffers(buffers: str) -> None:
+    if buffers not in ("copy", "average", "ignore"):
+        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
+
+
+def check_floating(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating type, found {dtype}")
