@@ -94,14 +94,22 @@ def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -
 
 
 def measure(device: torch.device, budget: float) -> dict[str, Any]:
+    smallest = point(1, 1000, device, budget / 4)
     by_count = [point(count, ELEMENTS, device, budget) for count in COUNTS]
     by_size = [point(TENSORS, elements, device, budget) for elements in SIZES]
-    points = by_count + by_size
+    points = [smallest, *by_count, *by_size]
     names = [name for name in METHODS if name in points[0]["us"]]
     fits = {name: fit(points, name) for name in names}
     ends = {name: break_even(fits[name], fits[BOUND], TENSORS) for name in names}
     show(by_count, by_size, fits, ends)
-    return {"by_count": by_count, "by_size": by_size, "fits": fits, "break_even_bytes": ends, "tensors": TENSORS}
+    return {
+        "smallest": smallest,
+        "by_count": by_count,
+        "by_size": by_size,
+        "fits": fits,
+        "break_even_bytes": ends,
+        "tensors": TENSORS,
+    }
 
 
 def show(by_count: Any, by_size: Any, fits: dict[str, dict[str, float]], ends: dict[str, float | None]) -> None:

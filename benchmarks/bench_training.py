@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import random
 import statistics
 import time
@@ -70,7 +71,13 @@ def gpt(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor],
     library, large = importlib.import_module("transformers"), device.type == "cuda"
     width, layers, batch, length = (768, 12, 16, 1024) if large else (384, 6, 8, 128)
     config = library.GPT2Config(
-        n_embd=width, n_layer=layers, n_head=width // 64, n_positions=length, vocab_size=50304 if large else 8192
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 64,
+        n_positions=length,
+        vocab_size=50304 if large else 8192,
+        bos_token_id=0,
+        eos_token_id=0,
     )
 
     def loss(model: nn.Module) -> Tensor:
@@ -128,6 +135,7 @@ def loop(make: Callable[..., Any], device: torch.device, budget: float) -> dict[
 
 def measure(device: torch.device, budget: float) -> list[dict[str, Any]]:
     cases = []
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     for make in (vit, gpt):
         try:
             cases.append(loop(make, device, budget))

@@ -199,24 +199,28 @@ def launches(step: Step, device: torch.device) -> dict[str, int] | None:
 # ---- The ceiling ---------------------------------------------------------------------------------
 
 
-def ceilings(size: int, device: torch.device, model_dtype: torch.dtype, library: ctypes.CDLL | str) -> dict[str, Step]:
-    """Streams of `size` bytes, read and written: the most that this machine's memory gives such a pattern."""
-    if device.type == "cuda":
+def ceilings(size: int, model: nn.Module, ema: nn.Module, library: ctypes.CDLL | str) -> dict[str, Step]:
+    """What this machine's memory gives such a pattern: on CUDA, streams of `size` bytes, read and written, over plain
+    arrays; on the CPU, a plain loop over the very tensors.
+    """
+    pairs = list(zip(ema.parameters(), model.parameters(), strict=True))
+    first = pairs[0][0]
+    if first.is_cuda:
         n = size // 12
-        a, b, c = (torch.randn(n, device=device) for _ in range(3))
-        source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=device)
+        a, b, c = (torch.randn(n, device=first.device) for _ in range(3))
+        source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=first.device)
         return {"torch.add(a, b, out=c)": lambda: torch.add(a, b, out=c), "device copy": lambda: target.copy_(source)}
     if isinstance(library, str):
         return {}
-    short = model_dtype == torch.bfloat16
-    n = size // (10 if short else 12)
-    average, parameter = torch.randn(n), torch.randn(n).to(torch.bfloat16 if short else torch.float32)
-    function = library.stream_bfloat16 if short else library.stream_float32
+    kind = "_".join(str(side.dtype).removeprefix("torch.") for side in pairs[0])
+    pointers = ctypes.c_void_p * len(pairs)
+    averages, parameters = (pointers(*[side[k].data_ptr() for side in pairs]) for k in (0, 1))
+    sizes = (ctypes.c_int64 * len(pairs))(*[average.numel() for average, _ in pairs])
+    count, weight = ctypes.c_int64(len(pairs)), ctypes.c_float(1 - DECAY)
+    function = library[kind]
 
-    def step() -> None:
-        pointers = (ctypes.c_void_p(average.data_ptr()), ctypes.c_void_p(parameter.data_ptr()))
-        weight, threads = ctypes.c_float(1 - DECAY), ctypes.c_int(torch.get_num_threads())
-        function(*pointers, ctypes.c_int64(n), weight, threads)
+    def step(keep: Any = pairs) -> None:
+        function(averages, parameters, sizes, count, weight, ctypes.c_int(torch.get_num_threads()))
 
     return {"plain C++ loop": step}
 

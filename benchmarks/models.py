@@ -133,7 +133,11 @@ def filled(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.dev
 
 
 def average_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False).to(dtype)
+    """A module of averages, whose values are not the model's."""
+    average = copy.deepcopy(model).requires_grad_(False).to(dtype)
+    for parameter in average.parameters():
+        parameter.normal_(std=0.02)
+    return average
 
 
 def shrunk(model: nn.Module) -> nn.Module:
