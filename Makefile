@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
+OUT ?= build/bench
 
 PY := $(VENV)/bin/python
 BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml $(addprefix fused_ema/,_build.py _switch.py _toolkit.py _version.py)
@@ -34,8 +35,10 @@ lint: setup  ## ruff, clang-format and mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h benchmarks/*.cpp)
 	$(PY) -m mypy
 
-bench: setup  ## measure the update against what others do; options in ARGS
-	@$(PY) benchmarks/bench_update.py $(ARGS)
+bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
+	@mkdir -p $(OUT)
+	@$(PY) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
+	@$(PY) benchmarks/plot.py $(OUT)/results.json
 
 # cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU

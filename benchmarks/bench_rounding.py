@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_update import machine
+from measure import environment
 from torch import Tensor, nn
 
 import fused_ema
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "fused_ema: averages in 16 bits stand still")
-    about, curves = machine(torch.device("cpu")), measure()
+    about, curves = environment(torch.device("cpu")), measure()
     if arguments.json:
         content = {"machine": about, "decay": DECAY, "elements": ELEMENTS, "missing": curves}
         arguments.json.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ from measure import (
     sets_for,
     spread,
 )
-from methods import BOUND, OURS, Step, make_step, method_names
+from methods import BOUND, COMPILED, OURS, Step, make_step, method_names
 from models import CASES, Case, average_of, filled, shrunk
 from report import columns, console, progress
 from torch import nn
@@ -71,7 +71,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "launches": launches(made[0], device),
             }
             steps[name] = made
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+        except Exception as problem:  # whatever a package raises
             left_out[name] = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
             gc.collect()
     streams = [ceilings(size, *each, library) for each in sets]
@@ -95,7 +95,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "bytes": size,
                 "sets": count,
                 "device_us": spread([t.device for t in times[name]]),
-                "host_us": spread([t.host for t in host[name]]),
+                "host_us": spread([t.host for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
                 "GBps": size / median / 1e3,
                 "share_of_ceiling": best / median if best else None,
@@ -117,7 +117,8 @@ def host_times(
     names = [name for name in times if name in method_names(device)]
     steps: dict[str, list[Step]] = {}
     for name in names:
-        steps[name] = [make_step(name, small, small_average)]
+        if name != COMPILED:  # it would compile once more, for sizes that nobody has
+            steps[name] = [make_step(name, small, small_average)]
     return in_turns(steps, device, budget, REPEATS if case.in_a_row else 1)
 
 
@@ -131,7 +132,7 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     table = columns(title, "method", [*heads, "launches"] if cuda else heads)
     for row in rows:
         cells = [f"{row['device_us'][key] / 1e3:.3f}" for key in ("median", "p20", "p80")]
-        cells += [f"{row['host_us']['median']:.0f}", f"{row['GBps']:.1f}"]
+        cells += [f"{row['host_us']['median']:.0f}" if row["host_us"] else "-", f"{row['GBps']:.1f}"]
         cells.append(f"{row['share_of_ceiling']:.0%}" if row["share_of_ceiling"] else "-")
         cells.append(f"{row['ratio']:.2f}" if row["ratio"] else "-")
         cells += [f"{row['max_err_over_bound']:.2f}", f"{row['peak_extra_bytes'] / 1e6:.1f}"]

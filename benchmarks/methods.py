@@ -100,6 +100,8 @@ def _compiled(model: nn.Module, ema: nn.Module) -> Step:
     if len(averages) > 300:
         raise NotImplementedError(f"{len(averages)} tensors take torch.compile too long")
 
+    torch._dynamo.reset()  # the function is a new one in each case, but counts as one that is compiled again and again
+
     @torch.compile(fullgraph=True)
     def lerp(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
         for average, parameter in zip(averages, parameters, strict=True):

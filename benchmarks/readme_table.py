@@ -1,6 +1,8 @@
-"""Writes the table between the markers of README.md from a result file, so that no number there is typed.
+"""Writes what stands between the markers of README.md from result files, so that no number there is typed.
 
 python benchmarks/readme_table.py [--check]
+
+A marker names what is to be written, and from which file: <!-- models from benchmarks/results/x.json -->.
 """
 
 from __future__ import annotations
@@ -8,51 +10,119 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from methods import FOREACH_CACHED, MANAGER, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = {  # case in the file → heading
-    "GPT-2 small shapes, float32": "GPT-2 small,<br>124M float32",
-    "GPT-2 small shapes, float32 average of bfloat16": "the same, float32<br>average of bfloat16",
-    "ResNet-50 shapes, float32": "ResNet-50,<br>26M and buffers",
-    "2000 tensors of 256, float32": "2000 tensors<br>of 256",
-    "2000 tensors of 256, float32, called again and again": "the same, again<br>and again",
+    "GPT-2 small, float32←float32": "GPT-2 small,<br>124M float32",
+    "GPT-2 small, float32←bfloat16": "the same, float32<br>average of bfloat16",
+    "ResNet-50, float32←float32": "ResNet-50,<br>26M and buffers",
+    "2000 tensors of 256, float32←float32": "2000 tensors<br>of 256",
+    "2000 tensors of 256, float32←float32, called in a row": "the same,<br>in a row",
 }
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+def duration(us: float) -> str:
+    return f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} µs"
 
 
-def table(path: str) -> str:
-    content = json.loads((ROOT / path).read_text(encoding="utf-8"))
-    machine = content["machine"]
-    cases = {case["case"]: case for case in content["cases"]}
-    shown = [cases[name] for name in COLUMNS]
-    methods = list(dict.fromkeys(method for case in shown for method in case["methods"]))
-    lines = ["| time per update | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+def error(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def machine(content: dict[str, Any]) -> str:
+    env = content["env"]
+    name = env["cpu"] if env["device"] == "cpu" else env["device"]
+    return f"{name}, {env['threads']} threads, PyTorch {env['torch']}, {env['date']}"
+
+
+def escaped(method: str) -> str:
+    return method.replace("_", r"\_")  # else Markdown takes them for emphasis
+
+
+def models(content: dict[str, Any], path: str) -> list[str]:
+    rows = {(row["case"], row["method"]): row for row in content["rows"]}
+    methods = list(dict.fromkeys(row["method"] for row in content["rows"]))
+    first = next(iter(COLUMNS))
+    lines = ["| time per update | " + " | ".join(COLUMNS.values()) + " | error |"]
+    lines.append("| --- |" + " ---: |" * (len(COLUMNS) + 1))
     for method in methods:
         cells = []
-        for case in shown:
-            row = case["methods"].get(method)
-            cells.append(f"{duration(row['median_s'])} ({row['ratio']:.2f})" if row else "")
-        plain = method.replace("_", r"\_")  # else Markdown takes them for emphasis
-        lines.append(f"| {plain} | " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append(
-        f"Median, and in brackets how many times that of the bound handle. One run of `make bench`, methods in turns, "
-        "in the last column five calls each: "
-        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}, "
-        f"[all numbers]({path})."
-    )
-    return "\n".join(lines) + "\n"
+        for case in COLUMNS:
+            row = rows.get((case, method))
+            cells.append(f"{duration(row['device_us']['median'])} ({row['ratio']:.2f})" if row else "")
+        worst = error(rows[first, method]["max_err_over_bound"]) if (first, method) in rows else ""
+        lines.append(f"| {escaped(method)} | " + " | ".join(cells) + f" | {worst} |")
+    ceiling = {each["case"]: min(s["us"]["median"] for s in each["streams"].values()) for each in content["ceiling"]}
+    lines.append("| (a plain C++ loop) | " + " | ".join(duration(ceiling[case]) for case in COLUMNS) + " | |")
+    lines += [
+        "",
+        "Median, and in brackets how many times that of the bound handle; error of one step in the first column, the "
+        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns, on so many "
+        f"sets of tensors that no cache holds them; in the last column five calls each: {machine(content)}, "
+        f"[all numbers]({path}).",
+    ]
+    return lines
+
+
+def averages(content: dict[str, Any], path: str) -> list[str]:
+    gains = {}
+    for case in content["averages"]:
+        together, apart = [us["median"] for us in case["us"].values()][:2]
+        if "averages of" in case["case"]:
+            gains[case["case"]] = apart / together
+    listed = "; ".join(f"{case}: {gain:.2f}" for case, gain in gains.items())
+    return [
+        f"How many times as fast as one manager for each: {listed} (`make bench`, {machine(content)}, "
+        f"[all numbers]({path})).",
+    ]
+
+
+def training(content: dict[str, Any], path: str) -> list[str]:
+    cases = content["training"]
+    methods = [name for name in cases[0]["share_of_step"] if name not in OURS or name == MANAGER]
+    lines = ["| share of a training step | " + " | ".join(case["case"] for case in cases) + " |"]
+    lines.append("| --- |" + " ---: |" * len(cases))
+    for name in methods:
+        shares = " | ".join(f"{case['share_of_step'][name]:.1%}" for case in cases)
+        lines.append(f"| {escaped(name)} | {shares} |")
+    ends = content["scaling"]["break_even_bytes"]
+    end = ends.get(FOREACH_CACHED)
+    lines += [
+        "",
+        f"`make bench`, {machine(content)}, [all numbers]({path}). So on this machine the time saved hardly matters in "
+        "training of such models"
+        + (
+            f"; and for a float32 model of {content['scaling']['tensors']} tensors, from {end / 12 / 1e6:.1f}M "
+            "parameters on, the gain over `torch._foreach_lerp_` on lists that you keep yourself is under a tenth."
+            if end is not None
+            else "."
+        ),
+    ]
+    return lines
+
+
+WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
+    "models": models,
+    "averages": averages,
+    "training": training,
+}
 
 
 def main() -> int:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = MARKED.sub(lambda marked: marked[1] + table(marked[2]) + marked[3], before)
+
+    def written(marked: re.Match[str]) -> str:
+        content = json.loads((ROOT / marked[3]).read_text(encoding="utf-8"))
+        return marked[1] + "\n".join(WRITERS[marked[2]](content, marked[3])) + "\n" + marked[4]
+
+    after = MARKED.sub(written, before)
     if "--check" in sys.argv[1:]:
         return 0 if before == after else 1
     readme.write_text(after, encoding="utf-8")

@@ -1,0 +1,117 @@
+"""The benchmarks themselves: what they compute from times, what they check, and one small run from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import bench_scaling  # noqa: E402
+import measure  # noqa: E402
+import methods  # noqa: E402
+import models  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    model = models.filled(lambda: nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)), torch.float32, CPU)
+    return model, models.average_of(model, torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != methods.COMPILED])
+@torch.no_grad()
+def test_each_method_makes_the_same_update_of_the_averages_it_is_given(pair, name):
+    try:
+        step = methods.make_step(name, *pair)
+    except ImportError as problem:
+        pytest.skip(f"{name}: {problem}")
+    model, average = pair
+    expected = [
+        e.double().lerp(p.double(), methods.WEIGHT)
+        for e, p in zip(average.parameters(), model.parameters(), strict=True)
+    ]
+    assert measure.error_over_bound(step, *pair) < (1.001 if name in methods.OURS else 1000)
+    for average_now, exact in zip(average.parameters(), expected, strict=True):
+        torch.testing.assert_close(average_now.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_a_wrong_method_shows(pair):
+    model, average = pair
+
+    def wrong():
+        for e, p in zip(average.parameters(), model.parameters(), strict=True):
+            e.lerp_(p, 1.001 * methods.WEIGHT)
+
+    assert measure.error_over_bound(wrong, *pair) > 100
+
+
+def test_memory_of_a_step():
+    tensor = torch.zeros(100_000)
+    assert measure.peak_extra_bytes(lambda: tensor.add_(1), CPU) < 1000
+    assert 400_000 <= measure.peak_extra_bytes(lambda: tensor.copy_(tensor + 1), CPU) < 401_000
+
+
+def test_turns_are_fair():
+    calls = []
+    steps = {name: [lambda name=name, k=k: calls.append((name, k)) for k in range(3)] for name in "ab"}
+    times = measure.in_turns(steps, CPU, 0.0)
+    rounds = measure.WARM_UP + 5
+    assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5}
+    for name in "ab":
+        assert [k for who, k in calls if who == name] == [0, 1, 2, *(turn % 3 for turn in range(rounds))]
+
+
+def test_a_line_is_found_and_so_is_where_the_gain_ends():
+    theirs, ours = {"us": (4.0, 3.0, 9000.0)}, {"us": (2.0, 0.5, 10000.0)}
+    points = []
+    for tensors, size in ((1, 10**4), (100, 10**6), (100, 10**9), (5000, 5 * 10**7), (20000, 10**6)):
+        medians = {
+            name: {"median": line[0] + line[1] * tensors + line[2] * size / 1e9}
+            for name, line in (("theirs", theirs["us"]), ("ours", ours["us"]))
+        }
+        points.append({"tensors": tensors, "bytes": size, "us": medians})
+    fits = {name: bench_scaling.fit(points, name) for name in ("theirs", "ours")}
+    for name, line in (("theirs", theirs["us"]), ("ours", ours["us"])):
+        assert [*fits[name].values()] == pytest.approx(line, rel=1e-6)
+    end = bench_scaling.break_even(fits["theirs"], fits["ours"], 100)
+    time = {
+        name: each["fixed_us"] + 100 * each["us_per_tensor"] + end / 1e9 * each["us_per_GB"]
+        for name, each in fits.items()
+    }
+    assert time["theirs"] / time["ours"] == pytest.approx(bench_scaling.GAIN)
+    assert bench_scaling.break_even({**fits["theirs"], "us_per_GB": 12000.0}, fits["ours"], 100) is None
+
+
+def test_a_small_run_from_end_to_end(tmp_path):
+    results = tmp_path / "results.json"
+    options = ["--parts", "models", "--cases", "2000 tensors", "--methods", "fused,tutorial", "--seconds", "0.05"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "bench_update.py",
+        *options,
+        "--json",
+        results,
+        "--csv",
+        tmp_path / "rows.csv",
+    ]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "2000 tensors of 256" in printed
+    content = json.loads(results.read_text())
+    assert {row["method"] for row in content["rows"]} >= {methods.LOOP, *methods.OURS[:3]}
+    for row in content["rows"]:
+        assert row["tensors"] == 2000
+        assert row["device_us"]["p20"] <= row["device_us"]["median"] <= row["device_us"]["p80"]
+        assert (row["max_err_over_bound"] <= 1.001) == (row["method"] in methods.OURS or "fused" in row["method"])
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == len(content["rows"]) + 1
+    subprocess.run([sys.executable, BENCHMARKS / "plot.py", results], check=True)
+    assert {path.suffix for path in tmp_path.glob("results-ratios*")} == {".png", ".svg"}
