@@ -80,8 +80,9 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
         times = in_turns(together, device, budget, REPEATS if case.in_a_row else 1, tick)
         host = host_times(case, times, model, average, device, budget / 4)
     ceiling = {name: spread([t.device for t in times[name]]) for name in streams[0]}
-    best = min((each["median"] for each in ceiling.values()), default=None)
-    medians = {name: spread([t.device for t in times[name]])["median"] for name in steps}
+    best = min((each["p20"] for each in ceiling.values()), default=None)
+    device_us = {name: spread([t.device for t in times[name]]) for name in steps}
+    medians = {name: us["median"] for name, us in device_us.items()}
     rows = []
     for name in steps:
         median = medians[name]
@@ -94,11 +95,11 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "dtypes": about["dtypes"],
                 "bytes": size,
                 "sets": count,
-                "device_us": spread([t.device for t in times[name]]),
+                "device_us": device_us[name],
                 "host_us": spread([t.host for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
                 "GBps": size / median / 1e3,
-                "share_of_ceiling": best / median if best else None,
+                "share_of_ceiling": best / device_us[name]["p20"] if best else None,
                 "ratio": median / medians[BOUND] if BOUND in medians else None,
                 **facts[name],
             }
@@ -208,7 +209,7 @@ def main() -> int:
         "host µs     on the CPU: the same with tensors of one element each; on CUDA: until the call returns\n"
         "GB/s        of the bytes that an update has to move, however many the method moves\n"
         "of ceiling  the time of a plain loop over the same memory (on CUDA: the best stream of as many bytes), which\n"
-        "            checks nothing and leaves the buffers, in the same run, over the method's\n"
+        "            checks nothing and leaves the buffers, in the same run, over the method's (percentiles 20)\n"
         "ratio       to fused_ema's bound handle\n"
         "error       of one step, the largest, against float64: 1.00 is all that fused_ema's contract allows\n"
         "extra MB    that one update holds beyond the averages and the model\n"

@@ -20,6 +20,7 @@ from methods import (
     DIFFUSERS,
     DIFFUSERS_FOREACH,
     EMA_PYTORCH,
+    FOREACH,
     FOREACH_CACHED,
     LIGHTNING,
     LOOP,
@@ -37,7 +38,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 SHORT = {  # for axes
     LOOP: "tutorial loop",
-    FOREACH_CACHED: "_foreach_lerp_, cached lists",
+    FOREACH_CACHED: "foreach lerp, cached lists",  # a label that begins with _ has no place in a legend
+    FOREACH: "foreach lerp, fresh lists",
     AVERAGED: "AveragedModel",
     TIMM: "timm",
     EMA_PYTORCH: "ema-pytorch",
@@ -49,10 +51,17 @@ SHORT = {  # for axes
     BOUND: "fused_ema.bind",
     MANAGER: "fused_ema.EMA",
 }
-COLORS = dict(zip(SHORT, pyplot.colormaps["tab20"].colors[::2] + pyplot.colormaps["tab20"].colors[1::2], strict=False))
+PALETTE = [
+    pyplot.colormaps["tab20"].colors[i] for i in (0, 2, 3, 4, 8, 10, 12, 14, 16, 18, 5, 9, 1)
+]  # none red, as ours
+COLORS = dict(zip(SHORT, PALETTE, strict=True))
 OUR_COLOR, THEIR_COLOR = "#c1272d", "#8a9bb0"
 WIDTH = 8.3  # inches: at README's width, 8 points are as large as the text around
 pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"})
+
+
+def times(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def caption(figure: Figure, env: dict[str, Any], what: str) -> None:
@@ -73,7 +82,7 @@ def ratios(content: dict[str, Any]) -> Figure:
         axes.barh(range(len(methods)), bars, color=[OUR_COLOR if name in OURS else THEIR_COLOR for name in methods])
         highest = max(bars)
         for at, value in enumerate(values):
-            axes.text((value or 0) + highest * 0.02, at, f"{value:.2g}" if value else "raises", va="center", fontsize=7)
+            axes.text((value or 0) + highest * 0.02, at, times(value) if value else "raises", va="center", fontsize=7)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])
         axes.set_xlim(0, highest * 1.18)
         axes.set_title(case.replace(", float32←float32", "").replace(", called", ",\ncalled"), fontsize=8)
@@ -94,7 +103,12 @@ def ceiling(content: dict[str, Any]) -> Figure:
         there = [(i, rows[case, name]) for i, case in enumerate(cases) if rows.get((case, name))]
         color, size = (OUR_COLOR, 60) if name in OURS else (COLORS[name], 25)
         axes.scatter(
-            [share for _, share in there], [i for i, _ in there], size, [color], marker, label=SHORT[name], zorder=3
+            *zip(*((share, i) for i, share in there), strict=True),
+            size,
+            [color],
+            marker=marker,
+            label=SHORT[name],
+            zorder=3,
         )
     axes.axvline(1, color="gray", linewidth=1)
     axes.set_yticks(range(len(cases)), cases)
@@ -151,7 +165,7 @@ def training(content: dict[str, Any]) -> Figure:
             axes.text(share + max(shares) * 0.02, at, f"{share:.1%}", va="center", fontsize=7)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])
         axes.set_xlim(0, max(shares) * 1.18)
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         step = case["step_us"]["median"] / 1e3
         axes.set_title(f"{case['case']}\n{case['elements'] / 1e6:.1f}M parameters, {step:.0f} ms a step", fontsize=8)
     panels.flat[0].invert_yaxis()
