@@ -117,7 +117,7 @@ def ceiling(content: dict[str, Any]) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("of the speed of a plain loop over the same memory, which checks nothing")
     axes.grid(axis="both", alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.16), ncols=6, frameon=False, handletextpad=0.1)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False, handletextpad=0.1, columnspacing=1.2)
     caption(figure, content["env"], "How near an update comes to what the memory allows")
     return figure
 
