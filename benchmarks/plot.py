@@ -101,6 +101,8 @@ def ceiling(content: dict[str, Any]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(WIDTH, 0.32 * len(cases) + 1.4), layout="constrained")
     for name, marker in zip((BOUND, FOREACH_CACHED, AVERAGED, TIMM, TORCH_EMA, DIFFUSERS), "osD^vP", strict=True):
         there = [(i, rows[case, name]) for i, case in enumerate(cases) if rows.get((case, name))]
+        if not there:
+            continue
         color, size = (OUR_COLOR, 60) if name in OURS else (COLORS[name], 25)
         axes.scatter(
             *zip(*((share, i) for i, share in there), strict=True),
