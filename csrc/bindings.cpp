@@ -146,8 +146,7 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i)
-    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i]),
-                            next_averages[i]});
+    entries.push_back(Entry{names[i], ema[i], model[i], static_cast<Action>(actions[i]), next_averages[i]});
   return entries;
 }
 
