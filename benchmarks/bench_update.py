@@ -193,6 +193,14 @@ def main() -> int:
         wanted = [part.strip().lower() for part in arguments.methods.split(",")]
         names = [name for name in names if name == BOUND or any(part in name.lower() for part in wanted)]
     cases = chosen_cases(arguments.cases or ("GPT-2 small,ResNet,2000" if arguments.quick else None), device)
+    if not cases:
+        parser.error(
+            f"--cases: expected a part of one of {', '.join(case.title for case in CASES)}; found {arguments.cases}"
+        )
+    if names == [BOUND] and BOUND not in (arguments.methods or ""):
+        parser.error(
+            f"--methods: expected a part of one of {', '.join(method_names(device))}; found {arguments.methods}"
+        )
 
     result: dict[str, Any] = {"env": environment(device), "ceiling": [], "rows": [], "left_out": {}}
 
