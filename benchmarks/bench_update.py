@@ -5,8 +5,8 @@
 `models`: each method on each architecture; `scaling`: the cost against the number of tensors and against their bytes;
 `averages`: several averages at once, and the manager's own cost; `training`: the share of the step of a real training
 loop; `instructions`: of the host, counted by Valgrind. All methods work on the same tensors, in turns and in shuffled
-order, so that whatever else the machine does meets all of them; sets of tensors take turns too, so many that no cache
-holds them. Each method's result is first checked against float64.
+order, so that whatever else the machine does meets all of them; sets of tensors take turns too, up to 32, so that no
+call finds in a cache what the one before it left there. Each method's result is first checked against float64.
 """
 
 from __future__ import annotations

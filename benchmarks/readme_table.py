@@ -63,8 +63,9 @@ def models(content: dict[str, Any], path: str) -> list[str]:
     lines += [
         "",
         "Median, and in brackets how many times that of the bound handle; error of one step in the first column, the "
-        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns, on so many "
-        f"sets of tensors that no cache holds them; in the last column five calls each: {machine(content)}, "
+        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns; all "
+        "methods of a round met the same tensors, so that in the column of 2000 most found them in a cache, which "
+        f"flatters the fast ones; in the last column five calls each: {machine(content)}, "
         f"[all numbers]({path}).",
     ]
     return lines
