@@ -128,6 +128,8 @@ class Attachment:
 
     @contextlib.contextmanager
     def _around_outer(self) -> Any:
+        if not self._outside:
+            self._pending = None  # of a call that raised
         self._outside += 1
         try:
             yield

@@ -435,6 +435,34 @@ def test_a_wrapper_that_raises_updates_nothing(backend):
     assert ema.step == 1, "only its own"
 
 
+def test_a_step_left_out_after_one_that_raised_updates_nothing(backend):
+    model = net()
+
+    class Accumulating(Lookahead):
+        """Steps at first, and then only gathers gradients."""
+
+        raises, steps = True, True
+
+        def step(self, closure=None):
+            if self.steps:
+                super().step(closure)
+            if self.raises:
+                raise ArithmeticError
+
+    optimizer = Accumulating(torch.optim.SGD(model.parameters(), 0.1))
+    ema = EMA(model, 0.0)
+    ema.attach(optimizer)
+    backward(model)
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    optimizer.raises, optimizer.steps = False, False
+    optimizer.step()
+    assert ema.step == 0
+    optimizer.steps = True
+    optimizer.step()
+    assert ema.step == 1
+
+
 class Bare(torch.optim.SGD):
     """Without the base's __init__, which is what makes torch run hooks."""
 
