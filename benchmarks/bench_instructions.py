@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from bench_scaling import METHODS
+from measure import reason
 from methods import BOUND, OURS, make_step
 from models import GPT2, average_of, filled, shrunk
 from report import columns, console
 
 
-def measure() -> dict[str, Any] | None:
+def measure(chosen: list[str]) -> dict[str, Any] | None:
     """Instructions per call by method; None where that can't be counted."""
     if not shutil.which("valgrind") or not torch._C._valgrind_supported_platform():
         console.print(
@@ -30,10 +31,13 @@ def measure() -> dict[str, Any] | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"]
-        done = subprocess.run([*command, sys.executable, __file__], capture_output=True, text=True)
+        done = subprocess.run([*command, sys.executable, __file__, *chosen], capture_output=True, text=True)
         if done.returncode:
             console.print(f"left out: instructions (valgrind failed: {done.stderr.strip()[-300:]})\n", markup=False)
             return None
+        for line in done.stderr.splitlines():
+            if line.startswith("left out"):
+                console.print(line, markup=False)
         names = json.loads(done.stdout.splitlines()[-1])
         counts = {}
         for i, name in enumerate(names):
@@ -63,11 +67,14 @@ def count() -> None:
     model = shrunk(filled(GPT2.build, torch.float32, torch.device("cpu")))
     average, names = average_of(model, torch.float32), []
     for name in METHODS:
+        if name not in sys.argv[1:]:
+            continue
         try:
             step = make_step(name, model, average)
-        except ImportError:
+            step(), step()
+        except Exception as problem:  # a package that is not there
+            print(f"left out: {name} ({reason(problem)})", file=sys.stderr)
             continue
-        step(), step()
         torch._C._valgrind_toggle()
         step()
         torch._C._valgrind_toggle_and_dump_stats()

@@ -7,10 +7,11 @@ by least squares on relative errors. From it follows from which size on a method
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from measure import in_turns, sets_for, spread
+from measure import in_cache, in_turns, prepared, reason, sets_for, spread
 from methods import (
     AVERAGED,
     BOUND,
@@ -48,24 +49,31 @@ SIZES = (25_000, 250_000, 2_500_000, 25_000_000, 125_000_000)  # elements of all
 GAIN = 1.1  # the least gain that counts
 
 
-def point(tensors: int, elements: int, device: torch.device, budget: float) -> dict[str, Any]:
+def point(tensors: int, elements: int, device: torch.device, budget: float, names: list[str]) -> dict[str, Any]:
     build = equal_tensors(tensors, max(1, elements // tensors))
     size = 12 * tensors * max(1, elements // tensors)
     pairs = []
     for _ in range(sets_for(size, device)):
         model = filled(build, torch.float32, device)
         pairs.append((model, average_of(model, torch.float32)))
-    steps = {}
-    for name in METHODS:
+    steps, left_out = {}, {}
+    for name in names:
         try:
-            steps[name] = [make_step(name, *pair) for pair in pairs]
-        except ImportError:
-            continue
+            steps[name] = prepared(partial(make_step, name), pairs)
+        except Exception as problem:  # a package or memory that is not there
+            left_out[name] = reason(problem)
     with progress(f"{tensors} tensors, {short(size)}", budget) as tick:
         times = in_turns(steps, device, budget, tick=tick)
     # What a user waits for: on CUDA, the longer of the host's and the device's time.
     spent = {name: spread([max(t) for t in values]) for name, values in times.items()}
-    return {"tensors": tensors, "bytes": size, "sets": len(pairs), "us": spent}
+    return {
+        "tensors": tensors,
+        "bytes": size,
+        "sets": len(pairs),
+        "in_cache": in_cache(size, len(pairs), device),
+        "us": spent,
+        "left_out": left_out,
+    }
 
 
 def fit(points: list[dict[str, Any]], method: str) -> dict[str, float]:
@@ -93,12 +101,16 @@ def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -
     return max(0.0, lead / slope * 1e9) if slope > 0 else None
 
 
-def measure(device: torch.device, budget: float) -> dict[str, Any]:
-    smallest = point(1, 1000, device, budget / 4)
-    by_count = [point(count, ELEMENTS, device, budget) for count in COUNTS]
-    by_size = [point(TENSORS, elements, device, budget) for elements in SIZES]
+def measure(device: torch.device, budget: float, chosen: list[str]) -> dict[str, Any]:
+    names = [name for name in METHODS if name in chosen]
+    smallest = point(1, 1000, device, budget / 4, names)
+    by_count = [point(count, ELEMENTS, device, budget, names) for count in COUNTS]
+    by_size = [point(TENSORS, elements, device, budget, names) for elements in SIZES]
     points = [smallest, *by_count, *by_size]
-    names = [name for name in METHODS if name in points[0]["us"]]
+    left_out = {name: why for each in points for name, why in each["left_out"].items()}
+    names = [name for name in names if name not in left_out]
+    if left_out:
+        console.print(f"left out: {left_out}", markup=False)
     fits = {name: fit(points, name) for name in names}
     ends = {name: break_even(fits[name], fits[BOUND], TENSORS) for name in names}
     show(by_count, by_size, fits, ends)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import spread, synchronize
+from measure import reason, spread, synchronize
 from methods import (
     AVERAGED,
     DIFFUSERS,
@@ -87,7 +87,7 @@ def gpt(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor],
     return library.GPT2LMHeadModel(config), loss, f"GPT, width {width}, {layers} layers, {batch} x {length} tokens"
 
 
-def loop(make: Callable[..., Any], device: torch.device, budget: float) -> dict[str, Any]:
+def loop(make: Callable[..., Any], device: torch.device, budget: float, names: list[str]) -> dict[str, Any]:
     """Each step trains the model, then one of the managers, in turns, makes its update: as late as in real life."""
     torch.manual_seed(0)
     model, loss, title = make(device)
@@ -95,12 +95,13 @@ def loop(make: Callable[..., Any], device: torch.device, budget: float) -> dict[
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     average = average_of(model, torch.float32)
     updates, left_out = {}, {}
-    for name in METHODS:
+    for name in names:
         try:
             with torch.no_grad():
                 updates[name] = make_step(name, model, average)
-        except ImportError as problem:
-            left_out[name] = str(problem)
+                updates[name]()
+        except Exception as problem:  # a package or memory that is not there
+            left_out[name] = reason(problem)
     steps: list[float] = []
     spent: dict[str, list[float]] = {name: [] for name in updates}
     order, shuffle, end = list(updates), random.Random(0).shuffle, time.perf_counter() + budget
@@ -133,14 +134,14 @@ def loop(make: Callable[..., Any], device: torch.device, budget: float) -> dict[
     }
 
 
-def measure(device: torch.device, budget: float) -> list[dict[str, Any]]:
+def measure(device: torch.device, budget: float, chosen: list[str]) -> list[dict[str, Any]]:
     cases = []
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for make in (vit, gpt):
         try:
-            cases.append(loop(make, device, budget))
-        except ImportError as problem:
-            console.print(f"left out: training of a {make.__name__} ({problem})", markup=False)
+            cases.append(loop(make, device, budget, [name for name in METHODS if name in chosen]))
+        except Exception as problem:  # a package or memory that is not there
+            console.print(f"left out: training of a {make.__name__} ({reason(problem)})", markup=False)
             continue
         show(cases[-1])
     return cases

@@ -5,8 +5,8 @@
 `models`: each method on each architecture; `scaling`: the cost against the number of tensors and against their bytes;
 `averages`: several averages at once, and the manager's own cost; `training`: the share of the step of a real training
 loop; `instructions`: of the host, counted by Valgrind. All methods work on the same tensors, in turns and in shuffled
-order, so that whatever else the machine does meets all of them; sets of tensors take turns too, up to 32, so that no
-call finds in a cache what the one before it left there. Each method's result is first checked against float64.
+order, so that whatever else the machine does meets all of them; sets of tensors take turns too, so that no call finds
+in a cache what the one before it left there. Each method's result is first checked against float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import ctypes
 import gc
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ import bench_scaling
 import bench_training
 import torch
 from measure import (
+    Pair,
     Times,
     ceilings,
     compile_stream,
     environment,
     error_over_bound,
+    in_cache,
     in_turns,
     launches,
     peak_extra_bytes,
+    prepared,
+    reason,
     sets_for,
     spread,
 )
-from methods import BOUND, COMPILED, OURS, Step, make_step, method_names
+from methods import BOUND, COMPILED, GRAPHS, OURS, Step, make_step, method_names
 from models import CASES, Case, average_of, filled, shrunk
 from report import columns, console, progress
 from torch import nn
@@ -55,31 +60,31 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
     about = fused_ema.bind(average, model).describe()
     size = about["bytes_per_update"]
     count = 1 if case.in_a_row else sets_for(size, device)
-    sets = [(model, average)]
+    sets: list[Pair] = [(model, average)]
     for _ in range(1, count):
         another = filled(case.build, case.model_dtype, device)
         sets.append((another, average_of(another, case.average_dtype)))
+    streams, longer = ceilings(size, sets, library)
+    torch._dynamo.reset()  # else it counts each case as one more version of the same function
     steps: dict[str, list[Step]] = {}
     facts: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            made = [make_step(name, *each) for each in sets]
+            made = prepared(partial(make_step, name), sets)
             facts[name] = {
                 "max_err_over_bound": error_over_bound(made[0], *sets[0]),
-                "peak_extra_bytes": peak_extra_bytes(made[0], device),
+                "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # theirs is kept
                 "launches": launches(made[0], device),
             }
             steps[name] = made
         except Exception as problem:  # whatever a package raises
-            left_out[name] = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
-            gc.collect()
-    streams = [ceilings(size, *each, library) for each in sets]
-    together = {**steps, **{name: [each[name] for each in streams] for name in streams[0]}}
+            left_out[name] = reason(problem)
+            free(device)
     with progress(case.title, budget) as tick:
-        times = in_turns(together, device, budget, REPEATS if case.in_a_row else 1, tick)
+        times = in_turns({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
         host = host_times(case, times, model, average, device, budget / 4)
-    ceiling = {name: spread([t.device for t in times[name]]) for name in streams[0]}
+    ceiling = {name: spread([longer * t.device for t in times[name]]) for name in streams}
     best = min((each["p20"] for each in ceiling.values()), default=None)
     device_us = {name: spread([t.device for t in times[name]]) for name in steps}
     medians = {name: us["median"] for name, us in device_us.items()}
@@ -95,6 +100,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "dtypes": about["dtypes"],
                 "bytes": size,
                 "sets": count,
+                "in_cache": in_cache(size, count, device),
                 "device_us": device_us[name],
                 "host_us": spread([t.host for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
@@ -119,7 +125,7 @@ def host_times(
     steps: dict[str, list[Step]] = {}
     for name in names:
         if name != COMPILED:  # it would compile once more, for sizes that nobody has
-            steps[name] = [make_step(name, small, small_average)]
+            steps[name] = prepared(partial(make_step, name), [(small, small_average)])
     return in_turns(steps, device, budget, REPEATS if case.in_a_row else 1)
 
 
@@ -129,6 +135,7 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     first = rows[0]
     title = f"{first['case']}: {first['tensors']} tensors, {first['elements'] / 1e6:.1f}M elements, "
     title += f"{first['bytes'] / 1e9:.3f} GB" + (f", {first['sets']} sets in turns" if first["sets"] > 1 else "")
+    title += ", found in the cache" if first["in_cache"] else ""
     heads = ["ms", "p20", "p80", "host µs", "GB/s", "of ceiling", "ratio", "error", "extra MB"]
     table = columns(title, "method", [*heads, "launches"] if cuda else heads)
     for row in rows:
@@ -136,9 +143,10 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
         cells += [f"{row['host_us']['median']:.0f}" if row["host_us"] else "-", f"{row['GBps']:.1f}"]
         cells.append(f"{row['share_of_ceiling']:.0%}" if row["share_of_ceiling"] else "-")
         cells.append(f"{row['ratio']:.2f}" if row["ratio"] else "-")
-        cells += [f"{row['max_err_over_bound']:.2f}", f"{row['peak_extra_bytes'] / 1e6:.1f}"]
+        cells += [f"{row['max_err_over_bound']:.2f}"]
+        cells.append("-" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.1f}")
         if row["launches"]:
-            cells.append(str(row["launches"]["kernels"]))
+            cells.append(" + ".join(f"{n} {kind}" for kind, n in row["launches"].items() if n or kind == "kernels"))
         table.add_row(row["method"], *cells, style="bold" if row["method"] in OURS else None)
     for name, each in ceiling["streams"].items():
         spent = [f"{each['us'][key] / 1e3:.3f}" for key in ("median", "p20", "p80")]
@@ -146,18 +154,25 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     console.print(table)
     if any(row["device_us"]["p80"] > 3 * row["device_us"]["p20"] for row in rows):
         console.print("UNRELIABLE: p80 far above p20, so something else ran too. Run it on a quiet machine.")
-    for reason in dict.fromkeys(left_out.values()):
-        names = (name for name, why in left_out.items() if why == reason)
-        console.print(f"left out: {'; '.join(names)}\n    ({reason})", markup=False)
+    for problem in dict.fromkeys(left_out.values()):
+        names = (name for name, why in left_out.items() if why == problem)
+        console.print(f"left out: {'; '.join(names)}\n    ({problem})", markup=False)
     console.print()
 
 
-def chosen_cases(pattern: str | None, device: torch.device) -> list[Case]:
-    if pattern:
-        return [
-            case for case in CASES if any(part.strip().lower() in case.title.lower() for part in pattern.split(","))
-        ]
-    return [case for case in CASES if not case.huge or device.type == "cuda"]
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def parts_of(text: str, option: str, offered: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Those that have one of the parts in their names."""
+    parts = [part.strip().lower() for part in text.split(",")]
+    for part in parts:
+        if not part or not any(part in name.lower() for name in offered):
+            parser.error(f"{option}: expected parts of these: {'; '.join(offered)}; found {part!r}")
+    return [name for name in offered if any(part in name.lower() for part in parts)]
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -185,22 +200,18 @@ def main() -> int:
     arguments = parser.parse_args()
     device, parts = torch.device(arguments.device), arguments.parts.split(",")
     torch.set_num_threads(arguments.threads)
-    budget = arguments.seconds or (2 if arguments.quick else 20)
+    budget = (2 if arguments.quick else 20) if arguments.seconds is None else arguments.seconds
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
     names = method_names(device)
-    if arguments.methods:
-        wanted = [part.strip().lower() for part in arguments.methods.split(",")]
-        names = [name for name in names if name == BOUND or any(part in name.lower() for part in wanted)]
-    cases = chosen_cases(arguments.cases or ("GPT-2 small,ResNet,2000" if arguments.quick else None), device)
-    if not cases:
-        parser.error(
-            f"--cases: expected a part of one of {', '.join(case.title for case in CASES)}; found {arguments.cases}"
-        )
-    if names == [BOUND] and BOUND not in (arguments.methods or ""):
-        parser.error(
-            f"--methods: expected a part of one of {', '.join(method_names(device))}; found {arguments.methods}"
-        )
+    if arguments.methods is not None:
+        wanted = parts_of(arguments.methods, "--methods", names, parser)
+        names = [name for name in names if name in wanted or name == BOUND]
+    titles = [case.title for case in CASES if not case.huge or device.type == "cuda" or arguments.cases]
+    pattern = "GPT-2 small,ResNet,2000" if arguments.quick and arguments.cases is None else arguments.cases
+    if pattern is not None:
+        titles = parts_of(pattern, "--cases", titles, parser)
+    cases = [case for case in CASES if case.title in titles]
 
     result: dict[str, Any] = {"env": environment(device), "ceiling": [], "rows": [], "left_out": {}}
 
@@ -208,6 +219,13 @@ def main() -> int:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if arguments.csv:
+            rows = [flat(row) for row in result["rows"]]
+            arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.csv.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+                writer.writeheader()
+                writer.writerows(rows)
 
     env = result["env"]
     console.print(
@@ -230,35 +248,28 @@ def main() -> int:
         for case in cases if "models" in parts else ():
             try:
                 rows, ceiling, left_out = measure(case, device, budget, library, names)
-            except (ImportError, RuntimeError) as problem:  # a package or memory that is not there
-                reason = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
-                console.print(f"left out: {case.title}\n    ({reason})\n", markup=False)
-                result["left_out"][case.title] = reason
-                continue
-            result["rows"] += rows
-            result["ceiling"].append(ceiling)
-            result["left_out"][case.title] = left_out
-            show(rows, ceiling, left_out, device.type == "cuda")
+            except Exception as problem:  # a package or memory that is not there
+                console.print(f"left out: {case.title}\n    ({reason(problem)})\n", markup=False)
+                result["left_out"][case.title] = reason(problem)
+            else:
+                result["rows"] += rows
+                result["ceiling"].append(ceiling)
+                result["left_out"][case.title] = left_out
+                show(rows, ceiling, left_out, device.type == "cuda")
             save()
-            gc.collect()
+            free(device)
         if "scaling" in parts:
-            result["scaling"] = bench_scaling.measure(device, budget / 4)
+            result["scaling"] = bench_scaling.measure(device, budget / 4, names)
             save()
         if "averages" in parts:
             result["averages"] = bench_averages.measure(device, budget)
             save()
     if "training" in parts:
-        result["training"] = bench_training.measure(device, 2 * budget)
+        result["training"] = bench_training.measure(device, 2 * budget, names)
         save()
     if "instructions" in parts:
-        result["instructions"] = bench_instructions.measure()
+        result["instructions"] = bench_instructions.measure(names)
         save()
-    if arguments.csv:
-        rows = [flat(row) for row in result["rows"]]
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -14,11 +15,12 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from methods import DECAY, Step
@@ -26,8 +28,12 @@ from torch import Tensor, nn
 
 import fused_ema
 
+Pair: TypeAlias = tuple[nn.Module, nn.Module]  # model, averages
 HERE = Path(__file__).resolve().parent
 WARM_UP = 2  # rounds
+ROUNDS = 9  # at least, after these
+SETS = 256  # at most
+SCRATCH = 4 << 30  # bytes at most, for the ceiling of a CUDA device
 
 
 class Times(NamedTuple):
@@ -42,27 +48,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(step: Step, device: torch.device, asleep: float = 0.0) -> Times:
-    """`asleep`: seconds for which a CUDA device is kept busy first, so that its own time holds no wait for the host."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        return Times(seconds, seconds)
-    events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(asleep * 2e9) + 1)  # cycles, of at most 2 GHz
-    events[0].record()
+def host_seconds(step: Step, device: torch.device) -> float:
+    """Until the call returns, with nothing else under way."""
+    synchronize(device)
     start = time.perf_counter()
     step()
-    host = time.perf_counter() - start
-    events[1].record()
-    events[1].synchronize()
-    return Times(events[0].elapsed_time(events[1]) / 1e3, host)
+    return time.perf_counter() - start
+
+
+def cuda_seconds(step: Step, device: torch.device, host: float) -> float:
+    """The device's own time: it sleeps for longer than the call takes the host, so that it never waits for that."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(min(2 * host + 20e-6, 0.1) * 2e9))  # cycles, of at most 2 GHz
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def in_turns(
-    steps: dict[str, Sequence[Step]],
+    steps: dict[str, list[Step]],
     device: torch.device,
     budget: float,
     repeats: int = 1,
@@ -70,31 +77,54 @@ def in_turns(
 ) -> dict[str, list[Times]]:
     """Times of each method, whose steps for several sets of tensors take turns too.
 
-    Rounds go on for `budget` seconds, 5 at least. `repeats`: calls in a row, of which the first does not count.
+    Rounds go on for `budget` seconds, ROUNDS at least. `repeats`: calls in a row, of which the first does not count.
     """
-    for each in steps.values():
-        for step in each:  # plans, allocations, compilation
-            step()
     times: dict[str, list[Times]] = {name: [] for name in steps}
-    asleep = dict.fromkeys(steps, 0.0)
-    order, shuffle = list(steps), random.Random(0).shuffle
+    order, shuffle, calls = list(steps), random.Random(0).shuffle, itertools.count()
+
+    def next_step(name: str) -> Step:
+        """With another set at each call of whatever method, so that none is what the last one left in a cache."""
+        return steps[name][next(calls) % len(steps[name])]
+
+    def call(name: str) -> Times:
+        host = host_seconds(next_step(name), device)
+        return Times(cuda_seconds(next_step(name), device, host) if device.type == "cuda" else host, host)
+
     end = time.perf_counter() + budget
+    with _no_collection():
+        for turn in itertools.count():
+            if turn >= WARM_UP + ROUNDS and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for name in order:
+                spent = [call(name) for _ in range(repeats)]
+                if turn >= WARM_UP:
+                    times[name] += spent[1:] or spent
+            tick()
+    return times
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
-    turn = calls = 0
-    while time.perf_counter() < end or turn < WARM_UP + 5:
-        shuffle(order)
-        for name in order:
-            step = steps[name][calls % len(steps[name])]  # the next set at each call: none is what the last one left
-            calls += 1
-            spent = [timed(step, device, asleep[name]) for _ in range(repeats)]
-            asleep[name] = min(2 * spent[-1].host + 20e-6, 0.05)  # a call that waits for the device would double it
-            times[name] += spent[1:] or spent
-        turn += 1
-        tick()
-    gc.enable()
-    dropped = WARM_UP * max(1, repeats - 1)
-    return {name: values[dropped:] for name, values in times.items()}
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def prepared(make: Callable[[nn.Module, nn.Module], Step], sets: Sequence[Pair]) -> list[Step]:
+    """The method's step for each set, called once: plans, allocations, compilation."""
+    steps = [make(*each) for each in sets]
+    for step in steps:
+        step()
+    return steps
+
+
+def reason(problem: Exception) -> str:
+    """In one line, for tables and files."""
+    return f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
 
 
 def spread(seconds: Sequence[float], scale: float = 1e6) -> dict[str, float]:
@@ -114,8 +144,13 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def sets_for(size: int, device: torch.device) -> int:
-    """How many sets of tensors, of `size` bytes each, no cache holds."""
-    return max(1, min(32, math.ceil(2 * last_level_cache(device) / max(1, size))))
+    """How many sets of tensors, of `size` bytes each, no cache holds; SETS at most, which fit for tiny ones."""
+    return max(1, min(SETS, math.ceil(2 * last_level_cache(device) / max(1, size))))
+
+
+def in_cache(size: int, sets: int, device: torch.device) -> bool:
+    """Whether the last-level cache may hold some of a set until its next turn."""
+    return size * sets < 2 * last_level_cache(device)
 
 
 # ---- What else is known of one call --------------------------------------------------------------
@@ -179,16 +214,13 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
-def launches(step: Step, device: torch.device) -> dict[str, int] | None:
-    """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them."""
-    if device.type != "cuda":
-        return None
+def _events(step: Step, device: torch.device) -> Counter[str]:
     torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with _silent(), torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize(device)
-    counts = {"kernels": 0, "copies": 0, "syncs": -1}  # the one above
+    counts: Counter[str] = Counter()
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             counts["copies" if event.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1
@@ -197,22 +229,40 @@ def launches(step: Step, device: torch.device) -> dict[str, int] | None:
     return counts
 
 
+def launches(step: Step, device: torch.device) -> dict[str, int] | None:
+    """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them."""
+    if device.type != "cuda":
+        return None
+    counts, around = _events(step, device), _events(lambda: None, device)  # what the counting adds
+    return {kind: counts[kind] - around[kind] for kind in ("kernels", "copies", "syncs")}
+
+
 # ---- The ceiling ---------------------------------------------------------------------------------
 
 
-def ceilings(size: int, model: nn.Module, ema: nn.Module, library: ctypes.CDLL | str) -> dict[str, Step]:
-    """What this machine's memory gives such a pattern: on CUDA, streams of `size` bytes, read and written, over plain
-    arrays; on the CPU, a plain loop over the very tensors.
+def ceilings(size: int, sets: Sequence[Pair], library: ctypes.CDLL | str) -> tuple[dict[str, list[Step]], float]:
+    """What this machine's memory gives such a pattern, and by how much its times are to be multiplied.
+
+    On CUDA, streams of `size` bytes, read and written, over plain arrays; those of large updates are shorter, hence the
+    factor. On the CPU, a plain loop over the very tensors.
     """
-    pairs = list(zip(ema.parameters(), model.parameters(), strict=True))
-    first = pairs[0][0]
-    if first.is_cuda:
-        n = size // 12
-        a, b, c = (torch.randn(n, device=first.device) for _ in range(3))
-        source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=first.device)
-        return {"torch.add(a, b, out=c)": lambda: torch.add(a, b, out=c), "device copy": lambda: target.copy_(source)}
+    device = next(sets[0][1].parameters()).device
+    if device.type == "cuda":
+        moved = min(size, SCRATCH)
+        arrays = torch.zeros(2, moved // 12, device=device)  # 8 bytes read, 4 written
+        halves = torch.zeros(2, moved // 2, dtype=torch.uint8, device=device)
+        streams: dict[str, Step] = {
+            "a.add_(b)": lambda: arrays[0].add_(arrays[1]),
+            "device copy": lambda: halves[1].copy_(halves[0]),
+        }
+        return {name: [step] for name, step in streams.items()}, size / moved
     if isinstance(library, str):
-        return {}
+        return {}, 1.0
+    return {"plain C++ loop": [_plain_loop(*each, library) for each in sets]}, 1.0
+
+
+def _plain_loop(model: nn.Module, ema: nn.Module, library: ctypes.CDLL) -> Step:
+    pairs = list(zip(ema.parameters(), model.parameters(), strict=True))
     kind = "_".join(str(side.dtype).removeprefix("torch.") for side in pairs[0])
     pointers = ctypes.c_void_p * len(pairs)
     averages, parameters = (pointers(*[side[k].data_ptr() for side in pairs]) for k in (0, 1))
@@ -223,7 +273,7 @@ def ceilings(size: int, model: nn.Module, ema: nn.Module, library: ctypes.CDLL |
     def step(keep: Any = pairs) -> None:
         function(averages, parameters, sizes, count, weight, ctypes.c_int(torch.get_num_threads()))
 
-    return {"plain C++ loop": step}
+    return step
 
 
 def compile_stream() -> ctypes.CDLL | str:

@@ -100,14 +100,13 @@ def _compiled(model: nn.Module, ema: nn.Module) -> Step:
     if len(averages) > 300:
         raise NotImplementedError(f"{len(averages)} tensors take torch.compile too long")
 
-    torch._dynamo.reset()  # the function is a new one in each case, but counts as one that is compiled again and again
+    return lambda: _compiled_loop(averages, parameters)
 
-    @torch.compile(fullgraph=True)
-    def lerp(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
-        for average, parameter in zip(averages, parameters, strict=True):
-            average.lerp_(parameter.to(average.dtype), WEIGHT)
 
-    return lambda: lerp(averages, parameters)
+@torch.compile(fullgraph=True, dynamic=False)
+def _compiled_loop(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.lerp_(parameter.to(average.dtype), WEIGHT)
 
 
 # ---- Packages
@@ -134,7 +133,7 @@ def _timm(model: nn.Module, ema: nn.Module) -> Step:
     if spec.name not in sys.modules:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
-    manager = sys.modules[spec.name].ModelEmaV3(model, decay=DECAY, stochastic_rounding=False)
+    manager = sys.modules[spec.name].ModelEmaV3(model, decay=DECAY)
     manager.module = ema
     return lambda: manager.update(model)
 
@@ -181,7 +180,7 @@ def _lightning(model: nn.Module, ema: nn.Module) -> Step:
     """The callback as the trainer calls it, with a stand-in for the trainer's counter of steps."""
     lightning = importlib.import_module("lightning.pytorch")
     callback = importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging(decay=DECAY)
-    module = lightning.LightningModule()
+    module = lightning.LightningModule().to(next(model.parameters()).device)
     module.model = model
     trainer = types.SimpleNamespace(global_step=0)
     callback.setup(trainer, module, "fit")
@@ -258,6 +257,7 @@ METHODS: dict[str, Make] = {
     MANAGER: _manager,
 }
 CUDA_METHODS: dict[str, Make] = {APEX: _apex, FOREACH_GRAPH: _graph(_foreach_cached), BOUND_GRAPH: _graph(_bound)}
+GRAPHS = (FOREACH_GRAPH, BOUND_GRAPH)
 OURS = (UPDATE, BOUND, MANAGER, BOUND_GRAPH)
 
 

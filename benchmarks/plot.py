@@ -15,13 +15,17 @@ from typing import Any
 
 import matplotlib
 from methods import (
+    APEX,
     AVERAGED,
     BOUND,
+    BOUND_GRAPH,
+    COMPILED,
     DIFFUSERS,
     DIFFUSERS_FOREACH,
     EMA_PYTORCH,
     FOREACH,
     FOREACH_CACHED,
+    FOREACH_GRAPH,
     LIGHTNING,
     LOOP,
     MANAGER,
@@ -50,9 +54,18 @@ SHORT = {  # for axes
     UPDATE: "fused_ema.update",
     BOUND: "fused_ema.bind",
     MANAGER: "fused_ema.EMA",
+    COMPILED: "torch.compile of the loop",
+    APEX: "apex axpby",
+    FOREACH_GRAPH: "foreach lerp, CUDA graph",
+    BOUND_GRAPH: "fused_ema, CUDA graph",
+}
+MISSING = {  # what a method raised → what its place in a plot says
+    "ModuleNotFoundError": "not installed",
+    "ImportError": "not installed",
+    "NotImplementedError": "not tried",
 }
 PALETTE = [
-    pyplot.colormaps["tab20"].colors[i] for i in (0, 2, 3, 4, 8, 10, 12, 14, 16, 18, 5, 9, 1)
+    pyplot.colormaps["tab20"].colors[i] for i in (0, 2, 3, 4, 8, 10, 12, 14, 16, 18, 5, 9, 1, 11, 13, 15, 17)
 ]  # none red, as ours
 COLORS = dict(zip(SHORT, PALETTE, strict=True))
 OUR_COLOR, THEIR_COLOR = "#c1272d", "#8a9bb0"
@@ -73,7 +86,9 @@ def caption(figure: Figure, env: dict[str, Any], what: str) -> None:
 def ratios(content: dict[str, Any]) -> Figure:
     rows = {(row["case"], row["method"]): row["ratio"] for row in content["rows"]}
     cases = list(dict.fromkeys(case for case, _ in rows))
-    methods = [name for name in SHORT if name not in (UPDATE, MANAGER)]
+    left_out = {case: content["left_out"][case] for case in cases}
+    known = {method for _, method in rows}.union(*left_out.values())
+    methods = [name for name in SHORT if name in known and name not in (UPDATE, MANAGER)]
     high = (len(cases) + 2) // 3
     figure, panels = pyplot.subplots(high, 3, figsize=(WIDTH, 2.0 * high + 0.5), sharey=True, layout="constrained")
     for axes, case in zip(panels.flat, cases, strict=False):
@@ -82,7 +97,9 @@ def ratios(content: dict[str, Any]) -> Figure:
         axes.barh(range(len(methods)), bars, color=[OUR_COLOR if name in OURS else THEIR_COLOR for name in methods])
         highest = max(bars)
         for at, value in enumerate(values):
-            axes.text((value or 0) + highest * 0.02, at, times(value) if value else "raises", va="center", fontsize=7)
+            why = left_out[case].get(methods[at], "")
+            text = times(value) if value else MISSING.get(why.partition(":")[0], "raises") if why else ""
+            axes.text((value or 0) + highest * 0.02, at, text, va="center", fontsize=7)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])
         axes.set_xlim(0, highest * 1.18)
         axes.set_title(case.replace(", float32←float32", "").replace(", called", ",\ncalled"), fontsize=8)
@@ -117,7 +134,8 @@ def ceiling(content: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("of the speed of a plain loop over the same memory, which checks nothing")
+    streams = dict.fromkeys(name for each in content["ceiling"] for name in each["streams"])
+    axes.set_xlabel(f"of the speed of the {' or '.join(streams)} over as much memory, which checks nothing")
     axes.grid(axis="both", alpha=0.25)
     figure.legend(loc="outside upper center", ncols=6, frameon=False, handletextpad=0.1, columnspacing=1.2)
     caption(figure, content["env"], "How near an update comes to what the memory allows")

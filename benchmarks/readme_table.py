@@ -55,18 +55,20 @@ def models(content: dict[str, Any], path: str) -> list[str]:
         cells = []
         for case in COLUMNS:
             row = rows.get((case, method))
-            cells.append(f"{duration(row['device_us']['median'])} ({row['ratio']:.2f})" if row else "")
+            ratio = f" ({row['ratio']:.2f})" if row and row["ratio"] else ""
+            cells.append(duration(row["device_us"]["median"]) + ratio if row else "")
         worst = error(rows[first, method]["max_err_over_bound"]) if (first, method) in rows else ""
         lines.append(f"| {escaped(method)} | " + " | ".join(cells) + f" | {worst} |")
-    ceiling = {each["case"]: min(s["us"]["median"] for s in each["streams"].values()) for each in content["ceiling"]}
-    lines.append("| (a plain C++ loop) | " + " | ".join(duration(ceiling[case]) for case in COLUMNS) + " | |")
+    ceiling = {each["case"]: each["streams"] for each in content["ceiling"]}
+    for stream in dict.fromkeys(name for streams in ceiling.values() for name in streams):
+        found = [ceiling[case][stream]["us"]["median"] if case in ceiling else None for case in COLUMNS]
+        lines.append(f"| ({stream}) | " + " | ".join(duration(us) if us else "" for us in found) + " | |")
     lines += [
         "",
         "Median, and in brackets how many times that of the bound handle; error of one step in the first column, the "
-        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns; all "
-        "methods of a round met the same tensors, so that in the column of 2000 most found them in a cache, which "
-        f"flatters the fast ones; in the last column five calls each: {machine(content)}, "
-        f"[all numbers]({path}).",
+        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns, and sets of "
+        "tensors in turns too, so that none is in a cache; only in the last column five calls in a row of each on the "
+        f"same tensors: {machine(content)}, [all numbers]({path}).",
     ]
     return lines
 

@@ -1,5 +1,6 @@
 """The benchmarks themselves: what they compute from times, what they check, and one small run from end to end."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -65,10 +66,25 @@ def test_turns_are_fair():
     calls = []
     steps = {name: [lambda name=name, k=k: calls.append((name, k)) for k in range(3)] for name in "ab"}
     times = measure.in_turns(steps, CPU, 0.0)
-    rounds = measure.WARM_UP + 5
-    assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5}
-    assert [k for _, k in calls[6:]] == [call % 3 for call in range(2 * rounds)], "no set twice in a row"
-    assert all(sorted(who for who, _ in calls[6 + i : 8 + i]) == ["a", "b"] for i in range(0, 2 * rounds, 2))
+    rounds = measure.WARM_UP + measure.ROUNDS
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("ab", measure.ROUNDS)
+    assert [k for _, k in calls] == [call % 3 for call in range(2 * rounds)], "no set twice in a row"
+    assert all(sorted(who for who, _ in calls[i : i + 2]) == ["a", "b"] for i in range(0, 2 * rounds, 2))
+
+
+def test_collection_goes_on_after_a_method_that_raises():
+    with pytest.raises(ZeroDivisionError):
+        measure.in_turns({"a": [lambda: 1 // 0]}, CPU, 0.0)
+    assert gc.isenabled()
+
+
+def test_sets_are_larger_than_the_cache():
+    cache = measure.last_level_cache(CPU)
+    for size in (cache // 100, cache, 10 * cache):
+        sets = measure.sets_for(size, CPU)
+        assert not measure.in_cache(size, sets, CPU)
+        assert sets == 1 or measure.in_cache(size, sets - 1, CPU)
+    assert measure.in_cache(100, measure.sets_for(100, CPU), CPU)
 
 
 def test_a_line_is_found_and_so_is_where_the_gain_ends():
@@ -115,3 +131,14 @@ def test_a_small_run_from_end_to_end(tmp_path):
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == len(content["rows"]) + 1
     subprocess.run([sys.executable, BENCHMARKS / "plot.py", results], check=True)
     assert {path.suffix for path in tmp_path.glob("results-ratios*")} == {".png", ".svg"}
+
+
+@pytest.mark.parametrize(
+    "options", [["--methods", "fast"], ["--methods", "bind,"], ["--cases", "GPT-5"], ["--parts", "all"]], ids=" ".join
+)
+def test_what_is_not_there_is_an_error(options):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_update.py", *options], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"{options[0]}: expected" in done.stderr
