@@ -1,4 +1,4 @@
-"""Writes what stands between the markers of README.md from result files, so that no number there is typed.
+"""Writes what stands between the markers of README.md and docs/ from result files, so that no number there is typed.
 
 python benchmarks/readme_table.py [--check]
 
@@ -110,26 +110,44 @@ def training(content: dict[str, Any], path: str) -> list[str]:
     return lines
 
 
+def errors(content: dict[str, Any], path: str) -> list[str]:
+    lines = ["| decay | method | one step | moved | drift |", "| ---: | --- | ---: | ---: | ---: |"]
+    for row in content["rows"]:
+        cells = f"{row['one_step']:.2f} | {row['moved']:.1%} | {row['drift_ulp']:.0f} |"
+        lines.append(f"| {row['decay']} | {escaped(row['method'])} | {cells}")
+    lines += [
+        "",
+        "One step: the largest error against float64, in units of what is promised. Moved: the share of averages "
+        "that an update changes though they equal the model. Drift: how far the farthest such average is after "
+        f"{content['steps']:,} updates, in units of its last place. `python benchmarks/bench_errors.py`, "
+        f"{machine(content)}, [all numbers](../{path}).",
+    ]
+    return lines
+
+
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "models": models,
     "averages": averages,
     "training": training,
+    "errors": errors,
 }
 
 
+def written(marked: re.Match[str]) -> str:
+    content = json.loads((ROOT / marked[3]).read_text(encoding="utf-8"))
+    return marked[1] + "\n".join(WRITERS[marked[2]](content, marked[3])) + "\n" + marked[4]
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-
-    def written(marked: re.Match[str]) -> str:
-        content = json.loads((ROOT / marked[3]).read_text(encoding="utf-8"))
-        return marked[1] + "\n".join(WRITERS[marked[2]](content, marked[3])) + "\n" + marked[4]
-
-    after = MARKED.sub(written, before)
-    if "--check" in sys.argv[1:]:
-        return 0 if before == after else 1
-    readme.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = MARKED.sub(written, before)
+        if "--check" in sys.argv[1:]:
+            stale += before != after
+        else:
+            page.write_text(after, encoding="utf-8")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

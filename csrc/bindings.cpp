@@ -18,15 +18,25 @@ using Tensors = std::vector<at::Tensor>;
 
 using Addresses = std::unordered_set<const void*>;
 
+// The part of a DTensor that lies on this rank, null for other tensors. A reference that is held elsewhere.
+const at::TensorImpl* shard_of(PyObject* tensor) {
+  static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+  const auto shard = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, attribute));
+  if (!shard) PyErr_Clear();
+  return shard && THPVariable_Check(shard.ptr()) ? THPVariable_Unpack(shard.ptr()).unsafeGetTensorImpl() : nullptr;
+}
+
 // One value of a container, without a reference to what it means: tensors can be freed and swapped, modules die.
 struct Slot {
-  py::object key;                          // of a dict
-  py::object held;                         // the value, unless it is a module
-  const PyObject* value;                   // compared by identity, which needs no call into Python
-  const at::TensorImpl* tensor = nullptr;  // what it held, if a tensor: torch.utils.swap_tensors changes that
+  py::object key;                         // of a dict
+  py::object held;                        // the value, unless it is a module
+  const PyObject* value;                  // compared by identity, which needs no call into Python
+  at::TensorImpl* tensor = nullptr;       // what it held, if a tensor: torch.utils.swap_tensors changes that
+  const at::TensorImpl* shard = nullptr;  // of a DTensor
 
   bool current(PyObject* found) const {
-    return found == value && (!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor);
+    return found == value && (!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor) &&
+           (!shard || shard_of(found) == shard);
   }
 };
 
@@ -62,9 +72,9 @@ class Content {
     return true;
   }
 
-  void add_tensors(Addresses& addresses) const {
+  void add_tensors(std::vector<Slot>& tensors) const {
     for (const auto& slot : slots_)
-      if (slot.tensor) addresses.insert(slot.tensor);
+      if (slot.tensor) tensors.push_back(slot);
   }
   bool all_in(const Addresses& addresses) const {
     return std::all_of(slots_.begin(), slots_.end(),
@@ -78,7 +88,10 @@ class Content {
   void push(py::handle key, py::handle value, bool weak) {
     Slot slot{py::reinterpret_borrow<py::object>(key), {}, value.ptr()};
     if (!weak) slot.held = py::reinterpret_borrow<py::object>(value);
-    if (THPVariable_Check(value.ptr())) slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+    if (THPVariable_Check(value.ptr())) {
+      slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+      if (slot.tensor->key_set().has(c10::DispatchKey::Python)) slot.shard = shard_of(value.ptr());
+    }
     slots_.push_back(std::move(slot));
   }
   std::vector<Slot> slots_;
@@ -88,7 +101,7 @@ class Container {
  public:
   explicit Container(py::object container) : container_(std::move(container)), content_(container_) {}
   bool current() const { return content_.current(container_.ptr()); }
-  void add_tensors(Addresses& addresses) const { content_.add_tensors(addresses); }
+  void add_tensors(std::vector<Slot>& tensors) const { content_.add_tensors(tensors); }
 
  private:
   py::object container_;
@@ -115,8 +128,8 @@ class Module {
     }
     return true;
   }
-  void add_tensors(Addresses& addresses) const {
-    for (const auto& registry : registries_) registry.add_tensors(addresses);
+  void add_tensors(std::vector<Slot>& tensors) const {
+    for (const auto& registry : registries_) registry.add_tensors(tensors);
   }
   bool children_in(const Addresses& addresses) const { return registries_[2].all_in(addresses); }
 
@@ -159,9 +172,12 @@ class PyPlan {
     Addresses watched;
     for (const auto& module : modules) modules_.emplace_back(module), watched.insert(module.ptr());
     for (const auto& container : containers) containers_.emplace_back(container);
-    for (const auto& module : modules_) module.add_tensors(watched);
-    for (const auto& container : containers_) container.add_tensors(watched);
+    std::vector<Slot> slots;
+    for (const auto& module : modules_) module.add_tensors(slots);
+    for (const auto& container : containers_) container.add_tensors(slots);
+    for (const auto& slot : slots) watched.insert(slot.shard ? slot.shard : slot.tensor);
     const auto in_slot = [&](const at::Tensor& tensor) { return watched.count(tensor.unsafeGetTensorImpl()) != 0; };
+    sharded_ema_ = whole_of(ema, slots), sharded_model_ = whole_of(model, slots);
     complete_ = std::all_of(ema.begin(), ema.end(), in_slot) && std::all_of(model.begin(), model.end(), in_slot) &&
                 std::all_of(modules_.begin(), modules_.end(), [&](auto& m) { return m.children_in(watched); });
   }
@@ -237,8 +253,24 @@ class PyPlan {
       plan_.run(op, call, device, aside);
     }
     plan_.bump_versions(op);
+    bump_versions(sharded_ema_);
+    if (writes_model(op)) bump_versions(sharded_model_);
     if (writes_model(op)) exchanged_ = op == Op::swap;
     return true;
+  }
+
+  // The DTensors whose shards are among `tensors`.
+  static std::vector<at::TensorImpl*> whole_of(const Tensors& tensors, const std::vector<Slot>& slots) {
+    Addresses shards;
+    for (const auto& tensor : tensors) shards.insert(tensor.unsafeGetTensorImpl());
+    std::vector<at::TensorImpl*> found;
+    for (const auto& slot : slots)
+      if (slot.shard && shards.count(slot.shard)) found.push_back(slot.tensor);
+    return found;
+  }
+  static void bump_versions(const std::vector<at::TensorImpl*>& tensors) {
+    for (auto* tensor : tensors)
+      if (!tensor->is_inference()) tensor->bump_version();
   }
 
   void check_aside(const Tensors& aside) const {
@@ -254,6 +286,7 @@ class PyPlan {
 
   Plan plan_;
   bool exchanged_ = false;
+  std::vector<at::TensorImpl*> sharded_ema_, sharded_model_;  // the tables know their shards
   std::vector<Module> modules_;
   std::vector<Container> containers_;
   // Whether what is watched holds every tensor of the plan, and so keeps it alive. Not so where another thread put

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .plan import nth_average
+from .shards import Spread, local
 
 _ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
 
@@ -29,7 +30,10 @@ class Averages:
         self.count = count
         # In memory of the host that kernels on CUDA devices write to, so pinned.
         self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
-        self._first: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}  # of sharded ones, what lies on this rank
+        self._spread = {name: spread for name, tensor in tensors.items() if (spread := Spread.of(tensor))}
+        if device is not None and self._spread:
+            raise ValueError(f"device: expected None for a model that is sharded over a mesh, found {device}")
         tied: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
             if id(tensor) not in tied:
@@ -47,13 +51,18 @@ class Averages:
         return {name: self._first[name] for name in {id(tensor): name for name, tensor in self._first.items()}.values()}
 
     def firsts(self) -> list[Tensor]:
-        return list(self._first.values())
+        return [self.spread(name, tensor) for name, tensor in self._first.items()]
+
+    def spread(self, name: str, shard: Tensor) -> Tensor:
+        """`shard`, which lies on this rank, as the tensor that it is part of; itself where nothing is sharded."""
+        return self._spread[name].tensor(shard) if name in self._spread else shard
 
     def apart(self) -> list[int]:
         """Elements from one average to the next, for each name."""
         return [self._apart(tensor) for tensor in self._first.values()]
 
     def get(self, name: str, k: int) -> Tensor:
+        """Average k; of a sharded one, what lies on this rank."""
         first = self._first[name]
         return first.detach() if k == 0 else nth_average(first, self._apart(first), k)
 
@@ -64,6 +73,8 @@ class Averages:
         return list(dict.fromkeys(tensor.device for tensor in self._first.values() if tensor.is_cuda))
 
     def to(self, device: torch.device) -> None:
+        if self._spread:
+            raise ValueError(f"device: expected the mesh's own for averages that are sharded over one, found {device}")
         from_cuda = bool(self.cuda_devices())
         self.on_host = device.type == "cpu" and (self.on_host or from_cuda)
         self._move(lambda whole: whole.to(device))
@@ -88,6 +99,7 @@ class Averages:
 def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Memory for the averages of one tensor, as the first of them, with the tensor's strides where it is dense."""
     check_tensor(f"model[{name!r}]", tensor)
+    tensor = local(tensor)
     target = tensor.device if device is None else device
     if target.type not in ("cpu", tensor.device.type):
         raise ValueError(f"device: expected 'cpu' or that of model[{name!r}], {tensor.device}, found {device}")

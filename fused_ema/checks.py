@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from . import shards
 from .arguments import check_buffers
 from .pairing import Pairs
 
@@ -41,7 +42,8 @@ class Action(enum.IntEnum):
 class Checked(NamedTuple):
     """Pairs that may be written, and why an operation on them may not (None where it may)."""
 
-    pairs: Pairs
+    pairs: Pairs  # of what lies on this rank, where they are sharded
+    sharded: Pairs | None  # those that were asked for, where some of them are
     actions: list[Action]
     no_update: Exception | None
     no_swap: Exception | None
@@ -62,6 +64,12 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     memory of the host.
     """
     check_buffers(buffers)
+    whole = pairs
+    if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
+        for label, ema, model in zip(*pairs[:3], strict=True):
+            if refusal := shards.refusal(f"ema{label}", ema, model):
+                raise refusal
+        pairs = localized(pairs)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
@@ -86,7 +94,12 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     no_update = next((refusal for refusal in refusals if refusal and not free_types), None)
     refusals = (_swap_refusal(name, ema, other, model, free_types) for name, ema, other, model, _ in active)
     no_swap = next((refusal for refusal in refusals if refusal), None) or _overlap(model_spans)
-    return Checked(pairs, actions, no_update, no_swap)
+    return Checked(pairs, whole if sharded else None, actions, no_update, no_swap)
+
+
+def localized(pairs: Pairs) -> Pairs:
+    """Of each tensor, what lies on this rank."""
+    return pairs._replace(ema=[*map(shards.local, pairs.ema)], model=[*map(shards.local, pairs.model)])
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
@@ -110,6 +123,9 @@ def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
 def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+    if why := _elsewhere(tensor):
+        raise RuntimeError(f"{name}: {why}")
+    tensor = shards.local(tensor)
     if is_lazy(tensor):
         raise RuntimeError(f"{name}: expected an initialised parameter, found a lazy one; run a forward pass first")
     if type(tensor) not in PLAIN_TYPES:
@@ -136,6 +152,21 @@ def check_tensor(name: str, tensor: object) -> None:
             raise ValueError(
                 f"{name}: expected an address aligned to {dtype_name(tensor)}, found {tensor.data_ptr():#x}"
             )
+
+
+def _elsewhere(tensor: Tensor) -> str:
+    """What to do about a parameter whose values lie somewhere else, as some trainers have it; "" where they don't."""
+    if getattr(tensor, "_is_flat_param", False):
+        return (
+            "expected the model's own parameters, found a flat one of FSDP1, which has no names in it: wrap the model "
+            "with use_orig_params=True, or shard it by torch.distributed.fsdp.fully_shard"
+        )
+    if getattr(tensor, "ds_numel", 0) and tensor.numel() == 0:
+        return (
+            "expected a parameter with values, found an empty one, which DeepSpeed's ZeRO-3 has spread: update within "
+            "deepspeed.zero.GatheredParameters(model.parameters()), or train with stage 2"
+        )
+    return ""
 
 
 def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None:
@@ -170,6 +201,7 @@ def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, fr
 
 
 def write_refusal(name: str, tensor: Tensor) -> Exception | None:
+    tensor = shards.local(tensor)
     if tensor.numel() and _overlaps_itself(tensor):
         shape, strides = tuple(tensor.shape), tensor.stride()
         return ValueError(f"{name}: expected elements with memory of their own, found {shape} with strides {strides}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import schedules, state, view
+from . import schedules, shards, state, view
 from .arguments import check_buffers, decay_number, whole_number
 from .attachment import Attachment
 from .averages import Averages
@@ -254,6 +254,8 @@ class EMA:
             if not torch.can_cast(value.dtype, into[name].dtype):
                 ours, kind = dtype_name(value), dtype_name(into[name])
                 raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {kind}")
+            if refusal := shards.refusal(f"model[{name!r}]", into[name], value):
+                raise refusal
             if into[name].shape != value.shape:
                 wanted, found = tuple(value.shape), tuple(into[name].shape)
                 raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
@@ -288,9 +290,9 @@ class EMA:
         averages: dict[int, Tensor] = {}
         for name, tensor in self._current().items():
             if id(tensor) not in averages:
-                average, own = self._average(name, index), self._averages.get(name, index)
+                average, own = self._shard(name, index), self._averages.get(name, index)
                 shared = self._averages.count > 1 and average.data_ptr() == own.data_ptr()
-                averages[id(tensor)] = average.clone() if shared else average
+                averages[id(tensor)] = self._averages.spread(name, average.clone() if shared else average)
         return averages
 
     # ---- Saving
@@ -409,6 +411,10 @@ class EMA:
 
     def _average(self, name: str, k: int) -> Tensor:
         """The true average, whether swapped or not; a copy where it is in the model."""
+        return self._averages.spread(name, self._shard(name, k))
+
+    def _shard(self, name: str, k: int) -> Tensor:
+        """What of it lies on this rank."""
         average = self._averages.get(name, k)
         return self._swap.true_average(name, k, average) if self._swap else average
 
@@ -426,7 +432,7 @@ class EMA:
         return self._plan if self._plan and self._plan.current() else self._new_plan()
 
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
-        """For the model, or for `tensors` in the place of its own."""
+        """For the model, or for `tensors` (of sharded ones, what lies on this rank) in the place of its own."""
         names, firsts = list(self._averages), self._averages.firsts()
         # A script module can't be watched: its tensors are, for the one run that such a plan is good for.
         watched: nn.Module | list[Tensor] = self.model
@@ -436,6 +442,7 @@ class EMA:
             if not watchable(self.model):
                 watched = list(tensors)
         else:
+            tensors = [self._averages.spread(name, shard) for name, shard in zip(names, tensors, strict=True)]
             watched = list(tensors)
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
         return Plan(

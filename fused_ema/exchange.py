@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .averages import Averages
 from .plan import Call, Plan
+from .shards import local
 
 MakePlan = Callable[[Sequence[Tensor] | None], Plan]  # for the model as it is, or for these tensors in its place
 
@@ -30,7 +31,7 @@ class Exchange:
         self.over = False
         self._averages = averages
         self._tensors = current
-        self._memory = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        self._memory = {name: local(tensor).detach() for name, tensor in self._tensors.items()}
         self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items()]
         self._versions: list[int] = []
         self._plan: Plan | None = None
@@ -97,7 +98,7 @@ class Exchange:
             )
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
-        """A copy from the model, where the average is there."""
+        """A copy from the model, where the average is there; of sharded ones, what lies on this rank."""
         exchanged = self._plan is not None and self._plan.exchanged()
         return self._memory[name].clone() if exchanged and k == self.index and self._same_type(name) else average
 
@@ -115,7 +116,7 @@ class Exchange:
         """The model's own values, into the tensors that the block put in the place of the first ones."""
         lost = []
         for name, values in self._memory.items():
-            tensor = current.get(name)
+            tensor = local(current[name]) if name in current else None
             try:
                 if tensor is None or tensor.shape != values.shape:
                     lost.append(name)
@@ -131,7 +132,7 @@ class Exchange:
 
     def _is_new(self, name: str, tensor: Tensor) -> bool:
         memory = self._memory[name]
-        same = tensor is self._tensors[name] and tensor.data_ptr() == memory.data_ptr()
+        same = tensor is local(self._tensors[name]) and tensor.data_ptr() == memory.data_ptr()
         return not (same and tensor.stride() == memory.stride())
 
 

@@ -25,7 +25,8 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             bfloat16, float16, complex64 or complex128, each at least as wide as the tensor it averages.
         model: what is averaged: the same kind as `ema`, the same shapes and devices. Modules and mappings are paired
             by name, with the segments `module.`, `_orig_mod.`, `_checkpoint_wrapped_module.` and
-            `_fsdp_wrapped_module.` ignored; sequences by position.
+            `_fsdp_wrapped_module.` ignored; sequences by position. Of sharded tensors (DTensor: FSDP2, tensor
+            parallelism) each rank averages what lies on it; both sides have one mesh and the same placements.
         decay: a float in [0, 1], or a 0-d float32 or float64 tensor on the averages' device, which is read there,
             without waiting for it. 1 writes nothing at all, 0 copies.
         buffers: what becomes of a module's floating buffers: "copy" (as torch's AveragedModel does), "average" or
@@ -91,13 +92,18 @@ class Binding:
         """`fused_ema.swap_` of what is bound."""
         self._plan = _run(self._plan, "swap", 0.0, *self._sources)
 
+    def prepare(self) -> None:
+        """Makes ready for a CUDA graph capture: pairs anew what was replaced since, and uploads its addresses. Call it
+        right before; within a capture a plan that no longer fits raises RuntimeError."""
+        if not self._plan.current():
+            self._plan = Plan(pair(*self._sources), self._sources[2], self._sources[:2])
+
     def describe(self) -> dict[str, Any]:
         """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
         (empty and repeated ones left out), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
         written), `launches_per_update` (of kernels; on the CPU, of parallel loops) and `dtypes` (pairs of tensors per
         "average←model")."""
-        if not self._plan.current():
-            self._plan = Plan(pair(*self._sources), self._sources[2], self._sources[:2])
+        self.prepare()
         return self._plan.describe()
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .pairing import Pairs
+from .shards import is_sharded
 
 torch.library.define(
     "fused_ema::lerp_",
@@ -44,4 +45,9 @@ def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
         # A product, since torch.full would bake the number in, and compile again for each one.
         decay = torch.ones((), dtype=torch.float64, device=pairs.ema[0].device) * decay
     with torch.no_grad():
-        torch.ops.fused_ema.lerp_(pairs.ema, pairs.model, decay, pairs.labels, pairs.parameter, buffers)
+        ema, model = ([_shard(tensor) for tensor in side] for side in (pairs.ema, pairs.model))
+        torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.parameter, buffers)
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _native, reference
+from . import _native, reference, shards
 from .arguments import check_decay
-from .checks import Action, Checked, check, dtype_name
+from .checks import Action, Checked, check, dtype_name, localized
 from .pairing import Pairs, Source
 
 Buffers = Literal["copy", "average", "ignore"]
@@ -65,6 +65,7 @@ class Plan:
         }
         self._next_averages = list(next_averages) or [0] * len(pairs.ema)
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
+        self._sharded = checked.sharded is not None
         self._once: Checked | None = None
         self._native: Any = None
         extension = _native.load()
@@ -72,7 +73,7 @@ class Plan:
             self._ops = extension.Op.__members__
             sources = watched if self.watches else ()
             self._native = extension.Plan(
-                *pairs[:3],
+                *checked.pairs[:3],
                 checked.actions,
                 [child for source in sources if isinstance(source, nn.Module) for child in source.modules()],
                 [source for source in sources if not isinstance(source, nn.Module)],
@@ -110,7 +111,13 @@ class Plan:
             return self._run_once(op, Call((number,), None if on_device is None else on_device.view(1)))
         if pairs is None:
             return self._fits(self._native.run(self._ops[op], (number,), on_device), fresh)
-        return self._fits(self._native.run_with(pairs.ema, pairs.model, self._ops[op], (number,), on_device), fresh)
+        if self._sharded and any(map(shards.refusal, *pairs[:3])):
+            return False
+        here = localized(pairs) if self._sharded else pairs
+        ran = self._fits(self._native.run_with(here.ema, here.model, self._ops[op], (number,), on_device), fresh)
+        if ran and self._sharded:
+            shards.written((*pairs.ema, *(pairs.model if op == "swap" else ())))
+        return ran
 
     def run_call(self, op: OpName, call: Call, *, fresh: bool = False) -> bool:
         """`run` for a manager, which has checked the decays."""
@@ -199,6 +206,8 @@ class Plan:
                         reference.copy_(ema, model)
                     else:
                         reference.swap_(ema, model)
+        if whole := checked.sharded:
+            shards.written((*whole.ema, *(whole.model if op in ("swap", "restore") else ())))
         return True
 
 

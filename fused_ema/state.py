@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import schedules
+from . import schedules, shards
 from .arguments import whole_number
 from .checks import WIDTH, dtype_name
 from .pairing import difference
@@ -89,6 +89,8 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
             problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
         elif found.shape != average.shape:
             problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
+        elif refusal := shards.refusal(repr(name), found, average):
+            problems.append(str(refusal))
         elif found.layout is not torch.strided or found.is_meta:
             kind = "one on the meta device" if found.is_meta else f"layout {found.layout}"
             problems.append(f"{name!r}: expected a dense tensor, found {kind}")

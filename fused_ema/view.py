@@ -9,6 +9,7 @@ import torch
 
 from . import reference
 from .checks import dtype_name
+from .shards import local
 
 if TYPE_CHECKING:
     from .ema import EMA
@@ -55,8 +56,8 @@ def distance(ema: EMA, index: int) -> dict[str, float]:
     current = ema._current()
     apart = size = still = elements = 0.0
     for name in ema._averages.untied():
-        average = ema._average(name, index)
-        parameter = current[name].detach().to(average.device)
+        average = ema._shard(name, index)
+        parameter = local(current[name]).detach().to(average.device)
         wide = torch.complex128 if average.is_complex() else torch.float64
         apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
         size += parameter.to(wide).abs().square().sum().item()

@@ -152,3 +152,13 @@ def bare_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_toolkit, "USUAL_PLACES", (tmp_path / "local",))
+
+
+def same_values(found, expected):
+    """Two mappings of names to tensors hold the same bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        ours = found[name].detach()
+        assert ours.dtype == tensor.dtype, name
+        ours, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (ours, tensor.detach()))
+        assert torch.equal(ours, theirs), name

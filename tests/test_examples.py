@@ -26,7 +26,7 @@ def numbers(pattern, text):
     return [float(each) for each in ([found] if isinstance(found, str) else found)]
 
 
-@pytest.mark.parametrize("name", ["seed.py", "diffusion.py", "dino.py"])
+@pytest.mark.parametrize("name", ["seed.py", "diffusion.py", "dino.py", "accelerated.py"])
 def test_an_example_is_a_page(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
 
@@ -92,3 +92,22 @@ def test_dino_learns_features_without_labels(tmp_path):
         assert trained > pixels + better_than_pixels
     used, each = numbers(r"prototypes in use: (\S+) in all, (\S+) by one image", output)
     assert used > max(15, 3 * each), "the teacher's answers have collapsed"
+
+
+def test_the_loop_of_accelerate_resumes_with_the_same_weights(tmp_path):
+    for module in ("accelerate", "sklearn", "safetensors"):
+        pytest.importorskip(module)
+    from safetensors.torch import load_file
+
+    pattern = r"step (\d+): ([\d.]+)% of unseen digits right with the average, ([\d.]+)% without"
+    step, averaged, _ = numbers(pattern, run("accelerated.py", tmp_path / "whole", folder=tmp_path))
+    assert step == 400
+    assert averaged > 90
+    assert numbers(pattern, run("accelerated.py", tmp_path / "parts", "--steps", 150, folder=tmp_path))[0] == 150
+    output = run("accelerated.py", tmp_path / "parts", folder=tmp_path)
+    assert "resumed at step 150" in output
+    assert numbers(pattern, output)[0] == 400
+    raw = load_file(tmp_path / "parts" / "checkpoint" / "model.safetensors")
+    assert not torch.equal(
+        load_file(tmp_path / "parts" / "averaged" / "model.safetensors")["0.weight"], raw["0.weight"]
+    )

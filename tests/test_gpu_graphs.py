@@ -76,6 +76,20 @@ def test_graph_of_a_binding_that_was_never_run():
     assert all(map(same_bits, ema.state_dict().values(), expected.state_dict().values()))
 
 
+def test_prepare_makes_a_stale_binding_ready():
+    ema, model = mixed_modules(50, DEVICE)
+    expected = copy.deepcopy(ema)
+    binding = fused_ema.bind(ema, model)
+    model.weight1 = nn.Parameter(model.weight1.detach() * 2)
+    binding.prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        binding.update(0.9)
+    graph.replay()
+    fused_ema.update(expected, model, 0.9)
+    assert all(map(same_bits, ema.state_dict().values(), expected.state_dict().values()))
+
+
 def test_graph_outlives_its_plan():
     """The captured launch reads its plan's tables, though the plan is gone and its memory could be anyone's."""
     ema, model = mixed_modules(50, DEVICE)

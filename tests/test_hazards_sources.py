@@ -456,3 +456,19 @@ def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
             fused_ema.update(ema, model, 0.0)
     fused_ema.update(ema, model, 0.0)
     assert ema[1].weight.eq(5.0).all()
+
+
+def test_prepare_pairs_anew_and_writes_nothing(backend):
+    ema, model = net(), net()
+    handle = fused_ema.bind(ema, model)
+    model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
+    before = bits(ema, model)
+    handle.prepare()
+    assert same_bits(before, ema, model)
+    if backend != "torch":
+        assert handle._plan.current()
+    handle.update(0.0)
+    assert ema[0].weight.eq(1).all()
+    model[0].weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="expected shape"):
+        handle.prepare()

@@ -26,7 +26,7 @@ NEEDS = {
     UNCONDITIONAL: ["diffusers.training_utils", "accelerate", "safetensors"],
     "ema-pytorch": ["ema_pytorch"],
     "torch_ema": ["torch_ema"],
-    LIGHTNING: ["pytorch_lightning"],
+    LIGHTNING: ["lightning.pytorch"],
 }
 each_that_runs = pytest.mark.parametrize("section", NEEDS)
 
@@ -114,7 +114,7 @@ def given(section, folder, resume=False, epochs=EPOCHS):
             "validation_step": lambda self, batch: validate(self.model),
             "configure_optimizers": lambda self: optimizer,
         }
-        names["module"] = type("Module", (importlib.import_module("pytorch_lightning").LightningModule,), steps)()
+        names["module"] = type("Module", (importlib.import_module("lightning.pytorch").LightningModule,), steps)()
         names["module"].model = model
         names["options"] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
         names["options"] |= {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
@@ -189,11 +189,13 @@ def test_the_averages_without_an_optimizer(section, tmp_path):
     after, new = run(section, " +", tmp_path), given(section, tmp_path)
     files = {TRAIN_PY: "last.pth.tar", UNCONDITIONAL: "optimizer.bin", LIGHTNING: "last.ckpt"}
     saved = torch.load(tmp_path / files.get(section, "checkpoint.pt"))
-    if section != UNCONDITIONAL:
-        saved = saved["optimizer_states"][0] if section == LIGHTNING else saved["optimizer"]
-    buffers = "average" if any("running" in name for name in saved["fused_ema"]["averages"][0]) else "copy"
+    if section == LIGHTNING:
+        (state,) = (state for name, state in saved["callbacks"].items() if "EMACallback" in name)
+    else:
+        state = (saved if section == UNCONDITIONAL else saved["optimizer"])["fused_ema"]
+    buffers = "average" if any("running" in name for name in state["averages"][0]) else "copy"
     ema = fused_ema.EMA(new.get("module", new["model"]), buffers=buffers)
-    ema.load_state_dict(saved["fused_ema"])
+    ema.load_state_dict(state)
     assert ema.step == EPOCHS * BATCHES
     ema.copy_to()
     for name, parameter in new["model"].named_parameters():

@@ -71,6 +71,7 @@ def checkout(tmp_path):
         "LICENSE",
         "csrc/*",
         "fused_ema/*.py*",
+        "fused_ema/integrations/*.py",
         "fused_ema/py.typed",
     ):
         for path in ROOT.glob(pattern):
@@ -103,6 +104,7 @@ def test_wheel_without_torch(checkout, no_torch):
     sources = {path.name for path in (ROOT / "csrc").iterdir()}
     assert {f"fused_ema/_csrc/{name}" for name in sources} <= names
     assert {"fused_ema/py.typed", "fused_ema/_C.pyi", "fused_ema/_build.py", "fused_ema/__main__.py"} <= names
+    assert {"fused_ema/integrations/lightning.py", "fused_ema/integrations/transformers.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 

@@ -1,0 +1,110 @@
+"""A callback for Lightning's Trainer: `Trainer(callbacks=[EMACallback(decay=0.9999)])`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Literal
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:  # its older name
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
+import torch
+
+from .. import checkpoints
+from ..ema import EMA
+
+
+class EMACallback(Callback):
+    """Averages the module after each optimizer step, and puts the average into it for validation, test and prediction.
+
+    Args:
+        decay: as in `fused_ema.EMA`.
+        evaluate: whether validation, test and prediction use the average. The module's own weights come back before
+            any checkpoint is written, and after an exception.
+        save: which copy a checkpoint has as its "state_dict", the one that `load_from_checkpoint` reads: "model", or
+            "average", which leaves the model's under "current_model_state", as Lightning's own callback does. Either
+            way `fit(ckpt_path=...)` goes on with both; and so it does from a checkpoint of Lightning's own callback.
+        optimizer: position in `trainer.optimizers` of the one whose step an update follows.
+        index: of the average that is used, where `decay` is a sequence.
+        options: of `fused_ema.EMA`.
+
+    `callback.ema` is the manager, from the start of `fit` on.
+
+    Raises:
+        ValueError: from `fit`, for "average" beside a ModelCheckpoint that saves weights only, which asks no callback.
+    """
+
+    ema: EMA | None = None
+
+    def __init__(
+        self,
+        decay: Any = 0.9999,
+        *,
+        evaluate: bool = True,
+        save: Literal["model", "average"] = "model",
+        optimizer: int = -1,
+        index: int = 0,
+        **options: Any,
+    ) -> None:
+        if save not in ("model", "average"):
+            raise ValueError(f"save: expected 'model' or 'average', found {save!r}")
+        self.decay, self.evaluate, self.save, self.optimizer, self.index = decay, evaluate, save, optimizer, index
+        self.options = options
+        self._state: dict[str, Any] | None = None
+        self._of_lightning: dict[str, Any] | None = None  # what its own callback saved
+        self._attached: Any = None
+        self._inside = contextlib.ExitStack()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        saving = (each for each in trainer.checkpoint_callbacks if getattr(each, "save_weights_only", False))
+        if self.save == "average" and next(saving, None):  # then no callback is asked
+            raise ValueError(
+                "save: expected 'model' beside a ModelCheckpoint with save_weights_only=True, found 'average': its "
+                "files would have the model's weights"
+            )
+        if self.ema is None or self.ema.model is not pl_module:
+            self.ema = EMA(pl_module, self.decay, **self.options)
+        if self._state is not None:
+            self.ema.load_state_dict(self._state)
+            self._state = None
+        elif self._of_lightning is not None:
+            checkpoints.restore(self.ema, self._of_lightning)
+            self._of_lightning = None
+        self._attached = self.ema.attach(trainer.optimizers[self.optimizer])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+        if self._attached:
+            self._attached.remove()
+            self._attached = None
+
+    def _enter(self, *_: Any) -> None:
+        if self.evaluate and self.ema:
+            self._inside.enter_context(self.ema.swapped(self.index))
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.close()
+
+    on_validation_start = on_test_start = on_predict_start = _enter  # type: ignore[assignment]
+    on_validation_end = on_test_end = on_predict_end = on_exception = _leave  # type: ignore[assignment]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.ema.state_dict() if self.ema else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None  # until there is a manager
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.ema and self.save == "average":
+            checkpoint["current_model_state"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = self.ema.averaged_state_dict(self.index)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "current_model_state" in checkpoint and trainer.state.fn == "fit":
+            if "averaging_state" in checkpoint:
+                averages = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
+                self._of_lightning = averages | checkpoint["averaging_state"]
+            with torch.no_grad():
+                pl_module.load_state_dict(checkpoint["current_model_state"])

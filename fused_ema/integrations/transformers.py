@@ -1,0 +1,100 @@
+"""A callback for transformers' Trainer: `Trainer(..., callbacks=[EMACallback(decay=0.9999)])`."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..ema import EMA
+
+FOLDER, STATE = "ema", "ema.pt"  # in a checkpoint's folder
+
+
+class EMACallback(TrainerCallback):
+    """Averages the model after each optimizer step, evaluates the average, and saves it beside each checkpoint.
+
+    Args:
+        decay: as in `fused_ema.EMA`.
+        evaluate: whether the evaluations that the trainer makes while it trains use the average. For your own, and for
+            `trainer.save_model()`: ``with callback.ema.swapped(): trainer.evaluate()``. Where other callbacks ask for
+            evaluations, this one goes last.
+        save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads, and a file `ema.pt`, with
+            which `train(resume_from_checkpoint=...)` goes on.
+        index: of the average that is used, where `decay` is a sequence.
+        options: of `fused_ema.EMA`.
+
+    `callback.ema` is the manager, from the start of `train` on.
+
+    Raises:
+        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages.
+    """
+
+    ema: EMA | None = None
+
+    def __init__(
+        self, decay: Any = 0.9999, *, evaluate: bool = True, save: bool = True, index: int = 0, **options: Any
+    ) -> None:
+        self.decay, self.evaluate, self.save, self.index, self.options = decay, evaluate, save, index, options
+        self._inside = contextlib.ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        self._inside.close()  # after a training that an exception ended
+        model = given["model"]
+        if self.ema is None or self.ema.model is not model or state.global_step == 0:
+            self.ema = EMA(model, self.decay, **self.options)
+        if state.global_step and self.ema.step == 0:
+            self._load(_checkpoint(args, state))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        assert self.ema
+        if not getattr(given["optimizer"], "step_was_skipped", False):
+            self.ema.update()
+        self._enter(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self._enter(control)
+
+    def _enter(self, control: TrainerControl) -> None:
+        if self.ema and self.evaluate and control.should_evaluate and not self.ema._swap:
+            self._inside.enter_context(self.ema.swapped(self.index))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.ema and self.evaluate and self.ema.updates and not self.ema._swap:
+            warnings.warn(
+                "EMACallback: these are the metrics of the model's own weights; for those of the average, "
+                "`with callback.ema.swapped(): trainer.evaluate()`",
+                stacklevel=2,
+            )
+        self._inside.close()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if not (self.ema and self.save and state.is_world_process_zero):
+            return
+        model, folder, averages = given["model"], _checkpoint(args, state), self.ema.averaged_state_dict(self.index)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder / FOLDER, state_dict=averages)
+        else:
+            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+            torch.save(averages, folder / FOLDER / "pytorch_model.bin")
+        torch.save(self.ema.state_dict(), folder / STATE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.save and args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load(Path(state.best_model_checkpoint))  # as the trainer did with the model
+
+    def _load(self, checkpoint: Path) -> None:
+        assert self.ema
+        if not (checkpoint / STATE).is_file():
+            raise FileNotFoundError(f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file")
+        self.ema.load_state_dict(torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

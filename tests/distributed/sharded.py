@@ -1,0 +1,293 @@
+"""Run by test_distributed.py on each of several processes: averages of sharded models against those of one process.
+
+torchrun --nproc-per-node N tests/distributed/sharded.py CHECK FOLDER
+"""
+
+import copy
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import fused_ema
+
+DECAYS = [0.9, 0.99, 0.5]
+
+
+def network(dtype=torch.float32):
+    """No size is a multiple of the number of ranks: shards are uneven, and some are empty."""
+    torch.manual_seed(0)
+    layers = nn.Linear(7, 13), nn.BatchNorm1d(13), nn.ReLU(), nn.Linear(13, 5), nn.LayerNorm(5), nn.Linear(5, 1)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def fsdp(model):
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    return fully_shard(model)
+
+
+def parallel(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+
+
+def batch(step):
+    """The same on each rank, so that gradients are those of one process."""
+    return torch.randn(16, 7, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, step):
+    """A change that is the same whatever the sharding: elementwise, and with each parameter's own values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * step).add_(0.01 * step)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def same(found, expected):
+    """The same names and the same bits."""
+    assert found.keys() == expected.keys(), (list(found), list(expected))
+    for name, tensor in expected.items():
+        ours, theirs = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (whole(found[name]), whole(tensor)))
+        assert torch.equal(ours, theirs), name
+
+
+def sent(function, *arguments):
+    """The collective operations of one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(*arguments)
+    return [event.key for event in profile.key_averages() if "gloo" in event.key or "c10d" in event.key]
+
+
+def no_communication(function, *arguments):
+    found = sent(function, *arguments)
+    assert not found, found
+
+
+def check_update(folder):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    assert sent(distribute_tensor(torch.ones(8), mesh, [Shard(0)]).full_tensor), "so the counting sees something"
+    for shard in (fsdp, parallel):
+        for dtype in (torch.float32, torch.bfloat16):
+            one, model = network(dtype), shard(network(dtype))
+            one_ema, ema = network(), shard(network())
+            handle = fused_ema.bind(ema, model)
+            for step, decay in enumerate(DECAYS):
+                train(one, step), train(model, step)
+                fused_ema.update(one_ema, one, decay)
+                versions = [parameter._version for parameter in ema.parameters()]
+                if step:
+                    no_communication(fused_ema.update, ema, model, decay)
+                else:
+                    no_communication(handle.update, decay)
+                assert all(p._version > before for p, before in zip(ema.parameters(), versions, strict=True))
+                same(ema.state_dict(), one_ema.state_dict())
+            fused_ema.update(list(ema.parameters()), list(model.parameters()), 0.5)
+            fused_ema.update(list(one_ema.parameters()), list(one.parameters()), 0.5)
+            same(ema.state_dict(), one_ema.state_dict())
+
+
+def check_manager(folder):
+    for shard in (fsdp, parallel):
+        for dtype, options in (
+            (torch.float32, {}),
+            (torch.bfloat16, {}),
+            (torch.float32, {"decay": [0.9, 0.99]}),
+            (torch.float32, {"buffers": "average"}),
+        ):
+            one, model = network(dtype), shard(network(dtype))
+            one_ema, ema = (fused_ema.EMA(m, **{"decay": 0.9, **options}) for m in (one, model))
+            for step in range(3):
+                train(one, step), train(model, step)
+                one_ema.update(), no_communication(ema.update)
+            for index in range(len(ema.schedules)):
+                averages = ema.averaged_state_dict(index)
+                same(averages, one_ema.averaged_state_dict(index))
+                for name, parameter in model.named_parameters():
+                    if isinstance(parameter, DTensor):
+                        assert averages[name].placements == parameter.placements
+                        assert averages[name].device_mesh == parameter.device_mesh
+                before = copy.deepcopy(one.state_dict())
+                places = [whole_address(parameter) for parameter in model.parameters()]
+                with one_ema.swapped(index), ema.swapped(index):
+                    same(model.state_dict(), one.state_dict())
+                    same(ema.averaged_state_dict(index), one_ema.averaged_state_dict(index))
+                    if dtype == torch.float32 and shard is fsdp:
+                        model.eval(), one.eval()
+                        torch.testing.assert_close(whole(model(batch(0))), one(batch(0)))
+                        model.reshard()
+                same(model.state_dict(), before)
+                assert places == [whole_address(parameter) for parameter in model.parameters()]
+            other = shard(network(dtype))
+            ema.copy_to(other)
+            one_other = network(dtype)
+            one_ema.copy_to(one_other)
+            same(other.state_dict(), one_other.state_dict())
+            assert ema.describe()["tensors"] == len([p for p in model.parameters() if local(p).numel()]) + (
+                2 if options.get("buffers") else 0
+            )
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_address(tensor):
+    with torch.no_grad():
+        return local(tensor).data_ptr()
+
+
+def check_training(folder):
+    """Forward, backward and AdamW on shards; each step's averages by the formula in float64 from the whole weights."""
+    model = fsdp(network())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ema = fused_ema.EMA(model, decay=0.9)
+    ema.attach(optimizer)
+    expected = {name: whole(p).detach().double() for name, p in model.named_parameters()}
+    for step in range(5):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            expected[name].lerp_(whole(p).detach().double(), 1 - 0.9)
+    found = ema.averaged_state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(whole(found[name]).double(), tensor, rtol=1e-6, atol=1e-7)
+
+
+def check_refusals(folder):
+    def refused(kind, words, function):
+        with pytest.raises(kind, match=re.escape(words)):
+            function()
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    data = torch.arange(24.0).reshape(4, 6)
+    rows, columns, copies = (distribute_tensor(data, mesh, [p]) for p in (Shard(0), Shard(1), Replicate()))
+    before = rows.full_tensor()
+    refused(ValueError, "expected a DTensor of shape", lambda: fused_ema.update([rows], [columns], 0.5))
+    refused(ValueError, "expected a DTensor of shape", lambda: fused_ema.update([rows], [copies], 0.5))
+    refused(ValueError, "a tensor that is not sharded", lambda: fused_ema.update([rows], [data], 0.5))
+    refused(ValueError, "a tensor that is not sharded", lambda: fused_ema.update([data], [rows], 0.5))
+    other = distribute_tensor(torch.zeros(5, 6), mesh, [Shard(0)])
+    refused(ValueError, "expected shape (5, 6)", lambda: fused_ema.update([rows], [other], 0.5))
+    partial = DTensor.from_local(torch.ones(4, 6), mesh, [torch.distributed.tensor.Partial()])
+    refused(ValueError, "waits for a reduction", lambda: fused_ema.update([copies], [partial], 0.5))
+    fused_ema.update([rows], [distribute_tensor(data, mesh, [Shard(0)])], 0.5)
+    refused(ValueError, "expected a DTensor of shape", lambda: fused_ema.update([rows], [columns], 0.5))
+    assert torch.equal(rows.full_tensor(), before)
+
+    model = fsdp(network())
+    ema = fused_ema.EMA(model)
+    model.eval()
+    model(batch(0))  # leaves the root's parameters whole
+    if not all(isinstance(p, DTensor) for p in model.parameters()):
+        refused(ValueError, "model.reshard()", ema.update)
+        model.reshard()
+    ema.update()
+    refused(ValueError, "sharded", lambda: fused_ema.EMA(model, device="cpu"))
+    refused(ValueError, "not sharded", lambda: ema.copy_to(network()))
+    state = ema.state_dict()
+    refused(ValueError, "not sharded", lambda: fused_ema.EMA(network()).load_state_dict(state))
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    refused(RuntimeError, "use_orig_params=True", lambda: fused_ema.EMA(flat))
+
+
+def check_stale(folder):
+    """Whatever takes the place of a shard is seen."""
+
+    def follows(change):
+        change()
+        expected = {name: whole(p).detach().lerp(whole(theirs[name]).detach(), 0.25) for name, p in ours.items()}
+        handle.update(0.75)
+        for name, p in ours.items():
+            torch.testing.assert_close(whole(p).detach(), expected[name], rtol=1e-5, atol=1e-6)
+
+    def other(parameter, factor):
+        shard, size = local(parameter).detach() * factor, {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **size)
+
+    with torch.no_grad():
+        model, ema = parallel(network()), parallel(network())
+        handle = fused_ema.bind(ema, model)
+        ours, theirs = dict(ema.named_parameters()), dict(model.named_parameters())
+        follows(lambda: train(model, 1))
+
+        def replace():
+            model[0].weight = nn.Parameter(other(model[0].weight, 2))
+            theirs["0.weight"] = model[0].weight
+
+        def put_shard():
+            model[0].weight._local_tensor = local(model[0].weight).clone() * 3
+
+        def set_data():
+            model[0].weight.data = other(model[0].weight, 0.5).data
+
+        def assign():
+            state = {name: other(p, 2) if isinstance(p, DTensor) else p * 2 for name, p in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+            theirs.update(model.named_parameters())
+
+        for change in (replace, put_shard, set_data, assign):
+            follows(change)
+
+
+def check_save(folder):
+    import torch.distributed.checkpoint as dcp
+
+    ema, _ = trained()
+    dcp.save({"ema": ema.state_dict()}, checkpoint_id=folder)
+
+
+def trained():
+    model = fsdp(network()) if dist.is_initialized() and dist.get_world_size() > 1 else network()
+    ema = fused_ema.EMA(model, decay=[0.9, fused_ema.schedules.inverse_power(0.99)])
+    for step in range(3):
+        train(model, step)
+        ema.update()
+    return ema, model
+
+
+def check_load(folder):
+    """Into a manager that knows nothing, on as many ranks as there are now."""
+    import torch.distributed.checkpoint as dcp
+
+    expected, _ = trained()
+    model = fsdp(network()) if dist.get_world_size() > 1 else network()
+    ema = fused_ema.EMA(model, decay=[0.9, fused_ema.schedules.inverse_power(0.99)])
+    state = {"ema": ema.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    ema.load_state_dict(state["ema"])
+    assert ema.step == 3
+    assert ema.decay == expected.decay
+    for index in (0, 1):
+        same(ema.averaged_state_dict(index), expected.averaged_state_dict(index))
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1:]
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    globals()[f"check_{name}"](Path(folder))
+    dist.barrier()
+    print(f"passed on rank {dist.get_rank()}", flush=True)
+    os._exit(0)  # gloo's threads now and then abort an orderly end after a profile

@@ -1,0 +1,51 @@
+"""Sharded models, in processes of their own: FSDP2, tensor parallelism, distributed checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+
+import fused_ema
+
+SCRIPT = Path(__file__).parent / "distributed" / "sharded.py"
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+
+
+def run(ranks, check, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, SCRIPT, check, folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("passed on rank") == ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("check", ["update", "manager", "training", "refusals", "stale"])
+def test_14_sharded(ranks, check, tmp_path):
+    run(ranks, check, tmp_path)
+
+
+def test_a_checkpoint_of_4_ranks_loads_on_2_and_on_1(tmp_path):
+    run(4, "save", tmp_path)
+    for ranks in (4, 2, 1):
+        run(ranks, "load", tmp_path)
+
+
+def test_14_the_empty_parameters_of_zero_3_are_refused():
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_numel = 4  # as DeepSpeed marks them
+    refused(RuntimeError, lambda: fused_ema.update(ema, model, 0.5), ema, names=["weight", "GatheredParameters"])
+    refused(RuntimeError, lambda: fused_ema.EMA(model), model, names=["weight", "GatheredParameters"])
+    model.weight.data = torch.ones(2, 2)  # gathered
+    fused_ema.update(ema, model, 0.0)
+    assert ema.weight.eq(1).all()
