@@ -107,7 +107,10 @@ def ratios(content: dict[str, Any]) -> Figure:
     for axes in panels.flat[len(cases) :]:
         axes.set_visible(False)
     caption(
-        figure, content["env"], "Time of an update, in times that of fused_ema's bound handle (float32 if not said)"
+        figure,
+        content["env"],
+        "Time of an update, in times that of fused_ema's bound handle (float32 if not said; "
+        "packages at their defaults, so timm rounds bfloat16 stochastically)",
     )
     return figure
 
