@@ -61,6 +61,7 @@ def report(title: str, steps: dict[str, Step], device: torch.device, budget: flo
     return {"case": title, "us": spent}
 
 
+@torch.no_grad()
 def measure(device: torch.device, budget: float) -> list[dict[str, Any]]:
     cases = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -91,16 +91,20 @@ def fit(points: list[dict[str, Any]], method: str) -> dict[str, float]:
 
 
 def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -> float | None:
-    """The bytes from which on, with so many tensors, we are less than GAIN times as fast; None: at no size."""
+    """The bytes from which on, with so many tensors, we are less than GAIN times as fast: 0 where we are so for small
+    ones already; None: at no size."""
     lead = (
         theirs["fixed_us"]
         - GAIN * ours["fixed_us"]
         + tensors * (theirs["us_per_tensor"] - GAIN * ours["us_per_tensor"])
     )
     slope = GAIN * ours["us_per_GB"] - theirs["us_per_GB"]
-    return max(0.0, lead / slope * 1e9) if slope > 0 else None
+    if lead <= 0:
+        return 0.0
+    return lead / slope * 1e9 if slope > 0 else None
 
 
+@torch.no_grad()
 def measure(device: torch.device, budget: float, chosen: list[str]) -> dict[str, Any]:
     names = [name for name in METHODS if name in chosen]
     smallest = point(1, 1000, device, budget / 4, names)
@@ -141,6 +145,12 @@ def show(by_count: Any, by_size: Any, fits: dict[str, dict[str, float]], ends: d
     console.print(f"Where fused_ema.bind is less than {GAIN} times as fast, for a float32 model of {TENSORS} tensors:")
     for name, size in ends.items():
         if not name.startswith("fused_ema"):
-            elements = "at no size" if size is None else f"from {size / 12 / 1e6:,.1f}M parameters on ({short(size)})"
-            console.print(f"    {name}: {elements}")
+            if size is None:
+                words = "at no size"
+            elif size == 0:
+                words = "for small ones already"
+            else:
+                words = f"from {size / 12 / 1e6:,.1f}M parameters on ({short(size)})"
+                words += ", by the fit, beyond what was measured" if size > max(p["bytes"] for p in by_size) else ""
+            console.print(f"    {name}: {words}")
     console.print()

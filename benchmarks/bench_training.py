@@ -102,6 +102,8 @@ def loop(make: Callable[..., Any], device: torch.device, budget: float, names: l
                 updates[name]()
         except Exception as problem:  # a package or memory that is not there
             left_out[name] = reason(problem)
+    if not updates:
+        raise ValueError(f"expected one of {', '.join(METHODS)}")
     steps: list[float] = []
     spent: dict[str, list[float]] = {name: [] for name in updates}
     order, shuffle, end = list(updates), random.Random(0).shuffle, time.perf_counter() + budget

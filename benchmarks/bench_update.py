@@ -17,6 +17,8 @@ import ctypes
 import gc
 import json
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,11 @@ from measure import (
     launches,
     peak_extra_bytes,
     prepared,
+    ratio,
     reason,
     sets_for,
     spread,
+    waits,
 )
 from methods import BOUND, COMPILED, GRAPHS, OURS, Step, make_step, method_names
 from models import CASES, Case, average_of, filled, shrunk
@@ -50,6 +54,7 @@ from torch import nn
 import fused_ema
 
 REPEATS = 6  # of calls in a row
+WRONG = 1e4  # times the bound; the roughest method here is at some 100
 PARTS = ("models", "scaling", "averages", "training", "instructions")
 
 
@@ -77,15 +82,18 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # theirs is kept
                 "launches": launches(made[0], device),
             }
+            if not facts[name]["max_err_over_bound"] < WRONG:
+                raise ArithmeticError(f"a wrong result: {facts[name]['max_err_over_bound']:.0f} times the bound")
             steps[name] = made
         except Exception as problem:  # whatever a package raises
             left_out[name] = reason(problem)
+        if name in left_out:  # outside of the block, which holds what the traceback does
             free(device)
     with progress(case.title, budget) as tick:
         times = in_turns({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
-        host = host_times(case, times, model, average, device, budget / 4)
+        host = times if device.type == "cuda" else host_times(case, list(steps), model, average, budget / 4)
     ceiling = {name: spread([longer * t.device for t in times[name]]) for name in streams}
-    best = min((each["p20"] for each in ceiling.values()), default=None)
+    best = min(streams, key=lambda name: ceiling[name]["median"], default=None)
     device_us = {name: spread([t.device for t in times[name]]) for name in steps}
     medians = {name: us["median"] for name, us in device_us.items()}
     rows = []
@@ -105,8 +113,8 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "host_us": spread([t.host for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
                 "GBps": size / median / 1e3,
-                "share_of_ceiling": best / device_us[name]["p20"] if best else None,
-                "ratio": median / medians[BOUND] if BOUND in medians else None,
+                "share_of_ceiling": longer / ratio(times[name], times[best]) if best else None,
+                "ratio": ratio(times[name], times[BOUND]) if BOUND in steps else None,
                 **facts[name],
             }
         )
@@ -115,18 +123,16 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
 
 
 def host_times(
-    case: Case, times: dict[str, list[Times]], model: nn.Module, average: nn.Module, device: torch.device, budget: float
+    case: Case, names: list[str], model: nn.Module, average: nn.Module, budget: float
 ) -> dict[str, list[Times]]:
-    """On CUDA, what was measured beside the device's times. On the CPU, calls on tensors of one element each."""
-    if device.type == "cuda":
-        return times
-    small, small_average = shrunk(model), shrunk(average)
-    names = [name for name in times if name in method_names(device)]
+    """Of calls on tensors of one element each, on the CPU."""
+    small = shrunk(model), shrunk(average)
     steps: dict[str, list[Step]] = {}
     for name in names:
         if name != COMPILED:  # it would compile once more, for sizes that nobody has
-            steps[name] = prepared(partial(make_step, name), [(small, small_average)])
-    return in_turns(steps, device, budget, REPEATS if case.in_a_row else 1)
+            with suppress(Exception):  # those have no time then
+                steps[name] = prepared(partial(make_step, name), [small])
+    return in_turns(steps, torch.device("cpu"), budget, REPEATS if case.in_a_row else 1)
 
 
 def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str, str], cuda: bool) -> None:
@@ -140,6 +146,7 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     table = columns(title, "method", [*heads, "launches"] if cuda else heads)
     for row in rows:
         cells = [f"{row['device_us'][key] / 1e3:.3f}" for key in ("median", "p20", "p80")]
+        cells[0] = ("*" if waits(row["launches"]) else "") + cells[0]
         cells += [f"{row['host_us']['median']:.0f}" if row["host_us"] else "-", f"{row['GBps']:.1f}"]
         cells.append(f"{row['share_of_ceiling']:.0%}" if row["share_of_ceiling"] else "-")
         cells.append(f"{row['ratio']:.2f}" if row["ratio"] else "-")
@@ -152,8 +159,9 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
         spent = [f"{each['us'][key] / 1e3:.3f}" for key in ("median", "p20", "p80")]
         table.add_row(f"(ceiling: {name})", *spent, "", f"{each['GBps']:.1f}", style="dim")
     console.print(table)
-    if any(row["device_us"]["p80"] > 3 * row["device_us"]["p20"] for row in rows):
-        console.print("UNRELIABLE: p80 far above p20, so something else ran too. Run it on a quiet machine.")
+    spans = [row["device_us"] for row in rows] + [each["us"] for each in ceiling["streams"].values()]
+    if any(us["p80"] > 1.5 * us["p20"] for us in spans):
+        console.print("UNSTEADY: some p80 over 1.5 times p20. Ratios are taken within rounds, so trust them more.")
     for problem in dict.fromkeys(left_out.values()):
         names = (name for name, why in left_out.items() if why == problem)
         console.print(f"left out: {'; '.join(names)}\n    ({problem})", markup=False)
@@ -198,7 +206,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all numbers to this file, after each case")
     parser.add_argument("--csv", type=Path, help="write the rows of `models` to this file")
     arguments = parser.parse_args()
-    device, parts = torch.device(arguments.device), arguments.parts.split(",")
+    device, parts = torch.device(arguments.device), [part.strip() for part in arguments.parts.split(",")]
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device: expected one that is there, found no CUDA GPU")
+        torch.cuda.set_device(device)  # events and graphs belong to the current one
     torch.set_num_threads(arguments.threads)
     budget = (2 if arguments.quick else 20) if arguments.seconds is None else arguments.seconds
     if unknown := set(parts) - set(PARTS):
@@ -235,9 +247,10 @@ def main() -> int:
         "host µs     on the CPU: the same with tensors of one element each; on CUDA: until the call returns\n"
         "GB/s        of the bytes that an update has to move, however many the method moves\n"
         "of ceiling  the time of a plain loop over the same memory (on CUDA: the best stream of as many bytes), which\n"
-        "            checks nothing and leaves the buffers, in the same run, over the method's (percentiles 20)\n"
-        "ratio       to fused_ema's bound handle\n"
+        "            checks nothing and leaves the buffers, over the method's: the median over the rounds\n"
+        "ratio       to the time of fused_ema's bound handle: the median over the rounds\n"
         "error       of one step, the largest, against float64: 1.00 is all that fused_ema's contract allows\n"
+        "*           on CUDA: waits for the device, or launches more than its queue holds: some of it is the host's\n"
         "extra MB    that one update holds beyond the averages and the model\n"
         "Managers copy or average the buffers too; what is written by hand leaves them.\n"
     )
@@ -258,18 +271,21 @@ def main() -> int:
                 show(rows, ceiling, left_out, device.type == "cuda")
             save()
             free(device)
-        if "scaling" in parts:
-            result["scaling"] = bench_scaling.measure(device, budget / 4, names)
+    others: dict[str, Callable[[], Any]] = {
+        "scaling": lambda: bench_scaling.measure(device, budget / 4, names),
+        "averages": lambda: bench_averages.measure(device, budget),
+        "training": lambda: bench_training.measure(device, 2 * budget, names),
+        "instructions": lambda: bench_instructions.measure(names),
+    }
+    for part, run in others.items():
+        if part in parts:
+            try:
+                result[part] = run()
+            except Exception as problem:  # a package or memory that is not there
+                console.print(f"left out: {part}\n    ({reason(problem)})\n", markup=False)
+                result["left_out"][part] = reason(problem)
             save()
-        if "averages" in parts:
-            result["averages"] = bench_averages.measure(device, budget)
-            save()
-    if "training" in parts:
-        result["training"] = bench_training.measure(device, 2 * budget, names)
-        save()
-    if "instructions" in parts:
-        result["instructions"] = bench_instructions.measure(names)
-        save()
+            free(device)
     return 0
 
 

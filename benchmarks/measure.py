@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,7 +58,8 @@ def host_seconds(step: Step, device: torch.device) -> float:
 
 
 def cuda_seconds(step: Step, device: torch.device, host: float) -> float:
-    """The device's own time: it sleeps for longer than the call takes the host, so that it never waits for that."""
+    """The device's own time: it sleeps for longer than the call takes the host, so that it does not wait for that.
+    It does, where a call waits for the device itself, or has more launches than the queue holds: see `waits`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     torch.cuda._sleep(int(min(2 * host + 20e-6, 0.1) * 2e9))  # cycles, of at most 2 GHz
@@ -131,6 +133,12 @@ def spread(seconds: Sequence[float], scale: float = 1e6) -> dict[str, float]:
     """Median and the percentiles 20 and 80, in microseconds."""
     cuts = statistics.quantiles(seconds, n=5)
     return {"median": statistics.median(seconds) * scale, "p20": cuts[0] * scale, "p80": cuts[3] * scale}
+
+
+def ratio(times: Sequence[Times], others: Sequence[Times]) -> float:
+    """How many times as long as the others, on the device: the median over the rounds, each of which meets one state of
+    the machine."""
+    return statistics.median(one.device / other.device for one, other in zip(times, others, strict=True))
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -222,6 +230,8 @@ def _events(step: Step, device: torch.device) -> Counter[str]:
         torch.cuda.synchronize(device)
     counts: Counter[str] = Counter()
     for event in profile.events():
+        if getattr(event, "is_user_annotation", False):
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             counts["copies" if event.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1
         elif "Synchronize" in event.name:
@@ -230,11 +240,20 @@ def _events(step: Step, device: torch.device) -> Counter[str]:
 
 
 def launches(step: Step, device: torch.device) -> dict[str, int] | None:
-    """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them."""
+    """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them. (Of a replayed graph, the
+    kernels in it.) None where it counts nothing."""
     if device.type != "cuda":
         return None
-    counts, around = _events(step, device), _events(lambda: None, device)  # what the counting adds
+    around, known = _events(lambda: None, device), _events(torch.zeros(1, device=device).add_(1).zero_, device)
+    if known["kernels"] + known["copies"] == around["kernels"] + around["copies"]:
+        return None
+    counts = _events(step, device)
     return {kind: counts[kind] - around[kind] for kind in ("kernels", "copies", "syncs")}
+
+
+def waits(counts: dict[str, int] | None) -> bool:
+    """Whether the device's time of such a call holds some of the host's: launches queue up to some 1000."""
+    return counts is not None and (counts["syncs"] > 0 or counts["kernels"] + counts["copies"] > 1000)
 
 
 # ---- The ceiling ---------------------------------------------------------------------------------
@@ -249,13 +268,13 @@ def ceilings(size: int, sets: Sequence[Pair], library: ctypes.CDLL | str) -> tup
     device = next(sets[0][1].parameters()).device
     if device.type == "cuda":
         moved = min(size, SCRATCH)
-        arrays = torch.zeros(2, moved // 12, device=device)  # 8 bytes read, 4 written
-        halves = torch.zeros(2, moved // 2, dtype=torch.uint8, device=device)
-        streams: dict[str, Step] = {
-            "a.add_(b)": lambda: arrays[0].add_(arrays[1]),
-            "device copy": lambda: halves[1].copy_(halves[0]),
-        }
-        return {name: [step] for name, step in streams.items()}, size / moved
+        streams: dict[str, list[Step]] = {"a.add_(b)": [], "device copy": []}
+        for _ in sets:
+            a, b = torch.zeros(2, moved // 12, device=device)  # 8 bytes read, 4 written
+            source, target = torch.zeros(2, moved // 2, dtype=torch.uint8, device=device)
+            streams["a.add_(b)"].append(partial(a.add_, b))
+            streams["device copy"].append(partial(target.copy_, source))
+        return streams, size / moved
     if isinstance(library, str):
         return {}, 1.0
     return {"plain C++ loop": [_plain_loop(*each, library) for each in sets]}, 1.0
@@ -285,11 +304,11 @@ def compile_stream() -> ctypes.CDLL | str:
         command = [*shlex.split(compiler), *flags, "stream.cpp", "-o", library]
         try:
             subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-        except FileNotFoundError:
-            return f"no compiler {compiler!r} here; set CXX to another"
+            return ctypes.CDLL(library)
+        except OSError as problem:
+            return f"{problem}; set CXX to another compiler, or TMPDIR to a folder for programs"
         except subprocess.CalledProcessError as problem:
             return f"{compiler} failed: {problem.stderr.strip()}"
-        return ctypes.CDLL(library)
 
 
 # ---- The machine ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ those in their place, so that no layout of memory favours one of them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -100,13 +101,18 @@ def _compiled(model: nn.Module, ema: nn.Module) -> Step:
     if len(averages) > 300:
         raise NotImplementedError(f"{len(averages)} tensors take torch.compile too long")
 
-    return lambda: _compiled_loop(averages, parameters)
+    lerp = _compiled_loop()
+    return lambda: lerp(averages, parameters)
 
 
-@torch.compile(fullgraph=True, dynamic=False)
-def _compiled_loop(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
-    for average, parameter in zip(averages, parameters, strict=True):
-        average.lerp_(parameter.to(average.dtype), WEIGHT)
+@functools.cache  # one function for all sets, whose sizes are the same
+def _compiled_loop() -> Callable[[list[torch.Tensor], list[torch.Tensor]], None]:
+    @torch.compile(fullgraph=True, dynamic=False)
+    def lerp(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter.to(average.dtype), WEIGHT)
+
+    return lerp
 
 
 # ---- Packages

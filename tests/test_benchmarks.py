@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_scaling  # noqa: E402
+import bench_update  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
@@ -106,6 +108,22 @@ def test_a_line_is_found_and_so_is_where_the_gain_ends():
     }
     assert time["theirs"] / time["ours"] == pytest.approx(bench_scaling.GAIN)
     assert bench_scaling.break_even({**fits["theirs"], "us_per_GB": 12000.0}, fits["ours"], 100) is None
+    assert bench_scaling.break_even(fits["ours"], {**fits["ours"], "us_per_GB": 1.0}, 100) == 0
+
+
+def test_ratios_are_taken_within_rounds():
+    times = {name: [measure.Times(k * factor, 0.0) for k in (1, 50, 2)] for name, factor in (("a", 3.0), ("b", 1.0))}
+    times["a"][2] = measure.Times(100.0, 0.0)
+    assert measure.ratio(times["a"], times["b"]) == 3
+
+
+def test_a_wrong_result_is_left_out(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, methods.LOOP, lambda model, ema: lambda: None)
+    case = models.Case("small", models.equal_tensors(3, 100))
+    with torch.no_grad():
+        rows, _, left_out = bench_update.measure(case, CPU, 0.0, "no compiler", [methods.LOOP, methods.BOUND])
+    assert [row["method"] for row in rows] == [methods.BOUND]
+    assert "a wrong result" in left_out[methods.LOOP]
 
 
 def test_a_small_run_from_end_to_end(tmp_path):
