@@ -1,6 +1,6 @@
 """Run by test_distributed.py on each of several processes: averages of sharded models against those of one process.
 
-torchrun --nproc-per-node N tests/distributed/sharded.py CHECK FOLDER
+torchrun --nproc-per-node N tests/distributed/sharded.py FOLDER CHECK...
 """
 
 import copy
@@ -284,10 +284,11 @@ def check_load(folder):
 
 
 if __name__ == "__main__":
-    name, folder = sys.argv[1:]
+    folder, *names = sys.argv[1:]
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    globals()[f"check_{name}"](Path(folder))
-    dist.barrier()
-    print(f"passed on rank {dist.get_rank()}", flush=True)
+    for name in names:
+        globals()[f"check_{name}"](Path(folder))
+        dist.barrier()
+        print(f"{name} passed on rank {dist.get_rank()}", flush=True)
     os._exit(0)  # gloo's threads now and then abort an orderly end after a profile
