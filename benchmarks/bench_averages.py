@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from measure import in_turns, spread
+from measure import in_turns, ratio, spread
 from methods import DECAY, Step
 from models import GPT2, MANY, equal_tensors, filled
 from report import columns, console, progress
@@ -52,13 +52,14 @@ def report(title: str, steps: dict[str, Step], device: torch.device, budget: flo
     with progress(title, budget) as tick:
         times = in_turns({name: [step] for name, step in steps.items()}, device, budget, tick=tick)
     spent = {name: spread([max(t) / calls for t in values]) for name, values in times.items()}
+    ratios = {name: ratio(values, next(iter(times.values()))) for name, values in times.items()}
     first = next(iter(spent.values()))["median"]
     table = columns(title, "method", ["µs", "p20", "p80", "ratio", "over the first, µs"])
     for name, us in spent.items():
         cells = [f"{us[key]:,.1f}" for key in ("median", "p20", "p80")]
-        table.add_row(name, *cells, f"{us['median'] / first:.2f}", f"{us['median'] - first:,.1f}")
+        table.add_row(name, *cells, f"{ratios[name]:.2f}", f"{us['median'] - first:,.1f}")
     console.print(table)
-    return {"case": title, "us": spent}
+    return {"case": title, "us": spent, "ratio": ratios}  # to the first, within rounds
 
 
 @torch.no_grad()
