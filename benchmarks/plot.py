@@ -63,6 +63,7 @@ MISSING = {  # what a method raised → what its place in a plot says
     "ModuleNotFoundError": "not installed",
     "ImportError": "not installed",
     "NotImplementedError": "not tried",
+    "ArithmeticError": "inexact",
 }
 PALETTE = [
     pyplot.colormaps["tab20"].colors[i] for i in (0, 2, 3, 4, 8, 10, 12, 14, 16, 18, 5, 9, 1, 11, 13, 15, 17)
