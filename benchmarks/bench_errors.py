@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import environment
+from measure import environment, exact_and_bound, ulp
 from report import columns, console
 from torch import Tensor
 
@@ -45,9 +45,7 @@ def measure(name: str, decay: float) -> dict[str, float]:
     update = METHODS[name]
     generator = torch.Generator().manual_seed(0)
     old, model = (torch.randn(ELEMENTS, generator=generator) for _ in range(2))
-    exact = old.double() + (1 - decay) * (model.double() - old.double())
-    ulp = torch.exp2(torch.frexp(exact).exponent.double() - 24)
-    bound = ulp / 2 + 2**-23 * min(decay, 1 - decay) * (model.double() - old.double()).abs()
+    exact, bound = exact_and_bound(old.double(), model.double(), decay, torch.float32)
     average = old.clone()
     update(average, model, decay)
     one_step = ((average.double() - exact).abs() / bound).max().item()
@@ -58,8 +56,7 @@ def measure(name: str, decay: float) -> dict[str, float]:
     average = model.clone()
     for _ in range(STEPS):
         update(average, model, decay)
-    ulp = torch.exp2(torch.frexp(model).exponent.double() - 24)
-    drift = ((average.double() - model.double()).abs() / ulp).max().item()
+    drift = ((average.double() - model.double()).abs() / ulp(model, torch.float32)).max().item()
     return {"one_step": one_step, "moved": moved, "drift_ulp": drift}
 
 

@@ -113,8 +113,8 @@ def measure(device: torch.device, budget: float, chosen: list[str]) -> dict[str,
     points = [smallest, *by_count, *by_size]
     left_out = {name: why for each in points for name, why in each["left_out"].items()}
     names = [name for name in names if name not in left_out]
-    if left_out:
-        console.print(f"left out: {left_out}", markup=False)
+    for name, why in left_out.items():
+        console.print(f"left out: {name}\n    ({why})", markup=False)
     fits = {name: fit(points, name) for name in names}
     ends = {name: break_even(fits[name], fits[BOUND], TENSORS) for name in names}
     show(by_count, by_size, fits, ends)

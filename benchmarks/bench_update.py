@@ -87,18 +87,15 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
             steps[name] = made
         except Exception as problem:  # whatever a package raises
             left_out[name] = reason(problem)
-        if name in left_out:  # outside of the block, which holds what the traceback does
-            free(device)
+        free(device)  # outside of the block, in which the traceback holds what failed
     with progress(case.title, budget) as tick:
         times = in_turns({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
         host = times if device.type == "cuda" else host_times(case, list(steps), model, average, budget / 4)
     ceiling = {name: spread([longer * t.device for t in times[name]]) for name in streams}
     best = min(streams, key=lambda name: ceiling[name]["median"], default=None)
     device_us = {name: spread([t.device for t in times[name]]) for name in steps}
-    medians = {name: us["median"] for name, us in device_us.items()}
     rows = []
     for name in steps:
-        median = medians[name]
         rows.append(
             {
                 "case": case.title,
@@ -112,7 +109,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "device_us": device_us[name],
                 "host_us": spread([t.host for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
-                "GBps": size / median / 1e3,
+                "GBps": size / device_us[name]["median"] / 1e3,
                 "share_of_ceiling": longer / ratio(times[name], times[best]) if best else None,
                 "ratio": ratio(times[name], times[BOUND]) if BOUND in steps else None,
                 **facts[name],

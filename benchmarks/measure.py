@@ -13,6 +13,7 @@ import random
 import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -176,17 +177,22 @@ def error_over_bound(step: Step, model: nn.Module, ema: nn.Module) -> float:
         return flat[:: max(1, len(flat) // 65536)].double()
 
     pairs = list(zip(ema.parameters(), model.parameters(), strict=True))
-    expected, bounds = [], []
-    for average, parameter in pairs:
-        old, new = sample(average), sample(parameter)
-        exact = old + (1 - DECAY) * (new - old)
-        digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[average.dtype]
-        ulp = torch.exp2(torch.frexp(exact).exponent.clamp(min=-125).double() - digits)
-        expected.append(exact)
-        bounds.append(ulp / 2 + 2**-23 * min(1 - DECAY, DECAY) * (new - old).abs())
+    wanted = [exact_and_bound(sample(average), sample(new), DECAY, average.dtype) for average, new in pairs]
     step()
-    triples = zip(pairs, expected, bounds, strict=True)
-    return max(((sample(pair[0]) - exact).abs() / bound).max().item() for pair, exact, bound in triples)
+    both = zip(pairs, wanted, strict=True)
+    return max(((sample(average) - exact).abs() / bound).max().item() for (average, _), (exact, bound) in both)
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A unit in the last place of `dtype`, at each of the values."""
+    digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
+    return torch.exp2(torch.frexp(values).exponent.clamp(min=-125).double() - digits)
+
+
+def exact_and_bound(old: Tensor, new: Tensor, decay: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of an average in `dtype`, values in float64: what one step should give, and how far off it may be."""
+    exact = old + (1 - decay) * (new - old)
+    return exact, ulp(exact, dtype) / 2 + 2**-23 * min(1 - decay, decay) * (new - old).abs()
 
 
 @contextmanager
@@ -353,5 +359,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "backend": fused_ema.backend(device),
         "commit": _first_line("git", "rev-parse", "--short=12", "HEAD") + (" and edits" if edited else ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -39,6 +39,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from report import machine
 
 SHORT = {  # for axes
     LOOP: "tutorial loop",
@@ -79,9 +80,7 @@ def times(value: float) -> str:
 
 
 def caption(figure: Figure, env: dict[str, Any], what: str) -> None:
-    name = env["cpu"] if env["device"] == "cpu" else env["device"]
-    text = f"{what}\n{name}, {env['threads']} threads, PyTorch {env['torch']}, {env['date']}"
-    figure.supxlabel(text, fontsize=7, color="dimgray", x=0.01, ha="left")
+    figure.supxlabel(f"{what}\n{machine(env)}", fontsize=7, color="dimgray", x=0.01, ha="left")
 
 
 def ratios(content: dict[str, Any]) -> Figure:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import FOREACH_CACHED, LOOP, MANAGER, OURS
+from report import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,10 +36,8 @@ def error(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def machine(content: dict[str, Any]) -> str:
-    env = content["env"]
-    name = env["cpu"] if env["device"] == "cpu" else env["device"]
-    return f"{name}, {env['threads']} threads, PyTorch {env['torch']}, {env['date']}"
+def source(content: dict[str, Any], path: str) -> str:
+    return f"`{content['env']['command']}`, {machine(content['env'])}, [all numbers]({path})"
 
 
 def escaped(method: str) -> str:
@@ -67,9 +66,9 @@ def models(content: dict[str, Any], path: str) -> list[str]:
         "",
         "Median, and in brackets how many times that of the bound handle (the median over the rounds, each of which "
         "meets one state of the machine); error of one step in the first column, the "
-        "largest, in units of [what is promised](#numerics). One run of `make bench`, methods in turns, and sets of "
+        "largest, in units of [what is promised](#numerics). One run, methods in turns, and sets of "
         "tensors in turns too, so that none is in a cache; only in the last column five calls in a row of each on the "
-        f"same tensors: {machine(content)}, [all numbers]({path}).",
+        f"same tensors: {source(content, path)}.",
     ]
     return lines
 
@@ -81,8 +80,7 @@ def averages(content: dict[str, Any], path: str) -> list[str]:
             gains[case["case"]] = list(case["ratio"].values())[1]
     listed = "; ".join(f"{case}: {gain:.2f}" for case, gain in gains.items())
     return [
-        f"How many times as fast as one manager for each: {listed} (`make bench ARGS='--parts averages'`, "
-        f"{machine(content)}, [all numbers]({path})).",
+        f"How many times as fast as one manager for each: {listed} ({source(content, path)}).",
     ]
 
 
@@ -95,9 +93,7 @@ def training(content: dict[str, Any], path: str) -> list[str]:
         shares = " | ".join(f"{case['share_of_step'][name]:.1%}" for case in cases)
         lines.append(f"| {escaped(name)} | {shares} |")
     gain = max(case["share_of_step"][LOOP] - case["share_of_step"][MANAGER] for case in cases)
-    words = (
-        f"`make bench`, {machine(content)}, [all numbers]({path}). So in these trainings, on this machine, fused_ema "
-    )
+    words = f"{source(content, path)}. So in these trainings, on this machine, fused_ema "
     words += f"saves at most {gain:.1%} of the step against the tutorial loop"
     found = content["scaling"]
     end, largest = found["break_even_bytes"].get(FOREACH_CACHED), max(each["bytes"] for each in found["by_size"])
@@ -119,8 +115,8 @@ def errors(content: dict[str, Any], path: str) -> list[str]:
         "",
         "One step: the largest error against float64, in units of what is promised. Moved: the share of averages "
         "that an update changes though they equal the model. Drift: how far the farthest such average is after "
-        f"{content['steps']:,} updates, in units of its last place. `python benchmarks/bench_errors.py`, "
-        f"{machine(content)}, [all numbers](../{path}).",
+        f"{content['steps']:,} updates, in units of its last place. "
+        f"{source(content, '../' + path)}.",
     ]
     return lines
 

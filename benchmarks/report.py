@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,6 +29,12 @@ def columns(title: str, first: str, others: list[str]) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
+
+
+def machine(env: dict[str, Any]) -> str:
+    """What stands beneath a table or a plot."""
+    name = env["cpu"] if env["device"] == "cpu" else env["device"]
+    return f"{name}, {env['threads']} threads, PyTorch {env['torch']}, {env['date']}"
 
 
 def short(size: float) -> str:

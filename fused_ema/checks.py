@@ -69,7 +69,7 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
         for label, ema, model in zip(*pairs[:3], strict=True):
             if refusal := shards.refusal(f"ema{label}", ema, model):
                 raise refusal
-        pairs = localized(pairs)
+        pairs = shards.localized(pairs)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
     for label, ema, model, parameter in zip(*pairs, strict=True):
@@ -95,11 +95,6 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     refusals = (_swap_refusal(name, ema, other, model, free_types) for name, ema, other, model, _ in active)
     no_swap = next((refusal for refusal in refusals if refusal), None) or _overlap(model_spans)
     return Checked(pairs, whole if sharded else None, actions, no_update, no_swap)
-
-
-def localized(pairs: Pairs) -> Pairs:
-    """Of each tensor, what lies on this rank."""
-    return pairs._replace(ema=[*map(shards.local, pairs.ema)], model=[*map(shards.local, pairs.model)])
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:

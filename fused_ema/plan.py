@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _native, reference, shards
 from .arguments import check_decay
-from .checks import Action, Checked, check, dtype_name, localized
+from .checks import Action, Checked, check, dtype_name
 from .pairing import Pairs, Source
 
 Buffers = Literal["copy", "average", "ignore"]
@@ -113,7 +113,7 @@ class Plan:
             return self._fits(self._native.run(self._ops[op], (number,), on_device), fresh)
         if self._sharded and any(map(shards.refusal, *pairs[:3])):
             return False
-        here = localized(pairs) if self._sharded else pairs
+        here = shards.localized(pairs) if self._sharded else pairs
         ran = self._fits(self._native.run_with(here.ema, here.model, self._ops[op], (number,), on_device), fresh)
         if ran and self._sharded:
             shards.written((*pairs.ema, *(pairs.model if op == "swap" else ())))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .pairing import Pairs
+
 
 def is_sharded(tensor: object) -> bool:
     library = sys.modules.get("torch.distributed.tensor")  # as long as nothing imports it, there are none
@@ -18,6 +20,11 @@ def is_sharded(tensor: object) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What lies here: the very tensor that holds the memory."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def localized(pairs: Pairs) -> Pairs:
+    """Of each tensor, what lies here."""
+    return pairs._replace(ema=[*map(local, pairs.ema)], model=[*map(local, pairs.model)])
 
 
 class Spread(NamedTuple):
