@@ -253,6 +253,23 @@ def check_stale(folder):
             follows(change)
 
 
+def check_compiled(folder):
+    """Within a compiled function, too, each rank's shards are what changes."""
+    for compiler in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        model, ema, eager = (parallel(network()) for _ in range(3))
+
+        @torch.compile(backend=compiler, fullgraph=True)
+        def step(decay, ema=ema, model=model):
+            fused_ema.update(ema, model, decay)
+
+        for at, decay in enumerate(DECAYS):
+            train(model, at)
+            step(decay)
+            fused_ema.update(eager, model, decay)
+            same(dict(ema.named_parameters()), dict(eager.named_parameters()))
+
+
 def check_save(folder):
     import torch.distributed.checkpoint as dcp
 
