@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import fused_ema
 
-from . import _build, _native, _toolkit
+from . import _build, _cost, _native, _toolkit
 
 
 def _built_for(record: dict[str, object]) -> str:
@@ -27,6 +28,67 @@ def _nvcc() -> str:
     return f"{version[0]}.{version[1]} in {home}" if version else f"in {home}, but its --version fails"
 
 
+def _gpus() -> list[str]:
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _table(device: str) -> tuple[list[str], str | None]:
+    """What updates cost on the device, and what is slow about it."""
+    try:
+        cost = _cost.measure(torch.device(device))
+    except RuntimeError as error:
+        return [f"{device}: not measured: {str(error).splitlines()[0]}"], None
+    (tensors, elements), (_, large) = _cost.MANY, _cost.LARGE
+    gb = 12 * large / 1e9  # the average is read and written, the model read
+
+    def row(name: str, many: str, one: str, speed: str) -> str:
+        return f"  {name:<30}{many:>18}{one:>18}{speed:>16}"
+
+    def measured(name: str, many: float | None, one: float) -> str:
+        return row(name, f"{many * 1e6:,.0f} us" if many else "", f"{one * 1e3:,.2f} ms", f"{gb / one:,.1f} GB/s")
+
+    lines = [
+        row(f"float32 on {device}, now", f"{tensors} of {elements}", f"1 of {large / 1e6:.1f}M", ""),
+        measured(f"fused_ema ({fused_ema.backend(device)})", *cost.fused),
+        measured("torch._foreach_lerp_", *cost.foreach),
+        measured("torch.add: the memory's speed", None, cost.stream),
+    ]
+    if fused_ema.backend(device) == "torch" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
+        return lines, None
+    busy = f" (load average {os.getloadavg()[0]:.1f} on {_cost.cores()} cores)" if hasattr(os, "getloadavg") else ""
+    return lines, f"On {device} it was slower just now than it should be. Do other programs run there{busy}?"
+
+
+def _reasons() -> list[str]:
+    """What keeps updates from being fast here, as far as the installation can tell."""
+    reasons = []
+    reason, reason_cuda, gpus = _native.why_not(), _native.cuda_why_not(), _gpus()
+    if reason:
+        reasons.append(f"The compiled CPU kernel is not active: {reason}")
+    if gpus and reason_cuda and reason_cuda != reason:
+        reasons.append(f"The CUDA kernel is not active: {reason_cuda}")
+    threads, cores = torch.get_num_threads(), _cost.cores()
+    if threads < cores:
+        told = os.environ.get("OMP_NUM_THREADS")
+        why = f"OMP_NUM_THREADS={told}; torchrun sets it to 1" if told else "see torch.set_num_threads"
+        reasons.append(f"On the CPU, PyTorch uses {threads} of {cores} cores ({why})")
+    built_for = str(_native.record().get("archs") or "")
+    for gpu in [] if reason_cuda else gpus:
+        architecture = "{}.{}".format(*torch.cuda.get_device_capability(gpu))
+        if not any(_runs_on(built, architecture) for built in built_for.split(";")):
+            reasons.append(
+                f"{gpu} has compute capability {architecture}, and the kernel was built for {built_for}: its first "
+                f"launch compiles it, or fails; {_native.REBUILD}"
+            )
+    return reasons
+
+
+def _runs_on(built: str, architecture: str) -> bool:
+    """Machine code for 8.0 runs on 8.6 too, but not on 9.0."""
+    (major, minor), (wanted, least) = (tuple(map(int, text.split("+")[0].split("."))) for text in (built, architecture))
+    return major == wanted and minor <= least
+
+
 def info() -> int:
     lines = [
         ("fused_ema", fused_ema.__version__),
@@ -38,18 +100,25 @@ def info() -> int:
         lines += [("extension", str(path)), ("", _built_for(_native.record()))]
     else:
         lines.append(("extension", "none"))
-    lines.append(("backend", f"cpu: {fused_ema.backend('cpu')}"))
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    cpu = f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
+    lines.append(("backend", f"cpu: {fused_ema.backend('cpu')} ({cpu})"))
+    gpus = _gpus()
     lines += [("", f"{gpu} ({torch.cuda.get_device_name(gpu)}): {fused_ema.backend(gpu)}") for gpu in gpus]
     if not gpus:
-        lines.append(("", "cuda: no GPU visible"))
+        lines.append(("", f"cuda: no GPU visible; the kernel: {_native.cuda_kernel_why_not() or 'ready'}"))
     for name, text in lines:
         print(f"{name:<10} {text}".rstrip())
-    if reason := _native.why_not():
-        print(f"\nThe compiled CPU kernel is not active: {reason}")
-    reason_cuda = _native.cuda_why_not()
-    if reason_cuda and reason_cuda != reason:
-        print(f"\nThe CUDA kernel is not active: {reason_cuda}")
+    reasons = _reasons()
+    for device in ["cpu", *gpus[:1]]:
+        table, slow = _table(device)
+        print("\n" + "\n".join(map(str.rstrip, table)))
+        reasons += [slow] if slow else []
+    print("\nWhat holds it back:" if reasons else "\nNothing here holds it back.")
+    for reason in reasons:
+        print(f"- {reason}")
+    print(
+        "Slow in a program of yours? fused_ema.bind(ema, model).describe() tells what it does; docs/faq.md, what to do."
+    )
     return 0
 
 

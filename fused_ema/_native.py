@@ -90,7 +90,7 @@ def _find() -> _Found:
     return _Found(None, None, {}, "; ".join(reasons) or f"the extension is not built: {BUILD}")
 
 
-def _cuda_kernel_why_not() -> str | None:
+def cuda_kernel_why_not() -> str | None:
     """As `cuda_why_not`, but for what does not depend on a GPU being there."""
     if switch("FUSED_EMA_CUDA") is False:
         return "FUSED_EMA_CUDA=0 switches the CUDA kernel off: unset it"
@@ -128,7 +128,7 @@ def why_not() -> str | None:
 
 def cuda_why_not() -> str | None:
     """Why the CUDA kernel does not run, now and here, and what to do; None where it does."""
-    reason = _cuda_kernel_why_not()
+    reason = cuda_kernel_why_not()
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA GPU: check `nvidia-smi`, the driver and CUDA_VISIBLE_DEVICES"
     return reason
@@ -140,10 +140,10 @@ def _serves_the_command_line() -> bool:
 
 
 _found = _find()
-cuda_enabled: bool = _cuda_kernel_why_not() is None
+cuda_enabled: bool = cuda_kernel_why_not() is None
 
 if not _serves_the_command_line():
     if switch("FUSED_EMA_EXT") and _found.module is None:
         raise ImportError(f"FUSED_EMA_EXT=1, but {_found.why_not}")
     if switch("FUSED_EMA_CUDA") and not cuda_enabled:
-        raise ImportError(f"FUSED_EMA_CUDA=1, but {_cuda_kernel_why_not()}")
+        raise ImportError(f"FUSED_EMA_CUDA=1, but {cuda_kernel_why_not()}")

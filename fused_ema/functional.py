@@ -48,6 +48,17 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
                 buffer.copy_(theirs[name])
 
     computed in float32 (float64 where either side is) and rounded once, with a fused multiply-add.
+
+    Example::
+
+        ema = copy.deepcopy(model)
+        for batch in batches:
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            fused_ema.update(ema, model, 0.999)
+
+    `bind` does it at less overhead; `EMA` keeps the averages by itself.
     """
     _run_cached("update", ema, model, decay, buffers)
 

@@ -1,13 +1,18 @@
 """The pages in docs/: each block of Python runs, in a process of its own; links lead somewhere. (migrating.md has its
 own test, README too.)"""
 
+import copy
+import itertools
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+
+import fused_ema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +32,30 @@ def test_a_block_runs(block, tmp_path):
     command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", block]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_help_calls_equivalent_and_its_example_are():
+    def code(title):
+        lines = fused_ema.update.__doc__.partition(f"{title}::\n")[2].splitlines()
+        return textwrap.dedent("\n".join(itertools.takewhile(lambda line: not line or line.startswith(" " * 8), lines)))
+
+    def train(body):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = torch.randn(4, 8, 3)
+        names = {"batches": batches, "loss": lambda model, x: model(x).square().mean(), "decay": 0.999}
+        names |= {"copy": copy, "torch": torch, "fused_ema": fused_ema, "model": model, "optimizer": optimizer}
+        exec(body, names)
+        return names["ema"].state_dict()
+
+    example = code("Example")
+    plain = example.replace("fused_ema.update(ema, model, 0.999)", "plain(ema, model, decay)")
+    plain = "def plain(ema, model, decay):\n" + textwrap.indent(code("Equivalent to"), "    ") + plain
+    assert plain.count("plain(ema") == 2
+    found, expected = train(example), train(plain)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9)
 
 
 def anchors(page):

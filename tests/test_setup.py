@@ -1,6 +1,7 @@
 """The command line, and setup.py with and without torch."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,8 @@ import torch
 from build_fakes import install
 
 import fused_ema
-from fused_ema import _build
+from fused_ema import __main__ as fused_ema_main
+from fused_ema import _build, _cost
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +52,51 @@ def test_info_about_the_extension():
     else:
         assert "not active: " in output
         assert "run `python -m fused_ema build`" in output
+
+
+def test_info_tells_why_it_is_slow_in_one_screen():
+    code, output = python("-m", "fused_ema", FUSED_EMA_EXT="0", OMP_NUM_THREADS="1")
+    assert code == 0
+    holds_back = output.partition("What holds it back:\n")[2]
+    assert "- The compiled CPU kernel is not active: FUSED_EMA_EXT=0" in holds_back
+    one_of_many = f"- On the CPU, PyTorch uses 1 of {_cost.cores()} cores (OMP_NUM_THREADS=1; torchrun sets it to 1)"
+    assert (one_of_many in holds_back) == (_cost.cores() > 1)
+    for row in ("fused_ema (torch)", "torch._foreach_lerp_"):
+        assert re.search(rf"{re.escape(row)} +[\d,]+ us +[\d.]+ ms +[\d.]+ GB/s", output)
+    assert output.count("\n") <= 24 + 3 * torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("fused", "stream", "active", "complains"),
+    [
+        ((1e-4, 0.01), 0.009, "cpu", False),
+        ((1e-4, 0.02), 0.009, "cpu", True),
+        ((1e-2, 0.01), 0.009, "cpu", True),
+        ((1e-2, 0.02), 0.009, "torch", False),  # the reason is another, and told
+    ],
+)
+def test_info_says_when_it_is_slower_than_it_should_be(monkeypatch, fused, stream, active, complains):
+    monkeypatch.setattr(_cost, "measure", lambda device: _cost.Cost(fused, (1e-3, 0.011), stream))
+    monkeypatch.setattr(fused_ema, "backend", lambda device: active)
+    table, slow = fused_ema_main._table("cpu")
+    assert len(table) == 4
+    assert (slow is not None) == complains
+
+
+def test_info_survives_a_device_without_memory(monkeypatch):
+    def measure(device):
+        raise torch.OutOfMemoryError("no room\nlong traceback")
+
+    monkeypatch.setattr(_cost, "measure", measure)
+    assert fused_ema_main._table("cpu") == (["cpu: not measured: no room"], None)
+
+
+@pytest.mark.parametrize(
+    ("built", "architecture", "runs"),
+    [("8.0", "8.6", True), ("8.6", "8.0", False), ("9.0", "10.0", False), ("12.0+PTX", "12.0", True)],
+)
+def test_info_knows_what_machine_code_runs_on(built, architecture, runs):
+    assert fused_ema_main._runs_on(built, architecture) == runs
 
 
 def test_build_fails_with_a_sentence(tmp_path):

@@ -129,14 +129,14 @@ def check_manager(folder):
                 runs = dtype == torch.float32 and shard is fsdp and FSDP_RUNS_HERE
                 if runs:
                     forward(model)  # the first allocates
-                places = [whole_address(parameter) for parameter in model.parameters()]
+                places = [address(parameter) for parameter in model.parameters()]
                 with one_ema.swapped(index), ema.swapped(index):
                     same(model.state_dict(), one.state_dict())
                     same(ema.averaged_state_dict(index), one_ema.averaged_state_dict(index))
                     if runs:
                         torch.testing.assert_close(forward(model), forward(one))
                 same(model.state_dict(), before)
-                assert places == [whole_address(parameter) for parameter in model.parameters()]
+                assert places == [address(parameter) for parameter in model.parameters()]
             other = shard(network(dtype))
             ema.copy_to(other)
             one_other = network(dtype)
@@ -159,7 +159,7 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_address(tensor):
+def address(tensor):
     with torch.no_grad():
         return local(tensor).data_ptr()
 
