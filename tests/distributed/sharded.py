@@ -185,6 +185,31 @@ def check_training(folder):
             torch.testing.assert_close(whole(found[name]).double(), tensor, rtol=1e-6, atol=1e-7)
 
 
+def check_ddp(folder):
+    """Whole replicas: each rank averages for itself, and all have the bits of one process."""
+    one, model = network(), nn.parallel.DistributedDataParallel(network())
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (one, model)]
+    one_ema, ema = fused_ema.EMA(one, decay=0.9), fused_ema.EMA(model, decay=0.9)
+    one_average, average = network(), network()
+    ema.attach(optimizers[1])
+    for step in range(5):
+        for m, optimizer in zip((one, model), optimizers, strict=True):
+            m(batch(step)).square().mean().backward()  # the same on each rank: so is the mean of the gradients
+            optimizer.step()
+            optimizer.zero_grad()
+        one_ema.update()
+        fused_ema.update(one_average, one, 0.9)
+        no_communication(fused_ema.update, average, model, 0.9)  # pairs through "module."
+    same(average.state_dict(), one_average.state_dict())
+    same(ema.averaged_state_dict(), {f"module.{name}": t for name, t in one_ema.averaged_state_dict().items()})
+    with ema.swapped(), one_ema.swapped():
+        same(model.module.state_dict(), one.state_dict())
+    resumed = fused_ema.EMA(network())  # of a process that has no DDP
+    resumed.load_state_dict(ema.state_dict())
+    found, expected = resumed.averaged_state_dict(), one_ema.averaged_state_dict()
+    same({n: found[n] for n, _ in one.named_parameters()}, {n: expected[n] for n, _ in one.named_parameters()})
+
+
 def check_refusals(folder):
     def refused(kind, words, function):
         with pytest.raises(kind, match=re.escape(words)):
