@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .arguments import check_floating, whole_number
 from .checks import check_tensor
 from .ema import EMA
-from .files import replacing, safetensors, storable
+from .files import safetensors, save, storable
 from .pairing import by_plain_name, listed, plain_name
 from .schedules import inverse_power, tf_warmup
 from .selection import tensors_of
@@ -176,7 +176,8 @@ def save_safetensors(path: File, ema: EMA, index: int = 0, *, dtype: torch.dtype
     """Writes the model with the average in it, for `model.load_state_dict(safetensors.torch.load_file(path))`.
 
     Names are without what DDP and torch.compile put in front, and hold tensors alone; tied ones are written each.
-    Whatever interrupts it, the file is complete: the new one, or the one that was there before.
+    Whatever interrupts it, the file is complete: the new one, or the one that was there before. Of a sharded model
+    every rank calls it, and the mesh's first writes the tensors whole.
 
     Args:
         index: of the average.
@@ -186,17 +187,16 @@ def save_safetensors(path: File, ema: EMA, index: int = 0, *, dtype: torch.dtype
         ValueError: a value is too large for `dtype`; complex128, which safetensors lacks.
         ImportError: safetensors, or numpy, which it needs to write, is not installed.
     """
-    library = safetensors()
+    safetensors()
     check_floating(dtype or torch.float32)
-    tensors = {}
+    tensors: dict[str, Tensor | None] = {}
     for key, value in _unwrapped(ema.model, ema.averaged_state_dict(index)).items():
         if isinstance(value, Tensor):
             if value.dtype == torch.complex128:
                 raise ValueError(f"ema[{key!r}]: expected a type that safetensors has, found complex128")
             copy = storable(key, value, dtype if value.is_floating_point() else None)
-            tensors[key] = torch.view_as_complex(copy) if value.is_complex() else copy
-    with replacing(Path(path)) as temporary:
-        library.torch.save_file(tensors, temporary, {"format": "pt"})
+            tensors[key] = torch.view_as_complex(copy) if copy is not None and value.is_complex() else copy
+    save(Path(path), tensors, {})
 
 
 # ---- Writing

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import shards
 
 
 def safetensors() -> Any:
@@ -48,13 +50,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy in memory of its own, as safetensors wants it; complex numbers, which it lacks in part, as two reals."""
-    value = tensor.detach()
+def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A copy in memory of its own, as safetensors wants it; complex numbers, which it lacks in part, as two reals.
+
+    A sharded tensor is put together on all ranks, one after the other, and kept on the mesh's first; None elsewhere.
+    """
+    value = shards.whole(tensor.detach())
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     copy = value.to("cpu", dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
     if dtype is not None and not torch.equal(copy.isfinite(), value.isfinite().cpu()):
         raise ValueError(
             f"ema['{name}']: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
         )
-    return copy
+    return copy if shards.first_here(tensor) else None
+
+
+def save(path: Path, tensors: Mapping[str, Tensor | None], metadata: dict[str, str]) -> None:
+    """Writes what `storable` gave; nothing where that is on another rank."""
+    if not any(tensor is None for tensor in tensors.values()):
+        with replacing(path) as temporary:
+            safetensors().torch.save_file(tensors, temporary, {"format": "pt", **metadata})

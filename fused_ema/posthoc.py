@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from .arguments import check_floating
-from .files import replacing, safetensors, storable
+from .files import safetensors, save, storable
 from .schedules import gamma_of
+from .shards import is_sharded
 
 if TYPE_CHECKING:
     from .ema import EMA
@@ -55,7 +56,8 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
 
     For the averages at the end of the training, the last snapshot is to be of its last update.
 
-    Whatever interrupts it, a file of that name is complete: the new one, or the one that was there before.
+    Whatever interrupts it, a file of that name is complete: the new one, or the one that was there before. Of sharded
+    averages every rank calls it, and the mesh's first writes them whole.
 
     Args:
         folder: made where there is none.
@@ -66,7 +68,7 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
         ValueError: no schedule is a power_function, there was no update yet, or a value is too large for `dtype`.
         ImportError: safetensors, or numpy, which it needs to write, is not installed.
     """
-    library = safetensors()
+    safetensors()
     check_floating(dtype or torch.float32)
     state = ema.state_dict()
     schedules, updates = state["schedules"], state["updates"]
@@ -96,9 +98,7 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
             f"resumed; until it comes there, reconstruct() would mix them: {later[:5]}",
             stacklevel=2,
         )
-    with replacing(path) as temporary:
-        metadata = {"format": "pt", _MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}}
-        library.torch.save_file(tensors, temporary, metadata)
+    save(path, tensors, {_MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}})
     return path
 
 
@@ -260,8 +260,10 @@ def _profiles(times: Numbers, gammas: Numbers) -> tuple[Tensor, Tensor]:
 
 
 def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]:
-    """Equal for names that are tied in all averages."""
+    """Equal for names that are tied in all averages; but not of sharded ones: a rank can't tell empty shards apart."""
     each = [average[name] for average in averages]
+    if any(map(is_sharded, each)):
+        return (name,)
     return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in each)
 
 

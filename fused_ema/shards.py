@@ -22,6 +22,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The same, put together from all ranks, each of which calls it, if it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def first_here(tensor: Tensor) -> bool:
+    """Whether this rank is the one that acts for all that share the tensor."""
+    return not is_sharded(tensor) or not any(tensor.device_mesh.get_coordinate())  # type: ignore[attr-defined]
+
+
 def localized(pairs: Pairs) -> Pairs:
     """Of each tensor, what lies here."""
     return pairs._replace(ema=[*map(local, pairs.ema)], model=[*map(local, pairs.model)])

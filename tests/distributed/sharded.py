@@ -325,6 +325,30 @@ def trained():
     return ema, model
 
 
+def check_files(folder):
+    """Whole tensors in files that any process reads: the same as from one process."""
+    from safetensors.torch import load_file
+
+    power = fused_ema.schedules.power_function
+    one, model = network(), fsdp(network())
+    managers = [fused_ema.EMA(m, decay=[power(0.05), power(0.1)]) for m in (one, model)]
+    for at, directory in enumerate(("one", "sharded")):
+        for step in range(3):
+            train(managers[at].model, step)
+            managers[at].update()
+        if at or dist.get_rank() == 0:
+            fused_ema.posthoc.save_snapshot(folder / directory, managers[at])
+            fused_ema.checkpoints.save_safetensors(folder / f"{directory}.safetensors", managers[at], 1)
+        dist.barrier()
+    same(load_file(folder / "sharded.safetensors"), load_file(folder / "one.safetensors"))
+    found, expected = (fused_ema.posthoc.reconstruct(folder / directory, 0.07) for directory in ("sharded", "one"))
+    same(found, expected)
+    exported = fused_ema.checkpoints.export(managers[1], "averaged_model")
+    other = fused_ema.EMA(fsdp(network()), decay=[0.9, 0.9])
+    fused_ema.checkpoints.restore(other, exported)
+    same(dict(other.averaged_state_dict()), dict(managers[1].averaged_state_dict()))
+
+
 def check_load(folder):
     """Into a manager that knows nothing, on as many ranks as there are now."""
     import torch.distributed.checkpoint as dcp
