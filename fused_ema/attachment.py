@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class Attachment:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
+        self._rehearsed = False  # the step that is under way trains nothing
         self._outside = 0  # calls of the outermost step() that are under way
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
         if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
@@ -111,13 +112,14 @@ class Attachment:
             )
         return {key: value for key, value in state.items() if key != STATE}
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._rehearsed = not optimizer.state and _makes_state()
         self._ema._check_unswapped("attach", "optimizer.step() would train the averages; ")
         if self._overlap:
             self.join()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if self._nested and _depth(optimizer) > 1:
+        if self._rehearsed or (self._nested and _depth(optimizer) > 1):
             return
         found_inf = getattr(optimizer, "found_inf", None)
         found = found_inf if isinstance(found_inf, Tensor) else None
@@ -199,11 +201,18 @@ def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextMa
 _WRAPPER = sys.modules[torch.optim.Optimizer.__module__].__file__
 
 
+def _callers() -> Iterator[types.FrameType]:
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        yield frame
+
+
 def _depth(optimizer: torch.optim.Optimizer) -> int:
     """How many of torch's wrappers around `optimizer.step` are under way."""
-    depth, frame = 0, sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
-        code = frame.f_code
-        if code.co_name == "wrapper" and code.co_filename == _WRAPPER:
-            depth += frame.f_locals.get("self") is optimizer
-    return depth
+    wrappers = (f for f in _callers() if f.f_code.co_name == "wrapper" and f.f_code.co_filename == _WRAPPER)
+    return sum(frame.f_locals.get("self") is optimizer for frame in wrappers)
+
+
+def _makes_state() -> bool:
+    """Whether this is the step, all gradients 0, by which torch.distributed.checkpoint makes an optimizer's state."""
+    return any(frame.f_code.co_name == "_init_optim_state" for frame in _callers())

@@ -550,3 +550,22 @@ def test_averages_in_an_optimizers_state_are_checked(backend):
         EMA(each, 0.5).attach(optimizer, save=True)
     with pytest.raises(ValueError, match="state: expected the same names"):
         optimizers[0].load_state_dict(optimizers[1].state_dict())
+
+
+def test_39_the_step_that_makes_the_state_of_an_optimizer_is_no_update(make_optimizer):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    ema = EMA(model, decay=0.5)
+    ema.attach(optimizer)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    before = clones(averages(ema))
+    set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+    assert ema.step == 0
+    assert equal(averages(ema), before)
+    backward(model)
+    optimizer.step()
+    assert ema.step == 1
+    assert not equal(averages(ema), before)
