@@ -33,6 +33,45 @@ def test_25_a_schedule_compiles_twice_at_most(compiler):
     assert 1 <= graphs["unique_graphs"] - before <= 2
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_25_a_whole_training_step_in_one_graph(compiler):
+    """Forward, backward, SGD and the average. (Dynamo does not trace .backward(), but torch.func.)"""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+
+    def trainer():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        ema, parameters = copy.deepcopy(model), dict(model.named_parameters())
+
+        def loss(weights, x):
+            return torch.func.functional_call(model, weights, x).square().mean()
+
+        def step(x, decay):
+            gradients = torch.func.grad(loss)(parameters, x)
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.sub_(gradients[name], alpha=0.1)
+            fused_ema.update(ema, model, decay)
+
+        return step, model, ema
+
+    step, model, ema = trainer()
+    eager, eager_model, eager_ema = trainer()
+    compiled = torch.compile(step, backend=compiler, fullgraph=True)
+    first = copy.deepcopy(ema)
+    for i in range(6):
+        x = torch.randn(5, 3)
+        compiled(x, 1 - 0.3 / (i + 1)), eager(x, 1 - 0.3 / (i + 1))
+    for found, expected in zip(model.parameters(), eager_model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+    for found, expected, old in zip(ema.parameters(), eager_ema.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert not torch.equal(found, old)
+    assert 1 <= graphs["unique_graphs"] - before <= 2
+
+
 def module_of(buffer):
     module = nn.Module()
     module.weight = nn.Parameter(torch.ones(3))
