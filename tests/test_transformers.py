@@ -109,6 +109,23 @@ def test_resumed_training_has_the_same_bits(tmp_path):
     assert callback.ema.step == 6
 
 
+def test_training_goes_on_from_a_folder_elsewhere(tmp_path):
+    whole, callback, other = (EMACallback(decay=0.9) for _ in range(3))
+    trainer(tmp_path / "first", whole).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-3")
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint"):
+        trainer(tmp_path / "second", other).train(resume_from_checkpoint=checkpoint)
+    trainer(tmp_path / "second", callback, resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
+    same_values(callback.ema.state_dict()["averages"][0], whole.ema.state_dict()["averages"][0])
+
+
+def test_sharded_models_are_not_saved_by_the_callback(tmp_path, monkeypatch):
+    monkeypatch.setattr("fused_ema.integrations.transformers.is_sharded", lambda _: True)
+    with pytest.raises(ValueError, match="save=False"):
+        trainer(tmp_path, EMACallback()).train()
+    trainer(tmp_path, EMACallback(save=False)).train()
+
+
 def test_a_checkpoint_without_averages_is_refused(tmp_path):
     trainer(tmp_path, EMACallback(save=False)).train()
     with pytest.raises(FileNotFoundError, match=r"expected the averages in .*checkpoint-3"):

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..ema import EMA
+from ..shards import is_sharded
 
 FOLDER, STATE = "ema", "ema.pt"  # in a checkpoint's folder
 
@@ -31,7 +32,9 @@ class EMACallback(TrainerCallback):
     `callback.ema` is the manager, from the start of `train` on.
 
     Raises:
-        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages.
+        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages. For one that is not in
+            `output_dir`, name it as `TrainingArguments(resume_from_checkpoint=...)` too.
+        ValueError: from `train`, for `save` and a sharded model.
     """
 
     ema: EMA | None = None
@@ -49,8 +52,14 @@ class EMACallback(TrainerCallback):
         model = given["model"]
         if self.ema is None or self.ema.model is not model or state.global_step == 0:
             self.ema = EMA(model, self.decay, **self.options)
+        if self.save and any(is_sharded(parameter) for parameter in model.parameters()):
+            raise ValueError(
+                "EMACallback: expected save=False for a sharded model, found True; torch.distributed.checkpoint saves "
+                "and loads callback.ema.state_dict()"
+            )
         if state.global_step and self.ema.step == 0:
-            self._load(_checkpoint(args, state))
+            elsewhere = Path(str(args.resume_from_checkpoint))
+            self._load(elsewhere if (elsewhere / STATE).is_file() else _checkpoint(args, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         assert self.ema
@@ -92,7 +101,10 @@ class EMACallback(TrainerCallback):
     def _load(self, checkpoint: Path) -> None:
         assert self.ema
         if not (checkpoint / STATE).is_file():
-            raise FileNotFoundError(f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file")
+            raise FileNotFoundError(
+                f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file; "
+                "a checkpoint elsewhere goes into TrainingArguments(resume_from_checkpoint=...) too"
+            )
         self.ema.load_state_dict(torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
 
 
