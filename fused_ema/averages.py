@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .plan import nth_average
-from .shards import Spread, local
+from .shards import Spread, is_sharded, local
 
 _ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
 
@@ -56,6 +56,10 @@ class Averages:
     def spread(self, name: str, shard: Tensor) -> Tensor:
         """`shard`, which lies on this rank, as the tensor that it is part of; itself where nothing is sharded."""
         return self._spread[name].tensor(shard) if name in self._spread else shard
+
+    def gathered(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether some of the model's tensors are whole now, of which the averages are shards."""
+        return any(name in self._spread and not is_sharded(tensor) for name, tensor in tensors.items())
 
     def apart(self) -> list[int]:
         """Elements from one average to the next, for each name."""

@@ -98,6 +98,7 @@ class EMA:
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
+        shards.reshard(model)
         self.model = model
         self.update_every = whole_number("update_every", update_every, 1)
         self.update_after_step = whole_number("update_after_step", update_after_step, 0)
@@ -219,6 +220,7 @@ class EMA:
 
     def _leave(self, swap: Exchange) -> None:
         try:
+            shards.reshard(self.model)  # a forward pass may have made whole what was exchanged as shards
             swap.leave(self._new_plan, lambda: tensors_of(self.model))
         finally:
             if swap.over:
@@ -401,7 +403,11 @@ class EMA:
 
     def _current(self) -> dict[str, Tensor]:
         """The model's tensors that are averaged; raises where the names are others than when the manager was made."""
-        return self._selection.chosen(self.model)
+        current = self._selection.chosen(self.model)
+        if self._averages.gathered(current):  # FSDP2 keeps the outermost ones so after a forward pass alone
+            shards.reshard(self.model)
+            current = self._selection.chosen(self.model)
+        return current
 
     def _cuda_devices(self) -> list[torch.device]:
         """Those that updates run on."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pairing import Pairs
 
@@ -35,6 +35,14 @@ def first_here(tensor: Tensor) -> bool:
 def localized(pairs: Pairs) -> Pairs:
     """Of each tensor, what lies here."""
     return pairs._replace(ema=[*map(local, pairs.ema)], model=[*map(local, pairs.model)])
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 has put together for a forward pass: parameters are shards again. Nothing is sent."""
+    library = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if library else ():
+        if isinstance(module, library.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
 
 
 class Spread(NamedTuple):

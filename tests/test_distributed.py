@@ -31,7 +31,7 @@ def run(ranks, folder, *checks):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_14_sharded(ranks, tmp_path):
-    run(ranks, tmp_path, "update", "manager", "training", "ddp", "refusals", "stale", "compiled", "files")
+    run(ranks, tmp_path, "update", "manager", "training", "evaluation", "ddp", "refusals", "stale", "compiled", "files")
 
 
 def test_a_checkpoint_of_4_ranks_loads_on_2_and_on_1(tmp_path):

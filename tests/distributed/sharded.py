@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N tests/distributed/sharded.py FOLDER CHECK...
 """
 
+import contextlib
 import copy
 import os
 import re
@@ -129,6 +130,7 @@ def check_manager(folder):
                 runs = dtype == torch.float32 and shard is fsdp and FSDP_RUNS_HERE
                 if runs:
                     forward(model)  # the first allocates
+                    model.reshard()
                 places = [address(parameter) for parameter in model.parameters()]
                 with one_ema.swapped(index), ema.swapped(index):
                     same(model.state_dict(), one.state_dict())
@@ -149,10 +151,7 @@ def check_manager(folder):
 
 def forward(model):
     model.eval()
-    result = whole(model(batch(0)))
-    if hasattr(model, "reshard"):  # FSDP2 leaves the outermost parameters whole
-        model.reshard()
-    return result
+    return whole(model(batch(0)))
 
 
 def local(tensor):
@@ -183,6 +182,36 @@ def check_training(folder):
         found = ema.averaged_state_dict()
         for name, tensor in expected.items():
             torch.testing.assert_close(whole(found[name]).double(), tensor, rtol=1e-6, atol=1e-7)
+
+
+def check_evaluation(folder):
+    """FSDP2 leaves the outermost parameters whole after a forward pass without a backward pass."""
+    if not FSDP_RUNS_HERE:
+        return
+    model, one = fsdp(network()).eval(), network().eval()
+    model(batch(0))
+    ema, one_ema = fused_ema.EMA(model, decay=0.5), fused_ema.EMA(one, decay=0.5)
+    for step in range(3):
+        model.reshard()
+        train(model, step), train(one, step)
+        model(batch(0))
+        ema.update(), one_ema.update()
+        before = {name: whole(p).clone() for name, p in model.state_dict().items()}
+        for error in (None, KeyError):
+            with contextlib.suppress(KeyError), ema.swapped(), one_ema.swapped():
+                torch.testing.assert_close(model(batch(0)), one(batch(0)))
+                same(ema.averaged_state_dict(), one.state_dict())
+                if error:
+                    raise error
+            same(model.state_dict(), before)
+            model(batch(0))
+        same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
+        ema.distance(), ema.describe()
+        model(batch(0))
+        ema.copy_to(model)
+        same(model.state_dict(), one_ema.averaged_state_dict())
+        same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
+        one_ema.copy_to(one)
 
 
 def check_ddp(folder):
@@ -235,11 +264,10 @@ def check_refusals(folder):
     ema = fused_ema.EMA(model)
     if FSDP_RUNS_HERE:
         model.eval()
-        model(batch(0))  # leaves the root's parameters whole
-    if not all(isinstance(p, DTensor) for p in model.parameters()):
-        refused(ValueError, "model.reshard()", ema.update)
-        model.reshard()
-    ema.update()
+        model(batch(0))
+        assert not all(isinstance(p, DTensor) for p in model.parameters()), "FSDP2 leaves the outermost ones whole"
+        average = fsdp(network())
+        refused(ValueError, "model.reshard()", lambda: fused_ema.update(average, model, 0.5))
     refused(ValueError, "sharded", lambda: fused_ema.EMA(model, device="cpu"))
     refused(ValueError, "not sharded", lambda: ema.copy_to(network()))
     state = ema.state_dict()
