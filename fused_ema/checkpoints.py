@@ -34,6 +34,13 @@ from .pairing import by_plain_name, listed, plain_name
 from .schedules import inverse_power, tf_warmup
 from .selection import tensors_of
 
+__all__ = ["LAYOUTS", "export", "load", "restore", "save_safetensors"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 File: TypeAlias = "str | os.PathLike[str]"
 
 _MARKS = {  # the keys that tell a layout: the first counts, but for timm's

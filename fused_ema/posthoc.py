@@ -34,6 +34,13 @@ from .shards import is_sharded
 if TYPE_CHECKING:
     from .ema import EMA
 
+__all__ = ["Snapshot", "profile_error", "reconstruct", "save_snapshot", "snapshots", "solve_weights"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Folder: TypeAlias = "str | os.PathLike[str]"
 Numbers: TypeAlias = Sequence[float] | Tensor
 

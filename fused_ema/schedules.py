@@ -19,6 +19,23 @@ from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
+__all__ = [
+    "Schedule",
+    "constant",
+    "exponential_ramp",
+    "gamma_of",
+    "half_life",
+    "inverse_power",
+    "power_function",
+    "sigma_rel_of",
+    "tf_warmup",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Schedule: TypeAlias = Callable[[int], float]
 
 

@@ -1,6 +1,7 @@
 """The examples, each in a process of its own with small settings: they end well, and what they print is so."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -111,3 +112,20 @@ def test_the_loop_of_accelerate_resumes_with_the_same_weights(tmp_path):
     assert not torch.equal(
         load_file(tmp_path / "parts" / "averaged" / "model.safetensors")["0.weight"], raw["0.weight"]
     )
+
+
+def test_accelerated_on_two_processes(tmp_path):
+    """Replicas (DDP): one process reports, and both go on from its checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    reports = []
+    for steps in (20, 40):
+        done = subprocess.run(
+            [*command, EXAMPLES / "accelerated.py", tmp_path / "run", "--steps", str(steps)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports.append([line.partition(":")[0] for line in done.stdout.splitlines() if "step" in line])
+    assert reports == [["step 20"], ["resumed at step 20", "step 40"]]
