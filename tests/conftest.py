@@ -6,6 +6,7 @@ import emulated_grid
 import oracle
 import pytest
 import torch
+from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 from torch import nn
 
 import fused_ema

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import bits, net, same_bits
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_ema
 
@@ -96,6 +98,18 @@ def test_25_compiled_updates_refuse_what_others_refuse(ours, theirs):
     with pytest.raises((ValueError, TypeError), match=r"ema\['buffer'\]: expected .* found"):
         step()
     assert same_bits(before, ema, model)
+
+
+def test_21_traced_with_fake_tensors():
+    with FakeTensorMode():
+        averages, tensors = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
+        torch.ops.fused_ema.lerp_(averages, tensors, torch.tensor(0.5, dtype=torch.float64))
+    real = make_fx(lambda e, p, decay: torch.ops.fused_ema.lerp_([e], [p], decay), tracing_mode="fake")(
+        torch.zeros(3), torch.ones(3), torch.tensor(0.5, dtype=torch.float64)
+    )
+    average = torch.zeros(3)
+    real(average, torch.ones(3), torch.tensor(0.5, dtype=torch.float64))
+    assert average.eq(0.5).all()
 
 
 def test_25_the_operation_passes_torchs_own_checks():

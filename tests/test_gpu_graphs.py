@@ -42,7 +42,7 @@ def test_graph_with_a_number():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
-def test_graph_with_a_decay_that_changes(dtype):
+def test_27_graph_with_a_decay_that_changes(dtype):
     ema, model = mixed_modules(200, DEVICE)
     expected = copy.deepcopy(ema)
     decay = torch.tensor(0.5, dtype=dtype, device=DEVICE)
@@ -110,7 +110,7 @@ def test_graph_outlives_its_plan():
 
 @pytest.mark.parametrize("planned", ["never", "before the model moved"])
 @pytest.mark.parametrize("way", ["modules", "lists", "binding"])
-def test_a_stale_plan_in_a_capture_is_refused(way, planned):
+def test_27_a_stale_plan_in_a_capture_is_refused(way, planned):
     """The error is caught inside the capture, which goes on and replays what else it holds."""
     ema, model = (residual_network()[0].to(DEVICE) for _ in range(2))
     good_ema, good_model = (torch.ones(1000, device=DEVICE) * x for x in (1, 2))

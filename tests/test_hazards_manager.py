@@ -1,5 +1,6 @@
 """HAZARDS 19, 28 (on the CPU), 30, 33, 36 to 40: what goes wrong around the averages, and what the manager does."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -260,27 +261,28 @@ def test_36_decay_of_one_by_hand(backend):
 # ---- 37: exceptions and Ctrl-C during an evaluation (at any moment: test_ema_swap.py)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_37_training_goes_on_with_its_own_weights(backend, dtype, error):
+def evaluated(dtype, error):
     ema = trained(net().to(dtype))
     raw, true = clones(parameters(ema.model)), clones(averages(ema))
-
-    def evaluate():
-        with ema.swapped() as model:
-            assert not equal(clones(parameters(model)), raw)
-            if error:
-                raise error
-            return True
-
-    if error:
-        with pytest.raises(error):
-            evaluate()
-    else:
-        assert evaluate()
+    with pytest.raises(error) if error else contextlib.nullcontext(), ema.swapped() as model:
+        assert not equal(clones(parameters(model)), raw)
+        if error:
+            raise error
     assert equal(clones(parameters(ema.model)), raw)
     assert equal(averages(ema), true)
     ema.update()
+    assert not equal(averages(ema), true)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_37_an_evaluation_that_ends_well(backend, dtype):
+    evaluated(dtype, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_37_training_goes_on_with_its_own_weights(backend, dtype, error):
+    evaluated(dtype, error)
 
 
 # ---- 38: saving and updating while swapped
@@ -370,6 +372,15 @@ class Failing:
 
 
 ERRORS = [MemoryError("no memory"), torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: launch failure")]
+
+
+def test_40_a_new_plan_takes_over(backend):
+    ema = trained()
+    true = clones(averages(ema))
+    ema.model[0].weight = nn.Parameter(torch.randn(4, 3))  # asks for a new plan
+    ema.update()
+    expected = torch.lerp(true["0.weight"], ema.model[0].weight.detach(), 0.5)
+    torch.testing.assert_close(averages(ema)["0.weight"], expected)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
