@@ -6,11 +6,17 @@ import emulated_grid
 import oracle
 import pytest
 import torch
+from hypothesis import settings
 from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 from torch import nn
 
 import fused_ema
 from fused_ema import _native, _toolkit, functional
+
+# Of the tests that set none themselves; `make test-long` takes the other.
+settings.register_profile("short", derandomize=True, max_examples=30, deadline=None, database=None)
+settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
+settings.load_profile("short")
 
 pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that their failures show values
 
