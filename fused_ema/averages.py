@@ -57,6 +57,9 @@ class Averages:
         """`shard`, which lies on this rank, as the tensor that it is part of; itself where nothing is sharded."""
         return self._spread[name].tensor(shard) if name in self._spread else shard
 
+    def sharded(self) -> bool:
+        return bool(self._spread)
+
     def gathered(self, tensors: dict[str, Tensor]) -> bool:
         """Whether some of the model's tensors are whole now, of which the averages are shards."""
         return any(name in self._spread and not is_sharded(tensor) for name, tensor in tensors.items())

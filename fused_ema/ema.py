@@ -220,8 +220,11 @@ class EMA:
 
     def _leave(self, swap: Exchange) -> None:
         try:
-            shards.reshard(self.model)  # a forward pass may have made whole what was exchanged as shards
-            swap.leave(self._new_plan, lambda: tensors_of(self.model))
+            try:
+                if self._averages.sharded():
+                    shards.reshard(self.model)  # of which a forward pass may have made some whole
+            finally:
+                swap.leave(self._new_plan, lambda: tensors_of(self.model))
         finally:
             if swap.over:
                 self._swap = None

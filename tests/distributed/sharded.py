@@ -206,6 +206,9 @@ def check_evaluation(folder):
             same(model.state_dict(), before)
             model(batch(0))
         same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError), ema.swapped():
+            patch.setattr("fused_ema.shards.reshard", lambda _: (_ for _ in ()).throw(MemoryError))
+        same(model.state_dict(), before)
         ema.distance(), ema.describe()
         model(batch(0))
         ema.copy_to(model)
