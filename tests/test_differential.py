@@ -1,6 +1,7 @@
 """Random cases: the CPU runner and the emulated CUDA grid bit for bit and by the float64 oracle's bounds, the
 pure-PyTorch path by the bounds. `make test-long` has 100,000 of them."""
 
+import itertools
 import math
 
 import numpy as np
@@ -75,6 +76,8 @@ def test_all_runners_agree(grid, threads, case):  # noqa: F811
     placed = [(kind[0], elements(size, kind[0][0]), offsets, kind[1]) for kind, size, offsets, _ in rows]
     memory, pairs = place(rng, placed, len(decays))
     pairs = [arranged(pair, layout, op) for pair, (*_, layout) in zip(pairs, rows, strict=True)]
+    numbers = [0, *itertools.accumulate(2 * pair.ema.numel() for pair in pairs)]  # of elements, for random bits
+    pairs = [pair._replace(number=number) for pair, number in zip(pairs, numbers, strict=False)]
     (other, others), (_, thirds) = in_copy(memory, pairs), in_copy(memory, pairs)
     keys = [int(key) for key in rng.integers(0, 2**63, len(decays))] if op == "update_stochastic" else ()
     run_on_cpu(others, len(decays), op, decays, keys=keys)
