@@ -16,10 +16,10 @@ key = $(firstword $(shell echo '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
 BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
 
-.PHONY: help setup demo test lint bench audit clean
+.PHONY: help setup demo test test-long sanitize lint bench audit clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
 
 setup: $(BUILD_STAMP)  ## environment and extension, for the torch and the compilers that are there
 
@@ -28,6 +28,14 @@ demo: setup  ## train a small network with averaged weights: accuracy, and the c
 
 test: setup  ## the tests; options for pytest in ARGS
 	@$(PY) -m pytest -q tests $(ARGS)
+
+test-long: setup  ## 100,000 random cases and 10,000 sequences of changes: half an hour
+	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py --hypothesis-profile=long $(ARGS)
+
+SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
+	@mkdir -p build && $(CXX) $(SANITIZERS) -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
+	    tests/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
 
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

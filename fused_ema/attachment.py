@@ -70,6 +70,12 @@ class Attachment:
             inner.register_step_post_hook(self._after_step).remove,
         ]
         if save:
+            hooks = inner._optimizer_state_dict_post_hooks.values()
+            if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+                self.remove()
+                raise ValueError(
+                    "EMA.attach: expected save=True from one manager of an optimizer, found another that saves with it"
+                )
             self._undo += [
                 inner.register_state_dict_post_hook(self._save).remove,
                 inner.register_load_state_dict_pre_hook(self._load).remove,

@@ -151,10 +151,10 @@ def check_tensor(name: str, tensor: object) -> None:
 
 def _elsewhere(tensor: Tensor) -> str:
     """What to do about a parameter whose values lie somewhere else, as some trainers have it; "" where they don't."""
-    if getattr(tensor, "_is_flat_param", False):
+    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
         return (
-            "expected the model's own parameters, found a flat one of FSDP1, which has no names in it: wrap the model "
-            "with use_orig_params=True, or shard it by torch.distributed.fsdp.fully_shard"
+            "expected a parameter of its own, found one of FullyShardedDataParallel (FSDP1), which keeps its values in "
+            "a flat one and moves them at each forward pass: shard by torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     if getattr(tensor, "ds_numel", 0) and tensor.numel() == 0:
         return (

@@ -245,6 +245,7 @@ class EMA:
         target = self.model if model is None else model
         values = {name: self._average(name, index) for name in self._averages}
         self._current()  # or raises
+        shards.reshard(target)
         if target is self.model:
             self._check_unswapped("copy_to")
         else:
@@ -280,8 +281,8 @@ class EMA:
         """
         self._join()
         index = self._check_index(index)
+        found = self.model.state_dict(keep_vars=True)  # which may make other tensors of sharded ones
         averages = self._by_tensor(index)
-        found = self.model.state_dict(keep_vars=True)
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, shards
 from .arguments import check_buffers, decay_number
 from .checks import PLAIN_TYPES, has_address
 from .pairing import Pairs, Source, pair
@@ -89,7 +89,7 @@ class Binding:
 
     def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
         self._sources = (ema, model, buffers)
-        self._plan = Plan(pair(ema, model, buffers), buffers, (ema, model))
+        self._plan = Plan(_pairs(ema, model, buffers), buffers, (ema, model))
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
@@ -107,7 +107,7 @@ class Binding:
         """Makes ready for a CUDA graph capture: pairs anew what was replaced since, and uploads its addresses. Call it
         right before; within a capture a plan that no longer fits raises RuntimeError."""
         if not self._plan.current():
-            self._plan = Plan(pair(*self._sources), self._sources[2], self._sources[:2])
+            self._plan = Plan(_pairs(*self._sources), self._sources[2], self._sources[:2])
 
     def describe(self) -> dict[str, Any]:
         """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
@@ -157,7 +157,7 @@ class EMAMultiAvgFn:
     def __init__(self, decay: float) -> None:
         self.decay = decay_number(decay)
 
-    def __call__(self, averages: list[Tensor], parameters: list[Tensor], _: Any = None) -> None:
+    def __call__(self, averages: Sequence[Tensor], parameters: Sequence[Tensor], _: Any = None) -> None:
         update(averages, parameters, self.decay)
 
     def __repr__(self) -> str:
@@ -176,11 +176,18 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
     return EMAMultiAvgFn(decay)
 
 
+def _pairs(ema: Source, model: Source, buffers: Buffers) -> Pairs:
+    for side in (ema, model):
+        if isinstance(side, nn.Module):
+            shards.reshard(side)  # else an update would go into what FSDP2 throws away
+    return pair(ema, model, buffers)
+
+
 def _run(plan: Plan | None, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> Plan:
     """Runs `plan` if it still fits what the sources hold, else a new one; returns the one that ran."""
     if plan and plan.watches and plan.run(op, decay):
         return plan
-    pairs = pair(ema, model, buffers)
+    pairs = _pairs(ema, model, buffers)
     if plan and not plan.watches and plan.run(op, decay, pairs):
         return plan
     plan = Plan(pairs, buffers, (ema, model))

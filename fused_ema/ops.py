@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import shards
 from .pairing import Pairs
-from .shards import is_sharded
 
 torch.library.define(
     "fused_ema::lerp_",
@@ -41,13 +41,16 @@ def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
         return
     if not isinstance(decay, Tensor):
         if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay: expected a value in [0, 1], found {decay}")
+            raise ValueError("decay: expected a value in [0, 1]")  # which tracing can't put into words
         # A product, since torch.full would bake the number in, and compile again for each one.
         decay = torch.ones((), dtype=torch.float64, device=pairs.ema[0].device) * decay
+    for label, ema_tensor, model_tensor in zip(pairs.labels, pairs.ema, pairs.model, strict=True):
+        if refusal := shards.refusal(f"ema{label}", ema_tensor, model_tensor):
+            raise refusal
     with torch.no_grad():
         ema, model = ([_shard(tensor) for tensor in side] for side in (pairs.ema, pairs.model))
         torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.parameter, buffers)
 
 
 def _shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if shards.is_sharded(tensor) else tensor  # type: ignore[attr-defined]

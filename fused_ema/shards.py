@@ -29,7 +29,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def first_here(tensor: Tensor) -> bool:
     """Whether this rank is the one that acts for all that share the tensor."""
-    return not is_sharded(tensor) or not any(tensor.device_mesh.get_coordinate())  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+    return coordinate is not None and not any(coordinate)
 
 
 def localized(pairs: Pairs) -> Pairs:

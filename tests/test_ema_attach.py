@@ -569,3 +569,19 @@ def test_39_the_step_that_makes_the_state_of_an_optimizer_is_no_update(make_opti
     optimizer.step()
     assert ema.step == 1
     assert not equal(averages(ema), before)
+
+
+def test_two_managers_do_not_save_under_one_name(make_optimizer):
+    model = net()
+    optimizer = make_optimizer(model.parameters())
+    first, second = EMA(model, decay=0.5), EMA(model, decay=0.9)
+    handle = first.attach(optimizer, save=True)
+    with pytest.raises(ValueError, match="save=True from one manager"):
+        second.attach(optimizer, save=True)
+    assert equal(optimizer.state_dict()["fused_ema"]["averages"][0], averages(first))
+    backward(model)
+    optimizer.step()
+    assert (first.step, second.step) == (1, 0)
+    handle.remove()
+    second.attach(optimizer, save=True)
+    assert equal(optimizer.state_dict()["fused_ema"]["averages"][0], averages(second))

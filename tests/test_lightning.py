@@ -183,3 +183,62 @@ def test_a_checkpoint_of_lightnings_own_callback_goes_on(tmp_path):
     same_values(model, {name: saved["current_model_state"][name] for name in model})
     same_values({name: averages[name] for name in model}, {name: saved["state_dict"][name] for name in model})
     assert callback.ema.step == 12
+
+
+@pytest.mark.parametrize("save", ["model", "average"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_average_of_the_checkpoint_is_tested(tmp_path, save, fresh):
+    averages = {}
+
+    class Noting(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            averages[trainer.current_epoch] = copy.deepcopy(callback.ema.state_dict()["averages"][0])
+
+    callback, keep = EMACallback(decay=0.9, save=save), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    module = Module()
+    run = trainer(tmp_path, callback, keep, Noting())
+    run.fit(module, data())
+    final = copy.deepcopy(averages[1])
+    if fresh:
+        module, callback = Module(), EMACallback(decay=0.9, save=save)
+        run = trainer(tmp_path, callback)
+    run.test(module, data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    same_values(module.tested[0], {name: averages[0][name] for name in module.tested[0]})
+    assert not torch.equal(module.tested[0]["network.0.weight"], final["network.0.weight"])
+    module.tested.clear()
+    if not fresh:
+        run.test(module, data(), verbose=False)
+        same_values(module.tested[0], {name: final[name] for name in module.tested[0]})
+
+
+def test_a_checkpoint_without_averages_is_told(tmp_path):
+    plain = trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"))
+    plain.fit(Module(), data())
+    with pytest.warns(UserWarning, match="has no averages: a new one begins"):
+        trainer(tmp_path, EMACallback(), max_epochs=3).fit(Module(), data(), ckpt_path=tmp_path / "plain.ckpt")
+    module = Module()
+    with pytest.warns(UserWarning, match="has no averages: its own weights"):
+        trainer(tmp_path, EMACallback()).test(module, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
+    same_values(module.tested[0], values(module))
+
+
+@pytest.mark.parametrize("save", ["model", "average"])
+def test_a_checkpoint_written_during_validation_has_the_trained_weights(tmp_path, save):
+    class Saving(lightning.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "inside.ckpt")
+            assert callback.ema.describe()["swapped"] == 0
+
+        def on_validation_end(self, trainer, module):  # before the callback's
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    callback = EMACallback(decay=0.9, save=save)
+    module = Module()
+    trainer(tmp_path, Saving(), callback, num_sanity_val_steps=0).fit(module, data(), data(2))
+    for file in ("inside.ckpt", "end.ckpt"):
+        saved = torch.load(tmp_path / file, weights_only=True)
+        trained = saved["state_dict" if save == "model" else "current_model_state"]
+        same_values({name: trained[name] for name, _ in module.named_parameters()}, values(module))
+        if save == "average":
+            averages = callback.ema.state_dict()["averages"][0]
+            same_values({name: saved["state_dict"][name] for name in averages}, averages)

@@ -67,6 +67,10 @@ def values(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
+def clones(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 class Averages(transformers.TrainerCallback):
     """Averages by hand, after each step."""
 
@@ -110,13 +114,48 @@ def test_resumed_training_has_the_same_bits(tmp_path):
 
 
 def test_training_goes_on_from_a_folder_elsewhere(tmp_path):
-    whole, callback, other = (EMACallback(decay=0.9) for _ in range(3))
+    """Though the own folder has a checkpoint of that number, of another training."""
+    whole, other, callback = (EMACallback(decay=decay) for decay in (0.9, 0.5, 0.9))
     trainer(tmp_path / "first", whole).train()
-    checkpoint = str(tmp_path / "first" / "checkpoint-3")
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint"):
-        trainer(tmp_path / "second", other).train(resume_from_checkpoint=checkpoint)
-    trainer(tmp_path / "second", callback, resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
+    trainer(tmp_path / "second", other).train()
+    resumed = trainer(tmp_path / "second", callback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
     same_values(callback.ema.state_dict()["averages"][0], whole.ema.state_dict()["averages"][0])
+
+
+def test_the_same_trainer_goes_back_to_a_checkpoint(tmp_path):
+    callback = EMACallback(decay=0.9)
+    run = trainer(tmp_path, callback)
+    run.train()
+    expected = clones(callback.ema.state_dict()["averages"][0])
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert callback.ema.step == 6
+    same_values(callback.ema.state_dict()["averages"][0], expected)
+
+
+def test_each_of_several_datasets_is_evaluated_with_the_average(tmp_path):
+    callback, seen = EMACallback(decay=0.9), []
+    run = trainer(tmp_path, callback)
+    run.eval_dataset = {"a": data(4), "a_b": data(8), "b": data(4)}
+    step = run.prediction_step
+    run.prediction_step = lambda *given, **options: seen.append(values(run.model)) or step(*given, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EMACallback")
+        run.train()
+    assert len(seen) >= 6
+    for found in seen[-3:]:
+        same_values(found, callback.ema.state_dict()["averages"][0])
+    folder = tmp_path / "checkpoint-6"
+    same_values(values(transformers.GPT2LMHeadModel.from_pretrained(folder)), values(run.model))
+    assert not torch.equal(run.model.transformer.wte.weight, seen[-1]["transformer.wte.weight"])
+
+
+def test_a_prediction_of_the_model_says_so(tmp_path):
+    callback = EMACallback(decay=0.9)
+    run = trainer(tmp_path, callback)
+    run.train()
+    with pytest.warns(UserWarning, match="the model's own weights"):
+        run.predict(data(4))
 
 
 def test_sharded_models_are_not_saved_by_the_callback(tmp_path, monkeypatch):

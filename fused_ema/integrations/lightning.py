@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from typing import Any, Literal
 
 try:
@@ -72,22 +74,36 @@ class EMACallback(Callback):
         elif self._of_lightning is not None:
             checkpoints.restore(self.ema, self._of_lightning)
             self._of_lightning = None
+        elif trainer.ckpt_path is not None:
+            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: a new one begins here", stacklevel=2)
         self._attached = self.ema.attach(trainer.optimizers[self.optimizer])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()
+        self._state = None
         if self._attached:
             self._attached.remove()
             self._attached = None
 
-    def _enter(self, *_: Any) -> None:
-        if self.evaluate and self.ema:
-            self._inside.enter_context(self.ema.swapped(self.index))
+    def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.evaluate:
+            return
+        manager = self.ema
+        if trainer.ckpt_path is not None and trainer.state.fn != "fit":  # then that checkpoint's average is meant
+            if self._state is None:
+                warnings.warn(
+                    f"EMACallback: {trainer.ckpt_path} has no averages: its own weights are used", stacklevel=2
+                )
+                return
+            manager = EMA(pl_module, self.decay, **self.options)
+            manager.load_state_dict(self._state)
+        if manager:
+            self._inside.enter_context(manager.swapped(self.index))
 
     def _leave(self, *_: Any) -> None:
         self._inside.close()
 
-    on_validation_start = on_test_start = on_predict_start = _enter  # type: ignore[assignment]
+    on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = on_exception = _leave  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,9 +113,17 @@ class EMACallback(Callback):
         self._state = state_dict or None  # until there is a manager
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        swapped = self.ema is not None and self.ema._swap is not None  # someone saves during an evaluation
+        if swapped:
+            self._leave()
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if self.ema and self.save == "average":
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = self.ema.averaged_state_dict(self.index)
+        if swapped:
+            for key in {"state_dict", "current_model_state"} & checkpoint.keys():
+                checkpoint[key] = copy.deepcopy(checkpoint[key])  # it is written when the average is back
+            self._enter(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint and trainer.state.fn == "fit":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..ema import EMA
 from ..shards import is_sharded
@@ -32,8 +34,7 @@ class EMACallback(TrainerCallback):
     `callback.ema` is the manager, from the start of `train` on.
 
     Raises:
-        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages. For one that is not in
-            `output_dir`, name it as `TrainingArguments(resume_from_checkpoint=...)` too.
+        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages.
         ValueError: from `train`, for `save` and a sharded model.
     """
 
@@ -57,9 +58,8 @@ class EMACallback(TrainerCallback):
                 "EMACallback: expected save=False for a sharded model, found True; torch.distributed.checkpoint saves "
                 "and loads callback.ema.state_dict()"
             )
-        if state.global_step and self.ema.step == 0:
-            elsewhere = Path(str(args.resume_from_checkpoint))
-            self._load(elsewhere if (elsewhere / STATE).is_file() else _checkpoint(args, state))
+        if state.global_step:
+            self._load(_resumed_from() or _checkpoint(args, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         assert self.ema
@@ -75,15 +75,18 @@ class EMACallback(TrainerCallback):
             self._inside.enter_context(self.ema.swapped(self.index))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        if self.ema and self.evaluate and self.ema.updates and not self.ema._swap:
-            warnings.warn(
-                "EMACallback: these are the metrics of the model's own weights; for those of the average, "
-                "`with callback.ema.swapped(): trainer.evaluate()`",
-                stacklevel=2,
-            )
-        self._inside.close()
+        self._warn_of_raw_weights()
+        if not _more_datasets(given.get("metrics") or {}):
+            self._inside.close()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **given: Any
+    ) -> None:
+        self._warn_of_raw_weights()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.ema and self.ema._swap:
+            raise RuntimeError("EMACallback: expected the model's own weights in a checkpoint, found the averages")
         if not (self.ema and self.save and state.is_world_process_zero):
             return
         model, folder, averages = given["model"], _checkpoint(args, state), self.ema.averaged_state_dict(self.index)
@@ -98,15 +101,43 @@ class EMACallback(TrainerCallback):
         if self.save and args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(Path(state.best_model_checkpoint))  # as the trainer did with the model
 
+    def _warn_of_raw_weights(self) -> None:
+        if self.ema and self.evaluate and self.ema.updates and not self.ema._swap:
+            warnings.warn(
+                "EMACallback: these are the metrics of the model's own weights; for those of the average, "
+                "`with callback.ema.swapped(): trainer.evaluate()`",
+                stacklevel=3,
+            )
+
     def _load(self, checkpoint: Path) -> None:
         assert self.ema
         if not (checkpoint / STATE).is_file():
-            raise FileNotFoundError(
-                f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file; "
-                "a checkpoint elsewhere goes into TrainingArguments(resume_from_checkpoint=...) too"
-            )
+            raise FileNotFoundError(f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file")
         self.ema.load_state_dict(torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _trainer_frames(function: str) -> Iterator[dict[str, Any]]:
+    """The variables of the Trainer's functions of that name that called us: it tells its callbacks too little."""
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == function and isinstance(frame.f_locals.get("self"), Trainer):
+            yield frame.f_locals
+
+
+def _resumed_from() -> Path | None:
+    for variables in _trainer_frames("_inner_training_loop"):
+        if isinstance(path := variables.get("resume_from_checkpoint"), str):
+            return Path(path)
+    return None
+
+
+def _more_datasets(metrics: Mapping[str, float]) -> bool:
+    """Whether this is one of several datasets, and not the last: then the next follows at once."""
+    for variables in _trainer_frames("evaluate"):
+        if isinstance(datasets := variables.get("eval_dataset"), dict):
+            return f"{variables.get('metric_key_prefix', 'eval')}_{list(datasets)[-1]}_runtime" not in metrics
+    return False

@@ -215,6 +215,16 @@ def check_evaluation(folder):
         same(model.state_dict(), one_ema.averaged_state_dict())
         same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
         one_ema.copy_to(one)
+    # Two modules that were both evaluated: an update into what was put together would be thrown away.
+    teacher, student, one_teacher, one_student = fsdp(network()), fsdp(network()), network(), network()
+    handle = fused_ema.bind(teacher, student)
+    for step in range(1, 4):
+        train(student, step), train(one_student, step)
+        teacher.eval()(batch(0)), student.eval()(batch(0))
+        handle.update(0.5) if step % 2 else fused_ema.update(teacher, student, 0.5)
+        fused_ema.update(one_teacher, one_student, 0.5)
+        same(teacher.state_dict(), one_teacher.state_dict())
+        student.reshard()
 
 
 def check_ddp(folder):
@@ -265,12 +275,6 @@ def check_refusals(folder):
 
     model = fsdp(network())
     ema = fused_ema.EMA(model)
-    if FSDP_RUNS_HERE:
-        model.eval()
-        model(batch(0))
-        assert not all(isinstance(p, DTensor) for p in model.parameters()), "FSDP2 leaves the outermost ones whole"
-        average = fsdp(network())
-        refused(ValueError, "model.reshard()", lambda: fused_ema.update(average, model, 0.5))
     refused(ValueError, "sharded", lambda: fused_ema.EMA(model, device="cpu"))
     refused(ValueError, "not sharded", lambda: ema.copy_to(network()))
     state = ema.state_dict()
@@ -278,10 +282,12 @@ def check_refusals(folder):
 
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
-    refused(RuntimeError, "use_orig_params=True", lambda: fused_ema.EMA(flat))
+    for use_orig_params in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        refused(RuntimeError, "fully_shard (FSDP2)", lambda flat=flat: fused_ema.EMA(flat))
+        refused(RuntimeError, "fully_shard (FSDP2)", lambda flat=flat: fused_ema.update(flat, flat, 0.5))
 
 
 def check_stale(folder):
@@ -324,7 +330,8 @@ def check_stale(folder):
 
 
 def check_compiled(folder):
-    """Within a compiled function, too, each rank's shards are what changes."""
+    """Within a compiled function, too, each rank's shards are what changes, and what lies otherwise is refused."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for compiler in ("eager", "aot_eager"):
         torch._dynamo.reset()
         model, ema, eager = (parallel(network()) for _ in range(3))
@@ -338,6 +345,15 @@ def check_compiled(folder):
             step(decay)
             fused_ema.update(eager, model, decay)
             same(dict(ema.named_parameters()), dict(eager.named_parameters()))
+
+    columns, copies = (distribute_tensor(torch.ones(4, 4), mesh, [p]) for p in (Shard(1), Replicate()))
+    partial = DTensor.from_local(torch.ones(4, 4), mesh, [torch.distributed.tensor.Partial()])
+    for ours, theirs in ((columns, copies), (copies, partial)):
+        before = ours.to_local().clone()
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"(?s)expected|placements|refusal"):
+            torch.compile(fused_ema.update, backend="eager", fullgraph=True)([ours], [theirs], 0.5)
+        assert torch.equal(ours.to_local(), before)
 
 
 def check_save(folder):
