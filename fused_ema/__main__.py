@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def _reasons() -> list[str]:
     built_for = str(_native.record().get("archs") or "")
     for gpu in [] if reason_cuda else gpus:
         architecture = "{}.{}".format(*torch.cuda.get_device_capability(gpu))
-        if not any(_runs_on(built, architecture) for built in built_for.split(";")):
+        built = re.findall(r"\d+\.\d+", built_for)  # "8.0;9.0a 12.0+PTX", or names that say nothing
+        if built and not any(_runs_on(each, architecture) for each in built):
             reasons.append(
                 f"{gpu} has compute capability {architecture}, and the kernel was built for {built_for}: its first "
                 f"launch compiles it, or fails; {_native.REBUILD}"
@@ -85,7 +87,7 @@ def _reasons() -> list[str]:
 
 def _runs_on(built: str, architecture: str) -> bool:
     """Machine code for 8.0 runs on 8.6 too, but not on 9.0."""
-    (major, minor), (wanted, least) = (tuple(map(int, text.split("+")[0].split("."))) for text in (built, architecture))
+    (major, minor), (wanted, least) = (tuple(map(int, text.split("."))) for text in (built, architecture))
     return major == wanted and minor <= least
 
 

@@ -12,6 +12,7 @@ import fused_ema
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 
 from fused_ema.integrations.lightning import EMACallback  # noqa: E402
 
@@ -242,3 +243,52 @@ def test_a_checkpoint_written_during_validation_has_the_trained_weights(tmp_path
         if save == "average":
             averages = callback.ema.state_dict()["averages"][0]
             same_values({name: saved["state_dict"][name] for name in averages}, averages)
+
+
+def test_another_fit_after_an_exception(tmp_path):
+    class Failing(Module):
+        fails = True
+
+        def training_step(self, batch, index):
+            if self.fails and index == 3:
+                raise KeyError("a bad batch")
+            return super().training_step(batch, index)
+
+    callback, module = EMACallback(decay=0.9), Failing()
+    with pytest.raises(KeyError):
+        trainer(tmp_path, callback).fit(module, data())
+    module.fails = False
+    trainer(tmp_path, callback).fit(module, data())
+    assert callback.ema.step == 3 + 12
+
+
+def test_another_module_is_tested_as_it_is(tmp_path):
+    callback, module, other = EMACallback(decay=0.9), Module(), Module()
+    run = trainer(tmp_path, callback)
+    run.fit(module, data())
+    before = values(module)
+    run.test(other, data(), verbose=False)
+    same_values(other.tested[0], values(other))
+    same_values(values(module), before)
+
+
+def test_a_strategy_that_restores_late_resumes_with_the_same_bits(tmp_path):
+    """As FSDP's and DeepSpeed's do: after on_fit_start."""
+
+    class Late(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    def run(callback, epochs, **options):
+        strategy = Late(device="cpu")
+        each = trainer(
+            tmp_path, callback, ModelCheckpoint(tmp_path, filename="last"), max_epochs=epochs, strategy=strategy
+        )
+        each.fit(Module(), data(), **options)
+
+    whole, first, resumed = (EMACallback(decay=0.9) for _ in range(3))
+    run(whole, 2)
+    (tmp_path / "last.ckpt").unlink()
+    run(first, 1)
+    run(resumed, 2, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.ema.step == 12
+    same_values(resumed.ema.state_dict()["averages"][0], whole.ema.state_dict()["averages"][0])

@@ -56,55 +56,72 @@ class EMACallback(Callback):
         self.options = options
         self._state: dict[str, Any] | None = None
         self._of_lightning: dict[str, Any] | None = None  # what its own callback saved
+        self._restored = False  # in this fit
         self._attached: Any = None
         self._inside = contextlib.ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        saving = (each for each in trainer.checkpoint_callbacks if getattr(each, "save_weights_only", False))
-        if self.save == "average" and next(saving, None):  # then no callback is asked
+        saving = (getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks)
+        if self.save == "average" and any(saving):  # then no callback is asked
             raise ValueError(
                 "save: expected 'model' beside a ModelCheckpoint with save_weights_only=True, found 'average': its "
                 "files would have the model's weights"
             )
+        self._restored = False
+        self._attached = self._manager(pl_module).attach(trainer.optimizers[self.optimizer])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._manager(pl_module)  # FSDP and DeepSpeed restore after on_fit_start
+        if trainer.ckpt_path is not None and not self._restored:
+            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: a new one begins here", stacklevel=2)
+
+    def _manager(self, pl_module: LightningModule) -> EMA:
+        """Of this module, with what was loaded for it."""
         if self.ema is None or self.ema.model is not pl_module:
+            self._detach()
             self.ema = EMA(pl_module, self.decay, **self.options)
         if self._state is not None:
             self.ema.load_state_dict(self._state)
-            self._state = None
+            self._state, self._restored = None, True
         elif self._of_lightning is not None:
             checkpoints.restore(self.ema, self._of_lightning)
-            self._of_lightning = None
-        elif trainer.ckpt_path is not None:
-            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: a new one begins here", stacklevel=2)
-        self._attached = self.ema.attach(trainer.optimizers[self.optimizer])
+            self._of_lightning, self._restored = None, True
+        return self.ema
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _detach(self, *_: Any) -> None:
         self._leave()
-        self._state = None
         if self._attached:
             self._attached.remove()
             self._attached = None
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+        self._state = None
+
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.evaluate:
             return
-        manager = self.ema
-        if trainer.ckpt_path is not None and trainer.state.fn != "fit":  # then that checkpoint's average is meant
-            if self._state is None:
-                warnings.warn(
-                    f"EMACallback: {trainer.ckpt_path} has no averages: its own weights are used", stacklevel=2
-                )
+        if trainer.state.fn == "fit":
+            manager = self._manager(pl_module)
+        elif trainer.ckpt_path is None:
+            if self.ema is None or self.ema.model is not pl_module:
                 return
+            manager = self.ema
+        elif self._state is None:
+            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: its own weights are used", stacklevel=2)
+            return
+        else:  # the average of that checkpoint is meant
             manager = EMA(pl_module, self.decay, **self.options)
             manager.load_state_dict(self._state)
-        if manager:
-            self._inside.enter_context(manager.swapped(self.index))
+        self._inside.enter_context(manager.swapped(self.index))
 
     def _leave(self, *_: Any) -> None:
         self._inside.close()
 
     on_validation_start = on_test_start = on_predict_start = _enter
-    on_validation_end = on_test_end = on_predict_end = on_exception = _leave  # type: ignore[assignment]
+    on_validation_end = on_test_end = on_predict_end = _leave  # type: ignore[assignment]
+
+    on_exception = _detach  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         return self.ema.state_dict() if self.ema else {}
