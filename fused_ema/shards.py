@@ -86,9 +86,9 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
             f"{name}: expected shape {tuple(theirs.shape)}, as on the other side, found {tuple(ours.shape)}"
         )
     if ours is None or theirs is None:
-        whole = "a tensor that is not sharded"
+        plain = "a tensor that is not sharded"
         hint = "; after a forward pass alone FSDP leaves parameters unsharded: call model.reshard()" if ours else ""
-        return ValueError(f"{name}: expected {theirs or whole}, as on the other side, found {ours or whole}{hint}")
+        return ValueError(f"{name}: expected {theirs or plain}, as on the other side, found {ours or plain}{hint}")
     if ours.mesh != theirs.mesh or ours.placements != theirs.placements:
         return ValueError(f"{name}: expected {theirs}, as on the other side, found {ours}")
     return None

@@ -117,6 +117,11 @@ def same_bits(before, *sources):
     return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
+def clones(tensors):
+    """Of a dict of tensors."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def versions(*sources):
     return [tensor._version for tensor in tensors_of(*sources) if plain(tensor) and not tensor.is_inference()]
 

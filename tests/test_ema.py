@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import net, refused
+from conftest import clones, net, refused
 from oracle import DECAYS, FLOATS, HALF, LARGEST, check_step, real, same_bits, values
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -29,10 +29,6 @@ def name(value):
 def averages(ema, index=0):
     """By name; not copies."""
     return ema.state_dict()["averages"][index]
-
-
-def clones(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def equal(left, right):

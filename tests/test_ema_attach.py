@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import net
+from conftest import clones, net
 from oracle import same_bits
 from torch import nn
 
@@ -23,10 +23,6 @@ def make_optimizer(request):
 
 def averages(ema, index=0):
     return ema.state_dict()["averages"][index]
-
-
-def clones(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def equal(left, right):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import net, refused
+from conftest import clones, net, refused
 from oracle import same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,10 +27,6 @@ def averages(ema, index=0):
 
 def parameters(model):
     return dict(model.named_parameters(remove_duplicate=False))
-
-
-def clones(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def equal(left, right):

@@ -9,6 +9,9 @@ from hazards import ROWS
 
 pytest_plugins = ["pytester"]
 FOLDER = Path(__file__).parent
+CONFTEST = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n" + (
+    "from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +40,7 @@ def test_each_numbered_test_has_a_row():
 
 @pytest.mark.parametrize(("reason", "status"), [("no CUDA GPU", 0), ("too tired", 1)])
 def test_an_unexpected_skip_fails_the_run(pytester, reason, status):
-    pytester.makeconftest(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary"
-    )
+    pytester.makeconftest(CONFTEST)
     pytester.makepyfile(f"import pytest\ndef test_a(): pytest.skip({reason!r})\ndef test_b(): pass")
     assert pytester.runpytest_subprocess("-p", "no:cacheprovider").ret == 0
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--only-expected-skips")
@@ -49,10 +49,7 @@ def test_an_unexpected_skip_fails_the_run(pytester, reason, status):
 
 
 def test_the_table_is_printed_with_what_became_of_the_tests(pytester):
-    pytester.makeconftest(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary"
-    )
+    pytester.makeconftest(CONFTEST)
     names = sorted({name for _, *pair in ROWS.values() for name in pair})
     body = {"31_decays_out_of_range_are_refused": "assert 0", "27_graph_with_a_decay_that_changes": "pytest.skip('')"}
     code = [f"def test_{name}(): {body.get(name, 'pass')}" for name in names]

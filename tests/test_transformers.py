@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import same_values
+from conftest import clones, same_values
 
 import fused_ema
 
@@ -65,10 +65,6 @@ def trainer(folder, callback, model=None, **options):
 
 def values(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def clones(tensors):
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 class Averages(transformers.TrainerCallback):
