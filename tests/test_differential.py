@@ -1,7 +1,6 @@
 """Random cases: the CPU runner and the emulated CUDA grid bit for bit and by the float64 oracle's bounds, the
 pure-PyTorch path by the bounds. `make test-long` has 100,000 of them."""
 
-import itertools
 import math
 
 import numpy as np
@@ -12,14 +11,16 @@ from emulated_grid import CAST_PAIRS, LERP_PAIRS, MAX_AVERAGES, RAW_PAIRS, STOCH
 from grid_checks import in_copy, launch, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_grid_manager_vs_cpu import assert_same, run_on_cpu, threads  # noqa: F401
+from test_grid_manager_vs_cpu import assert_same, threads  # noqa: F401
 
-from fused_ema import reference
+from fused_ema import plan, reference
+from fused_ema.pairing import Pairs
 
 many = settings(
     max_examples=5 * settings.default.max_examples,  # each with one thread and with two
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 OPS = {  # the types, and whether floats are averaged
     "update": (LERP_PAIRS, RAW_PAIRS + CAST_PAIRS),
     "update_stochastic": (STOCHASTIC_PAIRS, RAW_PAIRS),
@@ -38,9 +39,11 @@ def cases(draw):
     kinds = st.sampled_from([(pair, True) for pair in averaged] + [(pair, False) for pair in copied])
     sizes = st.sampled_from([0, 1, 3, 4, 5, 15, 16, 17]) | st.sampled_from(["tile - 1", "tile", "tile + 1", "3 tiles"])
     offsets = st.tuples(st.integers(0, 15), st.integers(0, 15))
-    rows = st.lists(st.tuples(kinds, sizes, offsets, st.sampled_from(LAYOUTS)), min_size=1, max_size=4)
+    row = st.tuples(kinds, sizes, offsets, st.sampled_from(LAYOUTS), st.booleans())
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    ties = draw(st.lists(st.integers(0, len(rows) - 1), max_size=2))  # rows that come again under another name
     count = draw(st.sampled_from([1, 1, 1, 2, 3, MAX_AVERAGES])) if op != "swap" else 1
-    return op, draw(rows), draw(st.lists(decays, min_size=count, max_size=count)), draw(st.integers(0, 2**32 - 1))
+    return op, rows, ties, draw(st.lists(decays, min_size=count, max_size=count)), draw(st.integers(0, 2**32 - 1))
 
 
 def arranged(pair, layout, op):
@@ -51,36 +54,69 @@ def arranged(pair, layout, op):
     if layout == "flat" or n == 0:
         return pair
     if layout == "expanded model" and op != "swap":
-        return pair._replace(model=pair.model[:1].expand(n))
-    ema, model = pair.ema.view(shape), pair.model.view(shape)
+        return pair._replace(model=pair.model[:1].expand(n, *pair.model.shape[1:]))
+    ema, model = pair.ema.unflatten(0, shape), pair.model.unflatten(0, shape)
     if layout == "columns":
         return pair._replace(ema=ema[:, :1], model=model[:, :1])
     other = (columns, n // columns)
-    return pair._replace(
-        ema=pair.ema.view(other).T if layout in ("both permuted", "average permuted") else ema,
-        model=pair.model.view(other).T if layout in ("both permuted", "model permuted") else model,
+    if layout in ("both permuted", "average permuted"):
+        ema = pair.ema.unflatten(0, other).transpose(0, 1)
+    if layout in ("both permuted", "model permuted"):
+        model = pair.model.unflatten(0, other).transpose(0, 1)
+    return pair._replace(ema=ema, model=model)
+
+
+def placed(rng, grid, op, rows, averages):
+    """The memory, the pairs in it, and which of them are complex: those have a last dimension of 2."""
+    given, complex_ = [], []
+    for (dtypes, average), size, offsets, _, as_complex in rows:
+        tile = grid.tile(dtypes[0])
+        n = {"tile - 1": tile - 1, "tile": tile, "tile + 1": tile + 1, "3 tiles": 3 * tile}.get(size, size)
+        complex_.append(as_complex and COMPLEX.keys() >= {*dtypes})
+        parts = 1 + complex_[-1]
+        given.append((dtypes, parts * n, [parts * offset for offset in offsets], average))
+    memory, flat = place(rng, given, averages)
+    pairs, number = [], 0
+    for pair, two, (_, _, _, layout, _) in zip(flat, complex_, rows, strict=True):
+        if two:
+            pair = pair._replace(ema=pair.ema.unflatten(0, (-1, 2)), model=pair.model.unflatten(0, (-1, 2)))
+        pair = arranged(pair, layout, op)
+        pairs.append(pair._replace(number=number))
+        number += (2 - two) * pair.ema.numel()  # a real element takes two numbers, as a complex one
+    return memory, pairs, complex_
+
+
+def run_on_cpu(pairs, complex_, ties, op, decays, keys):
+    """As a manager does it: through all checks."""
+    sides, apart = [], []
+    for pair, two in zip(pairs, complex_, strict=True):
+        sides.append([torch.view_as_complex(side) if two else side for side in pair[:2]])
+        apart.append(pair.next_average // (1 + two))
+    order = [*range(len(pairs)), *ties]
+    ema, model = ([sides[i][side] for i in order] for side in (0, 1))
+    checked = Pairs([f"[{i}]" for i in range(len(order))], ema, model, [pairs[i].average for i in order])
+    ours = plan.Plan(
+        checked,
+        "copy",
+        [ema, model],
+        averages=len(decays),
+        next_averages=[apart[i] for i in order],
+        free_types=True,
     )
+    assert ours.run_call(op, plan.Call(tuple(decays), keys=keys), fresh=True)
 
 
+@pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits stand still")
 @pytest.mark.parametrize("grid", ["small"], indirect=True)
 @given(cases())
 @many
 def test_all_runners_agree(grid, threads, case):  # noqa: F811
-    op, rows, decays, seed = case
+    op, rows, ties, decays, seed = case
     rng = np.random.default_rng(seed)
-
-    def elements(size, dtype):
-        tile = grid.tile(dtype)
-        return {"tile - 1": tile - 1, "tile": tile, "tile + 1": tile + 1, "3 tiles": 3 * tile}.get(size, size)
-
-    placed = [(kind[0], elements(size, kind[0][0]), offsets, kind[1]) for kind, size, offsets, _ in rows]
-    memory, pairs = place(rng, placed, len(decays))
-    pairs = [arranged(pair, layout, op) for pair, (*_, layout) in zip(pairs, rows, strict=True)]
-    numbers = [0, *itertools.accumulate(2 * pair.ema.numel() for pair in pairs)]  # of elements, for random bits
-    pairs = [pair._replace(number=number) for pair, number in zip(pairs, numbers, strict=False)]
+    memory, pairs, complex_ = placed(rng, grid, op, rows, len(decays))
     (other, others), (_, thirds) = in_copy(memory, pairs), in_copy(memory, pairs)
-    keys = [int(key) for key in rng.integers(0, 2**63, len(decays))] if op == "update_stochastic" else ()
-    run_on_cpu(others, len(decays), op, decays, keys=keys)
+    keys = tuple(int(key) for key in rng.integers(0, 2**63, len(decays))) if op == "update_stochastic" else ()
+    run_on_cpu(others, complex_, ties, op, decays, keys)
     if op == "update":
         check_pure_pytorch(others, thirds, decays)
     launch(grid, memory, pairs, op, decays, keys=keys)
