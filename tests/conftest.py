@@ -1,6 +1,7 @@
 """What the tests share: the backends of a machine without a GPU, ways to call, and what a refusal must look like."""
 
 import os
+import sys
 
 import emulated_grid
 import oracle
@@ -172,3 +173,27 @@ def same_values(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert oracle.same_bits(found[name], tensor), name
+
+
+def interrupted_at(moment, call):
+    """Runs `call` up to a moment at which Python hands out signals: where a function begins, or a built-in one ends.
+
+    True if it came to that.
+    """
+    moments = 0
+
+    def profile(frame, event, argument):
+        nonlocal moments
+        moments += event in ("call", "c_return")
+        if moments == moment:
+            raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(profile)
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+        torch.set_grad_enabled(True)  # PyTorch's own no_grad() does not see to that
+    return False

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import clones, net, refused
+from conftest import clones, interrupted_at, net, refused
 from oracle import same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -632,30 +632,6 @@ def test_autocast_sees_what_the_model_holds(backend):
 
 
 # ---- Ctrl-C at any moment
-
-
-def interrupted_at(moment, call):
-    """Runs `call` up to a moment at which Python hands out signals: where a function begins, or a built-in one ends.
-
-    True if it came to that.
-    """
-    moments = 0
-
-    def profile(frame, event, argument):
-        nonlocal moments
-        moments += event in ("call", "c_return")
-        if moments == moment:
-            raise KeyboardInterrupt
-
-    try:
-        sys.setprofile(profile)
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.setprofile(None)
-        torch.set_grad_enabled(True)  # PyTorch's own no_grad() does not see to that
-    return False
 
 
 def replaces_weights(model):

@@ -555,7 +555,7 @@ def test_readable_by_those_who_may_read_new_files(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-KILLS = 20
+KILLS = max(20, settings.default.max_examples // 10)  # 1000 in `make test-long`
 KILLED = """
     # A child saves all the time, in turns under a name that is there and a new one; the parent kills it at any moment.
     import json, os, random, signal, sys, time
@@ -604,7 +604,7 @@ KILLED = """
 
 def test_killed_at_any_moment(tmp_path):
     code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), kills=KILLS))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr
     newest, leftovers = json.loads(done.stdout)
     assert newest > KILLS / 2, "too few were saved for the kills to mean anything"

@@ -1,0 +1,65 @@
+// Allocations that fail when told to: LD_PRELOADed, it takes the place of C++'s operator new and of posix_memalign, by
+// which PyTorch gets the memory of tensors.
+#include <dlfcn.h>
+#include <execinfo.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace {
+
+struct Range {
+  uintptr_t begin, end;
+};
+Range spared[64];  // code whose allocations do not fail
+int spared_count = 0;
+
+thread_local long left = 0;  // allocations of this thread up to the one that fails; 0: none does
+
+bool within_spared() {
+  void* frames[64];
+  const int count = backtrace(frames, 64);
+  return std::any_of(frames, frames + count, [](void* frame) {
+    const auto at = reinterpret_cast<uintptr_t>(frame);
+    return std::any_of(spared, spared + spared_count, [=](Range each) { return at >= each.begin && at < each.end; });
+  });
+}
+
+bool fails() {
+  if (left == 1 && within_spared()) return false;
+  return left > 0 && --left == 0;
+}
+
+void* allocate(size_t size, size_t alignment = sizeof(void*)) {
+  size = (size + alignment - 1) / alignment * alignment;
+  void* const memory = fails() ? nullptr : std::aligned_alloc(alignment, size ? size : alignment);
+  return memory ? memory : throw std::bad_alloc();
+}
+
+}  // namespace
+
+extern "C" void fail_at(long n) { left = n; }
+extern "C" void spare(uintptr_t begin, uintptr_t end) { spared[spared_count++] = {begin, end}; }
+extern "C" long until_failure() { return left; }
+
+extern "C" int posix_memalign(void** memory, size_t alignment, size_t size) noexcept {
+  using Function = int (*)(void**, size_t, size_t);
+  static const auto original = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "posix_memalign"));
+  return fails() ? ENOMEM : original(memory, alignment, size);
+}
+
+void* operator new(size_t size) { return allocate(size); }
+void* operator new[](size_t size) { return allocate(size); }
+void* operator new(size_t size, std::align_val_t alignment) { return allocate(size, static_cast<size_t>(alignment)); }
+void* operator new[](size_t size, std::align_val_t alignment) { return allocate(size, static_cast<size_t>(alignment)); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }

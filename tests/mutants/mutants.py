@@ -1,0 +1,338 @@
+"""Faults put into the package by hand, one at a time: the file, the text there once, and what takes its place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # ---- csrc: numbers
+    Mutant("weight for decay", "csrc/lerp.h", "? T(1.0 - decay) : T(-decay)", "? T(decay) : T(decay - 1.0)"),
+    Mutant("1 - decay in float32", "csrc/lerp.h", "? T(1.0 - decay)", "? T(1) - T(decay)"),
+    Mutant("one branch for all decays", "csrc/lerp.h", "return 1.0 - decay < 0.5 ?", "return 1.0 - decay < 2.0 ?"),
+    Mutant(
+        "two roundings for one",
+        "csrc/lerp.h",
+        "  return std::fma(a, b, c);\n#endif\n}\nFUSED_EMA_HD double",
+        "  return a * b + c;\n#endif\n}\nFUSED_EMA_HD double",
+    ),
+    Mutant("no select where equal", "csrc/lerp.h", "return e == p ? e : result;", "return result;"),
+    Mutant("bfloat16 cut off", "csrc/lerp.h", "(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16", "bits >> 16"),
+    Mutant("ties to odd in float16", "csrc/lerp.h", "+ 0xfffu + (magnitude >> 13 & 1u)", "+ 0x1000u"),
+    Mutant("one stream of random bits", "csrc/lerp.h", "uint32_t(counter >> 32) * 0x9e3779b9u", "0u"),
+    Mutant(
+        "half the share in float16",
+        "csrc/lerp.h",
+        "const uint32_t share = random >> 19;",
+        "const uint32_t share = random >> 20;",
+    ),
+    # ---- csrc: tables and tiles
+    Mutant("int32 count", "csrc/table.h", "row.numel = numel;", "row.numel = static_cast<int32_t>(numel);"),
+    Mutant(
+        "int32 index",
+        "csrc/tiles.h",
+        "at.ema += index * layout.ema_stride[d];",
+        "at.ema += static_cast<int32_t>(index * layout.ema_stride[d]);",
+    ),
+    Mutant(
+        "dropped tail",
+        "csrc/tiles.h",
+        "begin + kTile < row.numel ? begin + kTile : row.numel;",
+        "begin + kTile < row.numel ? begin + kTile : row.numel / 4 * 4;",
+    ),
+    Mutant(
+        "dropped last tile",
+        "csrc/table.h",
+        "(numel + row.misaligned + tile - 1) / tile",
+        "(numel + row.misaligned) / tile",
+    ),
+    Mutant("tile for the head forgotten", "csrc/table.h", "(numel + row.misaligned + tile - 1)", "(numel + tile - 1)"),
+    Mutant(
+        "missing guard of loads",
+        "csrc/tiles.h",
+        "      if (first + b * kThreads >= end) continue;\n      if (F::reads_ema)",
+        "      if (F::reads_ema)",
+    ),
+    Mutant(
+        "missing guard of stores",
+        "csrc/tiles.h",
+        "      if (first + b * kThreads >= end) continue;\n      f(e[b]",
+        "      f(e[b]",
+    ),
+    Mutant(
+        "swapped strides",
+        "csrc/table.h",
+        "layout.model_stride[layout.dims] = model;",
+        "layout.model_stride[layout.dims] = ema;",
+    ),
+    Mutant(
+        "merged by one side alone",
+        "csrc/table.h",
+        "layout.ema_stride[last] == ema * size && layout.model_stride[last] == model * size",
+        "layout.ema_stride[last] == ema * size",
+    ),
+    Mutant(
+        "flat by one side alone",
+        "csrc/table.h",
+        "layout.ema_stride[0] == 1 && layout.model_stride[0] == 1)",
+        "layout.ema_stride[0] == 1)",
+    ),
+    Mutant("a dimension too many", "csrc/table.h", "if (layout.dims == kMaxDims) return false;", ""),
+    Mutant(
+        "vectors at any address",
+        "csrc/tiles.h",
+        "if (high - low == kTile && row.model_aligned) {",
+        "if (high - low == kTile) {",
+    ),
+    Mutant(
+        "one vector twice",
+        "csrc/tiles.h",
+        "const int at = ((step * kUnroll + u) * kThreads + thread) * kLanes;\n      f(",
+        "const int at = ((step * kUnroll) * kThreads + thread) * kLanes;\n      f(",
+    ),
+    Mutant(
+        "one decay for all on the device",
+        "csrc/tiles.h",
+        "static_cast<const double*>(call.device_decay)[average]",
+        "static_cast<const double*>(call.device_decay)[0]",
+    ),
+    Mutant(
+        "blocks of averages mixed up",
+        "csrc/tiles.h",
+        "launch.call.first + int(block % averages)",
+        "int(block % averages)",
+    ),
+    Mutant("no average at decay 1 left alone", "csrc/tiles.h", "if (is_update(kOp) && step.decay == 1.0) return;", ""),
+    # ---- csrc: the CPU runner
+    Mutant("decay 1 computed on the CPU", "csrc/ema_cpu.cpp", "if (is_update(op) && step.decay == 1.0) continue;", ""),
+    Mutant("subnormals flushed", "csrc/ema_cpu.cpp", "_mm_setcsr(before_ & ~0x8040u);", "_mm_setcsr(before_);"),
+    Mutant(
+        "first average for all", "csrc/ema_cpu.cpp", "step_of(call, row, average)", "step_of(call, row, call.first)"
+    ),
+    Mutant(
+        "first elements of each piece",
+        "csrc/ema_cpu.cpp",
+        "const int64_t low = std::max<int64_t>(begin - row->first, 0)",
+        "const int64_t low = 0",
+    ),
+    Mutant("restored from the average", "csrc/ema_cpu.cpp", "if (op == Op::restore) {", "if (op == Op::copy) {"),
+    Mutant(
+        "copied in the other direction",
+        "csrc/ema_cpu.cpp",
+        "std::memcpy(to, from, size_t(n * size_of(to_type)));",
+        "std::memcpy(const_cast<void*>(from), to, size_t(n * size_of(to_type)));",
+    ),
+    # ---- csrc: plans that are stale
+    Mutant("no version bump", "csrc/plan.cpp", "      bump(entry.ema);\n", ""),
+    Mutant("no version bump of the model", "csrc/plan.cpp", "if (writes_model(op)) bump(entry.model);", ""),
+    Mutant("stale address", "csrc/plan.cpp", "data_of(impl, written) != seen.data ||", ""),
+    Mutant("stale dtype", "csrc/plan.cpp", "impl->dtype() != seen.dtype || ", ""),
+    Mutant(
+        "stale storage size",
+        "csrc/plan.cpp",
+        " ||\n      impl->unsafe_storage().unsafeGetStorageImpl()->nbytes() != seen.storage_bytes",
+        "",
+    ),
+    Mutant("stale strides", "csrc/plan.cpp", " || strides[d] != shape_[seen.dims + d]", ""),
+    Mutant("stale sizes", "csrc/plan.cpp", "sizes[d] != shape_[d] || ", ""),
+    Mutant("another kind of tensor", "csrc/plan.cpp", "if (impl->key_set() != seen.keys) return false;", ""),
+    Mutant(
+        "copy-on-write on threads",
+        "csrc/plan.cpp",
+        "if (written && c10::impl::cow::is_cow_data_ptr(impl->unsafe_storage().data_ptr())) return false;",
+        "",
+    ),
+    Mutant(
+        "inference tensors written", "csrc/plan.cpp", "return c10::InferenceMode::is_enabled() ||", "return true ||"
+    ),
+    Mutant("one number for all tensors", "csrc/plan.cpp", "number += entry.ema.numel();", ""),
+    Mutant(
+        "averages of complex numbers overlap",
+        "csrc/plan.cpp",
+        "entry.next_average * (doubled ? 2 : 1)",
+        "entry.next_average",
+    ),
+    Mutant("no storages kept while others run", "csrc/bindings.cpp", "plan_.large()", "false"),
+    Mutant(
+        "no lock",
+        "csrc/bindings.cpp",
+        "std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);",
+        "std::mutex mine;\n    std::unique_lock<std::mutex> lock(mine, std::try_to_lock);",
+    ),
+    Mutant(
+        "children not watched",
+        "csrc/bindings.cpp",
+        "registries_[i].current(registry)) return false;",
+        "(i < 2 && !registries_[i].current(registry))) return false;",
+    ),
+    Mutant("names not watched", "csrc/bindings.cpp", "slots_[i].key.ptr() != key || ", ""),
+    Mutant(
+        "swap_tensors not seen",
+        "csrc/bindings.cpp",
+        "(!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor)",
+        "true",
+    ),
+    Mutant("shards not watched", "csrc/bindings.cpp", "(!shard || shard_of(found) == shard)", "true"),
+    Mutant("always complete", "csrc/bindings.cpp", "    return complete_ && std::all_of(", "    return std::all_of("),
+    Mutant("exchanged for good", "csrc/bindings.cpp", "exchanged_ = op == Op::swap;", "exchanged_ = true;"),
+    Mutant("version at decay 1", "csrc/bindings.cpp", "return decay == 1.0; };", "return decay == 2.0; };"),
+    Mutant("memory set aside not checked", "csrc/bindings.cpp", "memory.numel() >= needed &&", "true &&"),
+    Mutant("versions of sharded averages", "csrc/bindings.cpp", "    bump_versions(sharded_ema_);\n", ""),
+    # ---- Pairing and checks
+    Mutant("double tie", "fused_ema/checks.py", "        actions[i] = Action.NONE\n", "        pass\n"),
+    Mutant(
+        "one average of two parameters",
+        "fused_ema/checks.py",
+        "if _memory(pairs.model[before]) != _memory(model):",
+        "if False:",
+    ),
+    Mutant(
+        "averages that overlap", "fused_ema/checks.py", "if after.begin < before.end:", "if after.begin < before.begin:"
+    ),
+    Mutant(
+        "average in the model's memory",
+        "fused_ema/checks.py",
+        "if at >= 0 and ema_spans[at].end > span.begin:",
+        "if at > 0 and ema_spans[at].end > span.begin:",
+    ),
+    Mutant(
+        "spans without strides",
+        "fused_ema/checks.py",
+        "return _Span(begin, begin + _extent(tensor) * tensor.element_size(), name)",
+        "return _Span(begin, begin + tensor.numel() * tensor.element_size(), name)",
+    ),
+    Mutant("expanded averages", "fused_ema/checks.py", "        if stride <= reach:", "        if stride < reach:"),
+    Mutant("storage too small", "fused_ema/checks.py", "        if found < needed:", "        if found == 0:"),
+    Mutant("narrow averages", "fused_ema/checks.py", "if WIDTH[ema.dtype] >= WIDTH[model.dtype]:", "if True:"),
+    Mutant(
+        "checked while writing",
+        "fused_ema/checks.py",
+        "    if ema.shape != model.shape:",
+        "    if ema.numel() != model.numel():",
+    ),
+    Mutant(
+        "paired by position",
+        "fused_ema/pairing.py",
+        "return [(name, name) for name in ours]",
+        "return list(zip(ours, theirs))",
+    ),
+    Mutant(
+        "names of one side dropped",
+        "fused_ema/pairing.py",
+        'if differ := difference(plain_theirs, plain_ours, "model", "ema"):',
+        "if False:",
+    ),
+    Mutant("tied names once", "fused_ema/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
+    Mutant("buffers averaged", "fused_ema/checks.py", '{"copy": Action.COPY,', '{"copy": Action.AVERAGE,'),
+    Mutant(
+        "plans of other buffers",
+        "fused_ema/functional.py",
+        "key = (id(ema), id(model), buffers)",
+        "key = (id(ema), id(model))",
+    ),
+    Mutant("plans of the dead", "fused_ema/functional.py", "lambda _: _module_plans.pop(key, None)", "lambda _: None"),
+    Mutant(
+        "decay above 1",
+        "fused_ema/arguments.py",
+        "    if not 0.0 <= value <= 1.0:  #",
+        "    if not 0.0 <= value <= 2.0:  #",
+    ),
+    # ---- The manager
+    Mutant(
+        "refused updates counted",
+        "fused_ema/ema.py",
+        "        step = self._step + 1\n",
+        "        step = self._step = self._step + 1\n",
+    ),
+    Mutant("update_every forgotten", "fused_ema/ema.py", "decay**self.update_every if", "decay if"),
+    Mutant("one key for all averages", "fused_ema/ema.py", "step * MAX_AVERAGES + k)", "step * MAX_AVERAGES)"),
+    Mutant(
+        "replaced tensors keep the average",
+        "fused_ema/exchange.py",
+        "        if self.replaced:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "autocast's copies stay",
+        "fused_ema/plan.py",
+        '        if op in ("swap", "restore"):\n            torch.clear_autocast_cache()',
+        '        if op == "copy":\n            torch.clear_autocast_cache()',
+    ),
+    Mutant(
+        "averages of several share lines",
+        "fused_ema/averages.py",
+        "math.ceil(numel / unit) * unit if count > 1",
+        "numel if count > 1",
+    ),
+    Mutant("tied names apart", "fused_ema/averages.py", "if id(tensor) not in tied:", "if True:"),
+    Mutant("seed not resumed", "fused_ema/state.py", '    ema.seed = numbers["seed"]\n', ""),
+    Mutant("decays not resumed", "fused_ema/state.py", 'tuple(saved["decays"])', "ema._decays"),
+    Mutant("averages half taken over", "fused_ema/state.py", "elif found.shape != average.shape:", "elif False:"),
+    Mutant(
+        "skipped steps counted",
+        "fused_ema/attachment.py",
+        "            if found_inf.item():\n                return\n            found_inf = None\n        devices",
+        "            found_inf = None\n        devices",
+    ),
+    Mutant(
+        "swapped models trained",
+        "fused_ema/attachment.py",
+        '        self._ema._check_unswapped("attach", "optimizer.step() would train the averages; ")\n',
+        "",
+    ),
+    Mutant("the count of warm-up", "fused_ema/schedules.py", "(1 + n) / (10 + n)", "n / (10 + n)"),
+    Mutant(
+        "power function by steps",
+        "fused_ema/schedules.py",
+        "per_step: ClassVar[bool] = False",
+        "per_step: ClassVar[bool] = True",
+    ),
+    Mutant(
+        "numbers of random bits",
+        "fused_ema/plan.py",
+        "number, start = number + 2 * first.numel(), number",
+        "number, start = number + first.numel(), number",
+    ),
+    Mutant(
+        "PyTorch's branches exchanged",
+        "fused_ema/reference.py",
+        "difference.mul(weight).add_(e) if weight < 0.5",
+        "difference.mul(weight).add_(e) if weight > 0.5",
+    ),
+    # ---- Files
+    Mutant(
+        "pickles that run code",
+        "fused_ema/checkpoints.py",
+        "map_location=map_location, weights_only=True)",
+        "map_location=map_location, weights_only=False)",
+    ),
+    Mutant(
+        "written in place",
+        "fused_ema/files.py",
+        'temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")',
+        "temporary = path",
+    ),
+    Mutant("not yet on the disk", "fused_ema/files.py", "        _sync(temporary)\n", ""),
+    Mutant("leftovers of failures", "fused_ema/files.py", "        temporary.unlink(missing_ok=True)\n", ""),
+    Mutant("weights that don't sum to 1", "fused_ema/posthoc.py", "    return x / x.sum()\n", "    return x\n"),
+    Mutant(
+        "any folder for code",
+        "fused_ema/_build.py",
+        "folder.mkdir(mode=0o700, exist_ok=True)",
+        "folder.mkdir(exist_ok=True)",
+    ),
+    Mutant("builds without a lock", "fused_ema/_build.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    Mutant(
+        "half a library",
+        "fused_ema/_build.py",
+        'return same and record.get("size") == (folder / LIBRARY).stat().st_size',
+        "return same",
+    ),
+]
