@@ -16,7 +16,7 @@ key = $(firstword $(shell echo '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
 BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
 
-.PHONY: help setup demo test test-long sanitize lint bench audit clean
+.PHONY: help setup demo test test-long sanitize sanitize-plans soak mutants coverage fuzz lint bench audit clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -33,10 +33,20 @@ KILLED := tests/test_posthoc.py::test_killed_at_any_moment
 test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 1000 processes killed while saving: an hour
 	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
 
+sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
+	@$(PY) tests/instrumented.py address $(addprefix tests/test_,hazards_*.py ema.py ema_swap.py numerics.py stale_plans.py)
+	@$(PY) tests/instrumented.py thread tests/test_hazards_process.py
+
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
+sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
 	@mkdir -p build && $(CXX) $(SANITIZERS) -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
 	    tests/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+
+soak: setup  ## a million updates of models that change: a quarter of an hour
+	@$(PY) tests/soak.py $(ARGS)
+
+mutants: setup  ## put faults into a copy, one by one, and see whether the tests notice: two hours; parts of names in ARGS
+	@$(PY) tests/mutants/run.py $(ARGS)
 
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

@@ -107,8 +107,9 @@ def test_02_neighbours_in_one_storage(update, kind):
         lambda x: (x[:4].view(2, 2), x[:4].view(2, 2).t()),
         lambda x: (x[:4], x[:4].view(torch.int32)),
         lambda x: (x[:8], x[:8].view(torch.complex64)),
+        lambda x: (x[::2], x[6:]),
     ],
-    ids=["partly", "inside", "reshaped", "transposed", "other dtype", "complex"],
+    ids=["partly", "inside", "reshaped", "transposed", "other dtype", "complex", "with gaps"],
 )
 def test_02_overlapping_averages_are_refused(update, kind, views):
     first, second = views(torch.arange(9.0)[:8])
