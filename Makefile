@@ -45,6 +45,10 @@ sanitize-plans:  ## a million random plans over the emulated grid, under the add
 soak: setup  ## a million updates of models that change: a quarter of an hour
 	@$(PY) tests/soak.py $(ARGS)
 
+coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour
+	@$(PY) -m pip install -q coverage
+	@$(PY) tests/instrumented.py coverage tests
+
 mutants: setup  ## put faults into a copy, one by one, and see whether the tests notice: two hours; parts of names in ARGS
 	@$(PY) tests/mutants/run.py $(ARGS)
 

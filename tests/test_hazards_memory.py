@@ -64,6 +64,15 @@ def test_01_untied_averages_of_a_tied_model(update, kind):
     assert ema["b"].tolist() == [4.0, 2.0]
 
 
+def test_01_averages_of_their_own_for_a_module_that_is_used_twice(update):
+    layer = nn.Linear(3, 2)
+    model, ema = nn.Sequential(layer, nn.ReLU(), layer), nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(3, 2))
+    update(ema, model, 0.0)
+    for average in (ema[0], ema[2]):
+        assert torch.equal(average.weight, layer.weight)
+        assert torch.equal(average.bias, layer.bias)
+
+
 @pytest.mark.parametrize("operation", ["update", "copy_", "swap_"])
 def test_01_one_average_of_two_parameters_is_refused(backend, kind, operation):
     e = torch.ones(3)
