@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any, SupportsFloat
 
 import torch
@@ -45,14 +46,25 @@ def _as_float(decay: object) -> float:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number, {least} or more, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**64:
+        limit = " and below 2**64" if isinstance(value, int) and value >= 2**64 else ""  # what a float can hold
+        raise ValueError(f"{name}: expected a whole number, {least} or more{limit}, found {shown(value)}")
     return value
+
+
+def shown(value: object) -> str:
+    """For an error: never the values of a tensor, which may be freed, nor a number of thousands of digits."""
+    return _Shown().repr(value)
+
+
+class _Shown(reprlib.Repr):
+    def repr_instance(self, x: object, level: int) -> str:
+        return f"a {type(x).__name__}" if isinstance(x, Tensor) else super().repr_instance(x, level)
 
 
 def check_buffers(buffers: str) -> None:
     if buffers not in ("copy", "average", "ignore"):
-        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {buffers!r}")
+        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {shown(buffers)}")
 
 
 def check_floating(dtype: torch.dtype) -> None:

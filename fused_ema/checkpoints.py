@@ -130,6 +130,7 @@ def restore(
         ValueError, TypeError: no count of steps where the schedule would begin with a copy; an unknown layout, no whole
             count, other names, shapes or number of tensors, or wider
             types than the averages': the differences. Nothing is changed.
+        IndexError: there is no average of that index.
         RuntimeError: while swapped. Nothing is changed.
     """
     index = ema._check_index(index)

@@ -137,16 +137,23 @@ def check_tensor(name: str, tensor: object) -> None:
         raise ValueError(f"{name}: expected a tensor with data, found one on the meta device")
     if tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"{name}: expected resolved values, found a lazy conjugate or negation; clone it first")
-    if tensor.numel() and has_address(tensor):
-        needed = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
-        found = tensor.untyped_storage().nbytes()
-        if found < needed:
-            state = "freed" if found == 0 else f"of {found} bytes"
-            raise RuntimeError(f"{name}: expected a storage of at least {needed} bytes; storage of {name!r} is {state}")
-        if tensor.data_ptr() % (tensor.element_size() // (2 if tensor.is_complex() else 1)):
-            raise ValueError(
-                f"{name}: expected an address aligned to {dtype_name(tensor)}, found {tensor.data_ptr():#x}"
-            )
+    if refusal := storage_refusal(name, tensor):
+        raise refusal
+    alignment = tensor.element_size() // (2 if tensor.is_complex() else 1)
+    if tensor.numel() and has_address(tensor) and tensor.data_ptr() % alignment:
+        raise ValueError(f"{name}: expected an address aligned to {dtype_name(tensor)}, found {tensor.data_ptr():#x}")
+
+
+def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
+    """Where a dense tensor has less memory than it says; to read it would end the process."""
+    if not tensor.numel() or not has_address(tensor):
+        return None
+    needed = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
+    found = tensor.untyped_storage().nbytes()
+    if found >= needed:
+        return None
+    state = "freed" if found == 0 else f"of {found} bytes"
+    return RuntimeError(f"{name}: expected a storage of at least {needed} bytes; storage of {name!r} is {state}")
 
 
 def _elsewhere(tensor: Tensor) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import check_floating
+from .arguments import check_floating, shown, whole_number
 from .files import safetensors, save, storable
 from .schedules import gamma_of
 from .shards import is_sharded
@@ -185,6 +185,13 @@ def reconstruct(
                         value = file.get_tensor(f"{k}/{key}").to(torch.float64)
                         if name not in sums:
                             sums[name] = torch.zeros_like(value)
+                        wanted = sums[name].shape
+                        if value.shape != wanted or (name in about["complex"] and wanted[-1:] != (2,)):
+                            two = ", and 2 for complex numbers in the end" if name in about["complex"] else ""
+                            raise ValueError(
+                                f"{snapshot.path}: '{k}/{key}': expected shape {tuple(wanted)}{two}, "
+                                f"found {tuple(value.shape)}"
+                            )
                         sums[name].add_(value, alpha=weight)
     result = {}
     for name in expected:
@@ -291,9 +298,30 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     library = safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_MARK, _FORMAT) != _FORMAT:
-                raise ValueError(f"{path}: expected format {_FORMAT}, found {metadata[_MARK]}: update fused_ema")
-            yield file, {key: json.loads(metadata[key]) for key in _KEYS} if _MARK in metadata else {}
-    except (library.SafetensorError, json.JSONDecodeError, KeyError) as error:
+            yield file, _about(path, file.metadata() or {})
+    except library.SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt: {error}") from error
+
+
+def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The metadata as `save_snapshot` writes them; ValueError where it can't have written these."""
+    if metadata.get(_MARK, _FORMAT) != _FORMAT:
+        raise ValueError(f"{path}: expected format {_FORMAT}, found {metadata[_MARK]}: update fused_ema")
+    if _MARK not in metadata:
+        return {}
+    try:
+        about: dict[str, Any] = {key: json.loads(metadata[key]) for key in _KEYS}
+        whole_number("step", about["step"], 0)
+        whole_number("updates", about["updates"], 1)
+        sigma_rels, names, parts = about["sigma_rels"], about["tensors"], about["complex"]
+        if not isinstance(sigma_rels, list) or not sigma_rels:
+            raise ValueError(f"sigma_rels: expected a list of numbers, found {shown(sigma_rels)}")
+        for sigma_rel in sigma_rels:
+            gamma_of(sigma_rel)
+        if not isinstance(names, dict) or not all(isinstance(key, str) for key in names.values()):
+            raise ValueError(f"tensors: expected names by name, found {shown(names)}")
+        if not isinstance(parts, list) or not all(isinstance(name, str) and name in names for name in parts):
+            raise ValueError(f"complex: expected a list of names among the tensors', found {shown(parts)}")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated or corrupt: {error}") from error
+    return about

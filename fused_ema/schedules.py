@@ -19,6 +19,8 @@ from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
+from .arguments import shown
+
 __all__ = [
     "Schedule",
     "constant",
@@ -216,9 +218,9 @@ def to_state(schedule: Schedule) -> dict[str, float | int | str] | str:
 
 def from_state(state: Mapping[str, float | int | str]) -> Schedule:
     """The schedule from the dict that `to_state` made of it; ValueError where the name or an argument is not right."""
-    name = str(state.get("name")) if isinstance(state, Mapping) else ""
-    if name not in _BUILT_IN:
-        raise ValueError(f"schedule: expected a dict with a name among {', '.join(_BUILT_IN)}; found {state!r}")
+    name = state.get("name") if isinstance(state, Mapping) else None
+    if not isinstance(name, str) or name not in _BUILT_IN:
+        raise ValueError(f"schedule: expected a dict with a name among {', '.join(_BUILT_IN)}; found {shown(state)}")
     arguments = {key: value for key, value in state.items() if key != "name"}
     expected = {field.name for field in fields(_BUILT_IN[name])}
     if arguments.keys() != expected:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import schedules, shards
-from .arguments import whole_number
-from .checks import WIDTH, dtype_name
+from .arguments import shown, whole_number
+from .checks import WIDTH, dtype_name, storage_refusal
 from .pairing import difference
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def load(ema: EMA, saved: Any) -> None:
     ours = to_dict(ema)
     if not isinstance(saved, Mapping):
         raise ValueError(f"state: expected the keys {list(ours)}, found {type(saved).__name__}")
-    if saved.get("version", VERSION) != VERSION:
-        raise ValueError(f"state: expected version {VERSION}, found {saved['version']!r}")
+    version = saved.get("version", VERSION)
+    if not isinstance(version, int) or version != VERSION:  # a tensor would compare its elements
+        raise ValueError(f"state: expected version {VERSION}, found {shown(version)}")
     if saved.keys() != ours.keys():
         raise ValueError(f"state: expected the keys {list(ours)}, found {list(saved)}")
-    if saved["rounding"] != ours["rounding"]:
-        raise ValueError(f"state: expected rounding {ours['rounding']!r}, found {saved['rounding']!r}")
+    rounding = saved["rounding"]
+    if not isinstance(rounding, str) or rounding != ours["rounding"]:
+        raise ValueError(f"state: expected rounding {ours['rounding']!r}, found {shown(rounding)}")
     least = {"step": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
     numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
     count = len(ema.schedules)
@@ -55,7 +58,7 @@ def load(ema: EMA, saved: Any) -> None:
             raise ValueError(f"state: expected a list of {key} for {count} averages, found {what}")
     for decay in saved["decays"]:
         if not isinstance(decay, float) or not 0.0 <= decay <= 1.0:
-            raise ValueError(f"state: expected decays in [0, 1], found {decay!r}")
+            raise ValueError(f"state: expected decays in [0, 1], found {shown(decay)}")
     taken = tuple(map(_schedule, saved["schedules"], ema.schedules))
     pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
     with torch.no_grad():
@@ -70,7 +73,7 @@ def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
     if isinstance(saved, Mapping):
         return schedules.from_state(saved)
     if not isinstance(saved, str):
-        raise ValueError(f"state: expected each schedule by name, found {saved!r}")
+        raise ValueError(f"state: expected each schedule by name, found {shown(saved)}")
     if not isinstance(ours := schedules.to_state(own), str):
         raise ValueError(f"state: expected a manager with the schedule it was saved with, {saved}, found {ours}")
     return own
@@ -87,6 +90,10 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
         found = theirs[name]
         if not isinstance(found, Tensor):
             problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
+        elif is_lazy(found) or found.is_nested:
+            problems.append(
+                f"{name!r}: expected a dense tensor, found {'a lazy' if is_lazy(found) else 'a nested'} one"
+            )
         elif found.shape != average.shape:
             problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
         elif refusal := shards.refusal(repr(name), found, average):
@@ -96,6 +103,8 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
             problems.append(f"{name!r}: expected a dense tensor, found {kind}")
         elif found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
             problems.append(f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}")
+        elif refusal := storage_refusal(repr(name), shards.local(found)):
+            problems.append(str(refusal))
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"state: in average {k}, " + "; ".join(problems[:_LISTED]) + more)

@@ -281,6 +281,12 @@ def reshaped(average):
     average["1.bias"] = torch.zeros(1)
 
 
+def freed():
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 REFUSED = {
     "no mapping": (lambda state: [1, 2], ["list"]),
     "none": (lambda state: None, ["NoneType"]),
@@ -313,6 +319,15 @@ REFUSED = {
     "shapes": (with_averages(reshaped), ["'1.weight'", "(33, 7)", "(7, 33)", "'1.bias'", "(33,)", "(1,)"]),
     "wider": (with_averages(lambda a: a.update({"1.bias": a["1.bias"].double()})), ["'1.bias'", "float32", "float64"]),
     "complex": (with_averages(lambda a: a.update({"1.bias": a["1.bias"] + 0j})), ["'1.bias'", "complex64"]),
+    "nested": (with_averages(lambda a: a.update({"1.bias": torch.nested.nested_tensor([a["1.bias"]])})), ["'1.bias'"]),
+    "lazy": (with_averages(lambda a: a.update({"1.bias": nn.UninitializedParameter()})), ["'1.bias'", "lazy"]),
+    "freed": (with_averages(lambda a: a["1.bias"].untyped_storage().resize_(0)), ["'1.bias'", "132 bytes", "freed"]),
+    "cut off": (with_averages(lambda a: a["1.bias"].untyped_storage().resize_(4)), ["'1.bias'", "of 4 bytes"]),
+    "version of tensors": (changed(version=torch.ones(2)), ["version", "Tensor"]),
+    "rounding of tensors": (changed(rounding=torch.ones(2)), ["rounding", "Tensor"]),
+    "step freed": (changed(step=freed()), ["step", "Tensor"]),
+    "step too large": (changed(step=10**400), ["step", "below 2**64"]),
+    "schedule freed": (changed(schedules=[{"name": freed(), "D": 0.5}] * 2), ["schedule", "a Tensor"]),
     "no tensor": (with_averages(lambda a: a.update({"1.bias": [0.0] * 33})), ["'1.bias'", "list"]),
 }
 HALF_WRITTEN = "_fitting lets it through: copy_() raises after the first averages were written"

@@ -448,6 +448,38 @@ def test_broken_files_are_named(tmp_path, part):
             function(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("step", "-1", "step: expected a whole number, 0 or more, found -1"),
+        ("updates", '"7"', "updates: expected a whole number, 1 or more, found '7'"),
+        ("updates", "1" + "0" * 400, "updates: expected a whole number"),
+        ("sigma_rels", "null", "sigma_rels: expected a list of numbers, found None"),
+        ("sigma_rels", '["x"]', "sigma_rel: expected a number, found str"),
+        ("sigma_rels", "[NaN]", "sigma_rel: expected a value in"),
+        ("tensors", "3", "tensors: expected names by name, found 3"),
+        ("tensors", '{"w": 3}', "tensors: expected names by name"),
+        ("complex", '["v"]', "complex: expected a list of names among the tensors', found"),
+        ("complex", '["w"]', "'0/w': expected shape .2, 3., and 2 for complex numbers in the end, found .2, 3."),
+        ("step", "[" * 100_000, "recursion"),
+        ("step", "9" * 5000, "digits"),
+    ],
+)
+def test_metadata_of_another_kind_are_named(tmp_path, key, value, named):
+    path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2, 3))))
+    with posthoc.safetensors().safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors_torch.save_file(tensors, path, {**metadata, key: value})
+    with pytest.raises(ValueError, match=f"{path}: .*{named}"):
+        reconstruct(tmp_path, 0.07)
+
+
+def test_averages_of_one_file_that_differ_in_shape_are_named(tmp_path):
+    path = save_snapshot(tmp_path, Stub(7, {"w": torch.ones(2)}, {"w": torch.ones(3)}))
+    with pytest.raises(ValueError, match=rf"{path}: '1/w': expected shape \(2,\), found \(3,\)"):
+        reconstruct(tmp_path, 0.07)
+
+
 def test_another_format_is_named(tmp_path):
     path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
     safetensors_torch.save_file({"w": torch.ones(1)}, path, {posthoc._MARK: "2"})
