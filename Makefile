@@ -40,7 +40,22 @@ sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates u
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
 	@mkdir -p build && $(CXX) $(SANITIZERS) -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
-	    tests/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+	    tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+
+# The options of libFuzzer in ARGS. A checkpoint run reads and writes files: it gets a third of the runs.
+RUNS ?= 9000
+FUZZ_CXX ?= clang++
+FUZZER := $(SANITIZERS) -fsanitize=fuzzer
+fuzz: setup  ## hostile sources, files and plans, RUNS of them, chosen by what they reach: atheris and libFuzzer
+	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
+	@$(PY) tests/fuzz/fuzz_pairing.py -runs=$(RUNS) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@$(PY) tests/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@if echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }' | \
+	    $(FUZZ_CXX) -fsanitize=fuzzer,address,undefined -x c++ - -o build/fuzzer_links 2>/dev/null; then \
+	    $(FUZZ_CXX) $(FUZZER) -DFUSED_EMA_LIBFUZZER -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
+	        tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer && \
+	    build/fuzz_plans_libfuzzer -runs=$$(($(RUNS) * 10)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS); \
+	else echo 'NOT RUN: tests/fuzz/fuzz_plans.cpp NEEDS $(FUZZ_CXX) WITH ITS FUZZER AND SANITIZER LIBRARIES'; fi
 
 soak: setup  ## a million updates of models that change: a quarter of an hour
 	@$(PY) tests/soak.py $(ARGS)
@@ -55,7 +70,7 @@ mutants: setup  ## put faults into a copy, one by one, and see whether the tests
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h benchmarks/*.cpp)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h tests/fuzz/*.cpp benchmarks/*.cpp)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS

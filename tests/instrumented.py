@@ -84,11 +84,10 @@ def main(kind: str, *names: str) -> None:
     run(*coverage, "run", f"--rcfile={copy}/coveragerc", *tests)
     run(*coverage, "combine", "-q", f"--rcfile={copy}/coveragerc")
     # The kernel's tiles, run over the emulated grid.
-    (copy / "tests").mkdir()
-    for source in ROOT.glob("tests/**/*.cpp"):
-        shutil.copy(source, copy / "tests")
+    shutil.copytree(ROOT / "tests" / "fuzz", copy / "tests" / "fuzz")
+    shutil.copy(ROOT / "tests" / "emulated_grid.cpp", copy / "tests")
     grid = ["-std=c++17", "-DFUSED_EMA_THREADS=32", "-DFUSED_EMA_UNROLL=2", "-DFUSED_EMA_STEPS=2"]
-    run(os.environ.get("CXX", "g++"), *grid, *FLAGS[kind], copy / "tests" / "fuzz_plans.cpp", "-o", "fuzz_plans")
+    run(os.environ.get("CXX", "g++"), *grid, *FLAGS[kind], copy / "tests" / "fuzz" / "fuzz_plans.cpp", "-o", "fuzz_plans")
     run(copy / "fuzz_plans", 200_000)
     if _branches(copy) < 0.9:
         sys.exit("csrc: expected 90% of the branches to be taken")

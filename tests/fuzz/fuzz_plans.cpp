@@ -2,7 +2,7 @@
 // Built with -fsanitize=fuzzer it is a libFuzzer target; else a program: fuzz_plans COUNT [SEED].
 #include <memory>
 
-#include "emulated_grid.cpp"
+#include "../emulated_grid.cpp"
 
 namespace {
 
