@@ -86,8 +86,9 @@ def main(kind: str, *names: str) -> None:
     # The kernel's tiles, run over the emulated grid.
     shutil.copytree(ROOT / "tests" / "fuzz", copy / "tests" / "fuzz")
     shutil.copy(ROOT / "tests" / "emulated_grid.cpp", copy / "tests")
-    grid = ["-std=c++17", "-DFUSED_EMA_THREADS=32", "-DFUSED_EMA_UNROLL=2", "-DFUSED_EMA_STEPS=2"]
-    run(os.environ.get("CXX", "g++"), *grid, *FLAGS[kind], copy / "tests" / "fuzz" / "fuzz_plans.cpp", "-o", "fuzz_plans")
+    small = ["-DFUSED_EMA_THREADS=32", "-DFUSED_EMA_UNROLL=2", "-DFUSED_EMA_STEPS=2"]
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", *FLAGS[kind]]
+    run(*compiler, *small, copy / "tests" / "fuzz" / "fuzz_plans.cpp", "-o", "fuzz_plans")
     run(copy / "fuzz_plans", 200_000)
     if _branches(copy) < 0.9:
         sys.exit("csrc: expected 90% of the branches to be taken")
