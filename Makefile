@@ -70,7 +70,7 @@ mutants: setup  ## put faults into a copy, one by one, and see whether the tests
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*.h tests/fuzz/*.cpp benchmarks/*.cpp)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp benchmarks/*.cpp)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
