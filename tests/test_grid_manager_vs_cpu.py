@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from emulated_grid import CAST_PAIRS, TYPES
+from emulated_grid import CAST_PAIRS, TYPES, Pair
 from grid_checks import in_copy, place
 from test_grid_manager import ALL, DECAYS, KEYS, place_strided
 
@@ -118,3 +118,15 @@ def test_exchanges(grid, threads, averages, index):
         memory.copy_(swapped[0])
         other.copy_(swapped[1])
         assert_same(pairs, memory, others, other, averages)
+
+
+def test_memory_to_set_aside_is_checked(threads):
+    """An exchange that gets too little of it is refused, with nothing written."""
+    pairs = [Pair(torch.ones(5), torch.zeros(5, dtype=torch.bfloat16))]
+    for aside in ([], [torch.empty(9, dtype=torch.uint8)], [torch.empty(10, dtype=torch.int8)]):
+        with pytest.raises(ValueError, match="sets aside"):
+            run_on_cpu(pairs, 1, "swap", [0.0], aside=aside)
+        assert pairs[0].ema.eq(1).all()
+        assert pairs[0].model.eq(0).all()
+    run_on_cpu(pairs, 1, "swap", [0.0], aside=[torch.empty(10, dtype=torch.uint8)])
+    assert pairs[0].model.eq(1).all()

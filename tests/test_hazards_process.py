@@ -76,6 +76,32 @@ def test_29_first_calls_of_threads(backend, way):
         assert ema.w.unique().tolist() == [0.5**THREADS]
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_29_other_threads_go_on_during_a_large_update(backend):
+    """Nobody gets the interpreter here but from who gives it away."""
+    ema, model = torch.zeros(1 << 24), torch.ones(1 << 24)
+    fused_ema.update([ema], [model], 0.5)
+    gate, went_on = threading.Lock(), []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        for _ in range(100):  # on a busy machine the other may come too late
+            gate.acquire()
+            thread = threading.Thread(target=lambda: went_on.append(gate.acquire()))
+            thread.start()
+            gate.release()
+            fused_ema.update([ema], [model], 0.5)
+            seen = list(went_on)
+            thread.join()
+            gate.release()
+            if seen:
+                return
+            went_on.clear()
+    finally:
+        sys.setswitchinterval(before)
+    pytest.fail("no other thread ran during 100 updates of 16 million elements")
+
+
 def test_29_threads_with_models_of_their_own(backend):
     # More models than plans are kept, so that the threads evict each other's.
     errors = []
