@@ -64,8 +64,7 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
     For the averages at the end of the training, the last snapshot is to be of its last update.
 
     Whatever interrupts it, a file of that name is complete: the new one, or the one that was there before. Of sharded
-    averages every rank calls it, and the mesh's first writes them whole,
-    for which the others do not wait.
+    averages every rank calls it, and the mesh's first writes them whole, for which the others do not wait.
 
     Args:
         folder: made where there is none.

@@ -31,8 +31,8 @@ ENVIRONMENT = {
     # Python frees little when it ends, and PyTorch none of what it keeps for good.
     "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     "thread": {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66", "OMP_NUM_THREADS": "1"},
-    "coverage": {"FUSED_EMA_COVERAGE": "1"},
 }
+# Into the package that is imported, from objects in a folder that stays, with further flags for compiler and linker.
 # The library's record says what it is with the flags that users get: else it would not be loaded.
 BUILD = """
 import pathlib, sys
@@ -72,7 +72,7 @@ def main(kind: str, *names: str) -> None:
 
     run(sys.executable, "-c", BUILD, copy / "objects", "-g", *FLAGS[kind], FUSED_EMA_EXT="")
     preload = " ".join(_runtime(name) for name in PRELOADED.get(kind, []))
-    environment |= {"FUSED_EMA_EXT": "1", **ENVIRONMENT[kind]}
+    environment |= {"FUSED_EMA_EXT": "1", **ENVIRONMENT.get(kind, {})}
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     if kind != "coverage":
         # The sanitizer of threads wants its memory at a fixed place, which random addresses may take.

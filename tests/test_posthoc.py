@@ -1,14 +1,9 @@
 """Post-hoc averages: the mathematics against other ways to compute it, reconstruction against direct averaging, and
 snapshots that are complete or not there."""
 
-import errno
-import json
 import math
-import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -522,125 +517,6 @@ def test_the_module_imports_without_safetensors():
 
 
 # ---- Atomic writes
-
-
-def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
-def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, where, error):
-    path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
-    before = path.read_bytes()
-
-    def half(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half")
-        raise error
-
-    with monkeypatch.context() as patched:
-        if where == "write":
-            patched.setattr(safetensors_torch, "save_file", half)
-        else:
-            patched.setattr(os, where, failing(error))
-        with pytest.raises(type(error)):
-            save_snapshot(tmp_path, Stub(7, *both(torch.zeros(2))))
-        with pytest.raises(type(error)):
-            save_snapshot(tmp_path, Stub(8, *both(torch.zeros(2))))
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == before
-    save_snapshot(tmp_path, Stub(7, *both(torch.zeros(2))))
-    assert reconstruct(tmp_path, 0.05)["w"].tolist() == [0, 0]
-
-
-def test_the_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
-    events, fsync, replace = [], os.fsync, os.replace
-
-    def record_fsync(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("fsync", path, path.stat().st_size if path.is_file() else None))
-        fsync(descriptor)
-
-    def record_replace(source, target):
-        events.append(("replace", Path(source), Path(target)))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
-    path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
-    temporary = events[0][1]
-    assert events == [
-        ("fsync", temporary, path.stat().st_size),
-        ("replace", temporary, path),
-        ("fsync", tmp_path, None),
-    ]
-    assert temporary.parent == tmp_path
-    assert not posthoc._NAME.fullmatch(temporary.name)
-
-
-def test_readable_by_those_who_may_read_new_files(tmp_path):
-    path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
-    (tmp_path / "plain").touch()
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-KILLS = max(20, settings.default.max_examples // 10)  # 1000 in `make test-long`
-KILLED = """
-    # A child saves all the time, in turns under a name that is there and a new one; the parent kills it at any moment.
-    import json, os, random, signal, sys, time
-    import torch
-    from safetensors.torch import load_file
-    from fused_ema.posthoc import save_snapshot, snapshots
-    sys.path.insert(0, {tests!r})
-    from test_posthoc import Stub
-
-    folder, size = {folder!r}, 200_000
-    torch.set_num_threads(1)
-    random.seed(7)
-
-    def save_all_the_time(n):
-        while True:
-            n += 1
-            for updates in (1, n):
-                averages = ({{"w": torch.full((size,), float(n)), "v": torch.full((3,), float(n))}} for _ in range(2))
-                save_snapshot(folder, Stub(updates, *averages, step=n))
-
-    newest, leftovers = 1, 0
-    save_snapshot(folder, Stub(1, *({{"w": torch.ones(size), "v": torch.ones(3)}} for _ in range(2))))
-    for _ in range({kills}):
-        child = os.fork()
-        if not child:
-            try:
-                save_all_the_time(newest)
-            finally:
-                os._exit(1)
-        time.sleep(random.uniform(0.0, 0.08))
-        os.kill(child, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the child failed"
-        for each in snapshots(folder):
-            values = {{value for tensor in load_file(each.path).values() for value in tensor.unique().tolist()}}
-            assert values == {{float(each.step)}}, (each, values)  # one snapshot, and all of it
-            newest = max(newest, each.step)
-        for name in os.listdir(folder):
-            if name.startswith("."):
-                leftovers += 1
-                os.unlink(os.path.join(folder, name))
-        for each in snapshots(folder)[1:-1]:
-            os.unlink(each.path)
-    print(json.dumps([newest, leftovers]))
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), kills=KILLS))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=3600, check=False)
-    assert done.returncode == 0, done.stderr
-    newest, leftovers = json.loads(done.stdout)
-    assert newest > KILLS / 2, "too few were saved for the kills to mean anything"
-    assert leftovers > 0, "no kill hit a write"
 
 
 # ---- The manager itself

@@ -159,7 +159,7 @@ MUTANTS = [
         "entry.next_average * (doubled ? 2 : 1)",
         "entry.next_average",
     ),
-    Mutant("no storages kept while others run", "csrc/bindings.cpp", "plan_.large()", "false"),
+    Mutant("the interpreter kept from others", "csrc/bindings.cpp", "plan_.large()", "false"),
     Mutant(
         "no lock",
         "csrc/bindings.cpp",

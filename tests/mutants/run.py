@@ -20,6 +20,9 @@ from pathlib import Path
 
 from mutants import MUTANTS, Mutant
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from instrumented import BUILD
+
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = {  # by what is mutated; the grid's tests build the kernel's code by themselves
     "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
@@ -27,7 +30,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
     "csrc/plan.cpp": "native hazards_sources hazards_calls ema_rounding",
-    "csrc/bindings.cpp": "native hazards_sources hazards_calls ema_swap hazards_process distributed",
+    "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
     "fused_ema/_build.py": "build",
     "fused_ema/arguments.py": "hazards_values",
     "fused_ema/attachment.py": "ema_attach",
@@ -36,7 +39,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/checks.py": "hazards_memory hazards_dtypes",
     "fused_ema/ema.py": "ema ema_rounding",
     "fused_ema/exchange.py": "ema_swap",
-    "fused_ema/files.py": "posthoc faults",
+    "fused_ema/files.py": "files",
     "fused_ema/functional.py": "hazards_process hazards_calls",
     "fused_ema/pairing.py": "hazards_sources hazards_memory",
     "fused_ema/plan.py": "ema_swap ema_rounding",
@@ -47,11 +50,6 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
 }
 THEN = "hazards_memory hazards_values hazards_dtypes hazards_sources ema ema_state stale_plans differential"
 LIMIT = 3600  # seconds for the whole suite
-BUILD = """
-import pathlib, sys
-from fused_ema import _build
-_build.place(_build.compile_extension(pathlib.Path(sys.argv[1])), _build.PACKAGE)
-"""
 
 
 class Copy:
