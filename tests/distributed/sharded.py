@@ -101,9 +101,9 @@ def check_update(folder):
                     no_communication(handle.update, decay)
                 assert all(p._version > before for p, before in zip(ema.parameters(), versions, strict=True))
                 same(ema.state_dict(), one_ema.state_dict())
-            for parameter in model.parameters():
-                if isinstance(parameter, DTensor):  # another shard in the same tensor
-                    parameter._local_tensor = parameter._local_tensor.detach().clone()
+            kept = [(p, p._local_tensor) for p in model.parameters() if isinstance(p, DTensor)]
+            for parameter, shard_before in kept:  # another shard in the same tensor, while the first one lives
+                parameter._local_tensor = shard_before.detach().clone()
             train(one, 9), train(model, 9)
             handle.update(0.5), fused_ema.update(one_ema, one, 0.5)
             same(ema.state_dict(), one_ema.state_dict())

@@ -1,5 +1,5 @@
 // Allocations that fail when told to: LD_PRELOADed, it takes the place of C++'s operator new and of posix_memalign, by
-// which PyTorch gets the memory of tensors.
+// which PyTorch gets the memory of tensors. Those of the extension's functions, and of what they call, alone.
 #include <dlfcn.h>
 #include <execinfo.h>
 
@@ -13,25 +13,26 @@ namespace {
 
 struct Range {
   uintptr_t begin, end;
+  bool holds(void* address) const {
+    return reinterpret_cast<uintptr_t>(address) >= begin && reinterpret_cast<uintptr_t>(address) < end;
+  }
 };
-Range spared[64];  // code whose allocations do not fail
+Range extension{};  // only what its functions call fails,
+Range spared[64];   // but for these of them
 int spared_count = 0;
 
 thread_local long left = 0;  // allocations of this thread up to the one that fails; 0: none does
 
-bool within_spared() {
-  void* frames[64];
-  const int count = backtrace(frames, 64);
-  return std::any_of(frames, frames + count, [](void* frame) {
-    const auto at = reinterpret_cast<uintptr_t>(frame);
-    return std::any_of(spared, spared + spared_count, [=](Range each) { return at >= each.begin && at < each.end; });
-  });
+bool counts() {
+  void* frames[128];
+  void** const end = frames + backtrace(frames, 128);
+  return std::any_of(frames, end, [](void* frame) { return extension.holds(frame); }) &&
+         std::none_of(frames, end, [](void* frame) {
+           return std::any_of(spared, spared + spared_count, [=](const Range& each) { return each.holds(frame); });
+         });
 }
 
-bool fails() {
-  if (left == 1 && within_spared()) return false;
-  return left > 0 && --left == 0;
-}
+bool fails() { return left > 0 && counts() && --left == 0; }
 
 void* allocate(size_t size, size_t alignment = sizeof(void*)) {
   size = (size + alignment - 1) / alignment * alignment;
@@ -42,6 +43,7 @@ void* allocate(size_t size, size_t alignment = sizeof(void*)) {
 }  // namespace
 
 extern "C" void fail_at(long n) { left = n; }
+extern "C" void look_at(uintptr_t begin, uintptr_t end) { extension = {begin, end}; }
 extern "C" void spare(uintptr_t begin, uintptr_t end) { spared[spared_count++] = {begin, end}; }
 extern "C" long until_failure() { return left; }
 

@@ -23,7 +23,7 @@ import fused_ema
 from fused_ema import _native, functional
 
 preloaded = ctypes.CDLL(None)
-preloaded.spare.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+preloaded.look_at.argtypes = preloaded.spare.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
 preloaded.fail_at.argtypes, preloaded.until_failure.restype = [ctypes.c_long], ctypes.c_long
 
 
@@ -65,17 +65,18 @@ def sweep(what, prepare, *, swaps=False):
             return
 
 
-def spare_pybind11(library):
-    """Lets no allocation fail by which pybind11 makes and registers an object: it would end the process there."""
-    maps = Path("/proc/self/maps").read_text("utf-8").splitlines()
-    base = min(int(line.split("-")[0], 16) for line in maps if line.endswith(library))
+def look_at(library):
+    """Only allocations within the extension fail; but not those by which pybind11 makes and registers an object, where
+    a failure would end the process."""
+    maps = [line for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if line.endswith(library)]
+    addresses = [int(each, 16) for line in maps for each in line.split()[0].split("-")]
+    preloaded.look_at(min(addresses), max(addresses))
     listed = subprocess.run(["nm", "-SC", library], check=True, capture_output=True, text=True).stdout
-    functions = re.findall(
-        r"^(\w+) (\w+) \w .*(?:::init_instance|make_new_instance|pybind11_object_new)\b", listed, re.M
-    )
+    pattern = r"^(\w+) (\w+) \w .*(?:::init_instance|make_new_instance|pybind11_object_new)\b"
+    functions = re.findall(pattern, listed, re.M)
     assert functions
     for begin, size in functions:
-        preloaded.spare(base + int(begin, 16), base + int(begin, 16) + int(size, 16))
+        preloaded.spare(min(addresses) + int(begin, 16), min(addresses) + int(begin, 16) + int(size, 16))
 
 
 def modules(dtype):
@@ -173,7 +174,7 @@ def swapping(dtype, replaced):
 if __name__ == "__main__":
     extension = _native.load()
     assert extension, _native.why_not()
-    spare_pybind11(extension.__file__)
+    look_at(extension.__file__)
     torch.set_num_threads(1)
     for each in (planning, swapping):  # once without failures: what is made at the first use stays
         each(torch.float32, "modules")()[0]()
