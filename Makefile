@@ -1,5 +1,6 @@
 # Everything happens in $(VENV). `make test TORCH=torch==2.13.0` takes another torch; FUSED_EMA_CUDA and
 # FUSED_EMA_EXT (README.md) are respected.
+SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch
@@ -17,6 +18,7 @@ TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
 BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
 
 .PHONY: help setup demo test test-long sanitize sanitize-plans soak mutants coverage fuzz lint bench audit clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-sweep gpu-counters
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -77,6 +79,43 @@ bench: setup  ## measure the update against what others do: numbers and plots in
 	@mkdir -p $(OUT)
 	@$(PY) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
 	@$(PY) benchmarks/plot.py $(OUT)/results.json
+
+# On a machine with an NVIDIA GPU, in the environment that is there: PYTHON has torch, ninja, pybind11 and pytest, nothing
+# is installed. With pytest-xdist the tests share the processors.
+GPU = FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 $(PYTHON)
+SANITIZER_TOOLS := memcheck initcheck synccheck racecheck
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## all of the next four: tests.txt, sanitizer.txt, results.json, plots in OUT
+
+gpu-build:  ## the extension, in place, for the GPU that is there
+	@mkdir -p $(OUT)
+	@export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c \
+	    'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}; \
+	$(GPU) -m fused_ema build --into fused_ema >$(OUT)/build.txt 2>&1 || { cat $(OUT)/build.txt; exit 1; }
+
+gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
+	@set -o pipefail; $(GPU) -m pytest -q tests $$($(PYTHON) -c 'import xdist; print("-n auto")' 2>/dev/null) $(ARGS) \
+	    2>&1 | tee $(OUT)/tests.txt | tail -n 60
+
+# Each allocation on its own, or an access beyond a tensor would lie inside of a larger block.
+gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
+	@rm -f $(OUT)/sanitizer-*; for tool in $(SANITIZER_TOOLS); do \
+	    { PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_EMA_CUDA=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	        $(PYTHON) tests/sanitized.py; echo "$$tool: exit status $$?"; } >$(OUT)/sanitizer-$$tool 2>&1 & done; wait; \
+	cat $(OUT)/sanitizer-* >$(OUT)/sanitizer.txt; rm $(OUT)/sanitizer-*; tail -n 40 $(OUT)/sanitizer.txt; \
+	test $$(grep -c ': exit status 0$$' $(OUT)/sanitizer.txt) = $(words $(SANITIZER_TOOLS))
+
+gpu-bench: gpu-build  ## the benchmark and its plots; options in ARGS
+	@$(GPU) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
+	@$(PYTHON) benchmarks/plot.py $(OUT)/results.json
+
+gpu-sweep: gpu-build  ## variants of the kernel, in turns
+	@$(GPU) benchmarks/bench_sweep.py --json $(OUT)/sweep.json $(ARGS)
+
+SECTIONS := SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats SchedulerStats LaunchStats
+gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counters.txt in OUT
+	@ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:'ema_kernel|multi_tensor' \
+	    $(PYTHON) benchmarks/counters.py 'GPT-2 small, float32←float32' 'Llama 1.1B, float32←bfloat16' \
+	    'Llama 1.1B, bfloat16←bfloat16' 'ResNet-50' >$(OUT)/counters.txt 2>&1; tail -n 3 $(OUT)/counters.txt
 
 # cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU

@@ -4,9 +4,10 @@
 
 `models`: each method on each architecture; `scaling`: the cost against the number of tensors and against their bytes;
 `averages`: several averages at once, and the manager's own cost; `training`: the share of the step of a real training
-loop; `instructions`: of the host, counted by Valgrind. All methods work on the same tensors, in turns and in shuffled
-order, so that whatever else the machine does meets all of them; sets of tensors take turns too, so that no call finds
-in a cache what the one before it left there. Each method's result is first checked against float64.
+loop; `device`: what only a GPU can show; `instructions`: of the host, counted by Valgrind. All methods work on the same
+tensors, in turns and in shuffled order, so that whatever else the machine does meets all of them; sets of tensors take
+turns too, so that no call finds in a cache what the one before it left there. Each method's result is first checked
+against float64.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_averages
+import bench_device
 import bench_instructions
 import bench_scaling
 import bench_training
@@ -55,7 +57,7 @@ import fused_ema
 
 REPEATS = 6  # of calls in a row
 WRONG = 1e5  # times the bound: what moves other tensors is at millions, what computes in bfloat16 at some 30,000
-PARTS = ("models", "scaling", "averages", "training", "instructions")
+PARTS = ("models", "scaling", "averages", "training", "device", "instructions")
 
 
 def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDLL | str, names: list[str]) -> Any:
@@ -272,10 +274,11 @@ def main() -> int:
         "scaling": lambda: bench_scaling.measure(device, budget / 4, names),
         "averages": lambda: bench_averages.measure(device, budget),
         "training": lambda: bench_training.measure(device, 2 * budget, names),
+        "device": lambda: bench_device.measure(device, budget),
         "instructions": lambda: bench_instructions.measure(names),
     }
     for part, run in others.items():
-        if part in parts:
+        if part in parts and (part != "device" or device.type == "cuda"):
             try:
                 result[part] = run()
             except Exception as problem:  # a package or memory that is not there

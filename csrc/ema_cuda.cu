@@ -8,7 +8,8 @@ namespace fused_ema {
 namespace {
 
 template <Op kOp>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) ema_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, FUSED_EMA_RESIDENT / kThreads)
+    ema_kernel(const __grid_constant__ Launch launch) {
   run_block<kOp>(launch, blockIdx.x, threadIdx.x);
 }
 

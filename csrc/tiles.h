@@ -94,6 +94,9 @@ FUSED_EMA_HD Step step_of(const Call& call, const Row& row, int average) {
 #ifndef FUSED_EMA_STEPS
 #define FUSED_EMA_STEPS 1  // such rounds per tile
 #endif
+#ifndef FUSED_EMA_RESIDENT
+#define FUSED_EMA_RESIDENT 1024  // threads on one multiprocessor at least: bounds the registers of each
+#endif
 #ifndef FUSED_EMA_ON_STORE
 #define FUSED_EMA_ON_STORE(pointer, bytes)  // the tests count writes here
 #endif
@@ -117,29 +120,53 @@ struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vect
   T lane[N];
 };
 
+// How words of 1 to 16 bytes go from and to memory; what a sweep compiles with cache hints.
+#ifndef FUSED_EMA_LOAD
+#define FUSED_EMA_LOAD(word_pointer) (*(word_pointer))
+#endif
+#ifndef FUSED_EMA_LOAD_READ_ONLY
+#define FUSED_EMA_LOAD_READ_ONLY(word_pointer) __ldg(word_pointer)
+#endif
+#ifndef FUSED_EMA_STORE
+#define FUSED_EMA_STORE(word_pointer, word) (*(word_pointer) = (word))
+#endif
+#ifdef __CUDACC__
+template <class V>  // clang-format off
+using Word = std::conditional_t<sizeof(V) % 16 == 0, uint4, std::conditional_t<sizeof(V) == 8, uint2,
+             std::conditional_t<sizeof(V) == 4, uint32_t, std::conditional_t<sizeof(V) == 2, uint16_t, uint8_t>>>>;
+// clang-format on
+template <class V>
+struct Words {
+  Word<V> word[sizeof(V) / sizeof(Word<V>)];
+};
+#endif
+
 template <class V>
 FUSED_EMA_HD V load(const void* pointer) {
+#ifdef __CUDA_ARCH__
+  Words<V> words;
+  FUSED_EMA_UNROLL_LOOP
+  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
+    words.word[i] = FUSED_EMA_LOAD(static_cast<const Word<V>*>(pointer) + i);
+  }
+  V value;
+  memcpy(&value, &words, sizeof(V));
+  return value;
+#else
   return *reinterpret_cast<const V*>(pointer);
+#endif
 }
 // Parameters are only read by the launch, so they may come through the read-only path; an average never may.
 template <class V>
 FUSED_EMA_HD V load_read_only(const void* pointer) {
 #ifdef __CUDA_ARCH__
-  V value;
-  if constexpr (sizeof(V) >= 16) {
-    uint4 words[sizeof(V) / 16];
-    FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < int(sizeof(V) / 16); ++i) words[i] = __ldg(static_cast<const uint4*>(pointer) + i);
-    memcpy(&value, words, sizeof(V));
-  } else if constexpr (sizeof(V) == 8) {
-    const uint2 word = __ldg(static_cast<const uint2*>(pointer));
-    memcpy(&value, &word, sizeof(V));
-  } else if constexpr (sizeof(V) == 4) {
-    const uint32_t word = __ldg(static_cast<const uint32_t*>(pointer));
-    memcpy(&value, &word, sizeof(V));
-  } else {
-    value = load<V>(pointer);
+  Words<V> words;
+  FUSED_EMA_UNROLL_LOOP
+  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
+    words.word[i] = FUSED_EMA_LOAD_READ_ONLY(static_cast<const Word<V>*>(pointer) + i);
   }
+  V value;
+  memcpy(&value, &words, sizeof(V));
   return value;
 #else
   return load<V>(pointer);
@@ -148,7 +175,16 @@ FUSED_EMA_HD V load_read_only(const void* pointer) {
 template <class V>
 FUSED_EMA_HD void store(void* pointer, const V& value) {
   FUSED_EMA_ON_STORE(pointer, sizeof(V));
+#ifdef __CUDA_ARCH__
+  Words<V> words;
+  memcpy(&words, &value, sizeof(V));
+  FUSED_EMA_UNROLL_LOOP
+  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
+    FUSED_EMA_STORE(static_cast<Word<V>*>(pointer) + i, words.word[i]);
+  }
+#else
   *reinterpret_cast<V*>(pointer) = value;
+#endif
 }
 
 // What happens to N neighbouring elements, the first of which is element `at` of its pair. Four flags spare the traffic

@@ -1,5 +1,9 @@
 """Pairs and decays on several devices: refused, or one launch for each."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gpu_checks
 import numpy as np
 import pytest
@@ -76,3 +80,9 @@ def test_two_devices(current, idle_calls):
     assert sum(on_device.values()) == 6
     with pytest.raises(ValueError, match=r"ema\[0\].*cuda:1.*cuda:0"):
         fused_ema.update([torch.ones(3, device="cuda:0")], [torch.ones(3, device="cuda:1")], 0.5)
+
+
+def test_fsdp2_on_one_device(tmp_path):
+    script = Path(__file__).with_name("distributed") / "one_gpu.py"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert "sharded as unsharded" in done.stdout, done.stdout + done.stderr

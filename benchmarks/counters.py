@@ -1,0 +1,27 @@
+"""A few updates on a GPU for `ncu` to look at (`make gpu-counters`): cases by parts of their titles."""
+
+import sys
+
+import torch
+from methods import BOUND, FOREACH_CACHED, make_step
+from models import CASES, average_of, filled
+
+
+@torch.no_grad()
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for part in sys.argv[1:]:
+        case = next(case for case in CASES if part in case.title)
+        model = filled(case.build, case.model_dtype, device)
+        average = average_of(model, case.average_dtype)
+        print(case.title, flush=True)
+        for name in (BOUND, FOREACH_CACHED):
+            if name == BOUND or case.model_dtype == case.average_dtype:
+                make_step(name, model, average)()
+                torch.cuda.synchronize()
+        del model, average
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

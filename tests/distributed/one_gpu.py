@@ -1,0 +1,59 @@
+"""Run by test_gpu_devices.py: averages of an FSDP2 model on one device, against those of the same model unsharded."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import fused_ema
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpu_checks
+import oracle
+from step_checks import transformer
+
+
+def main(folder):
+    dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    torch.manual_seed(0)
+    plain, x = (side.cuda() for side in transformer())
+    sharded = copy.deepcopy(plain)
+    for layer in sharded.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    emas, optimizers = [], []
+    for model in (plain, sharded):
+        emas.append(fused_ema.EMA(model, [0.9, 0.99]))
+        optimizers.append(torch.optim.AdamW(model.parameters(), 0.01))
+        emas[-1].attach(optimizers[-1], overlap=model is sharded)
+    for _ in range(5):
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for k in range(2):
+        found, expected = (ema.averaged_state_dict(k) for ema in (emas[1], emas[0]))
+        for name, tensor in expected.items():
+            assert oracle.same_bits(found[name].full_tensor(), tensor), (k, name)
+            assert not oracle.same_bits(tensor, plain.state_dict()[name]), (k, name)
+    step = fused_ema.EMA(sharded, 0.9).update
+    step()
+    on_device, _ = gpu_checks.profile(step, 3)
+    assert sum(on_device.values()) == 3, on_device
+    assert all("ema_kernel" in kernel for kernel in on_device), on_device
+    with emas[1].swapped():
+        assert oracle.same_bits(sharded.layers[0].linear1.weight.full_tensor(), expected_of(emas[0]))
+        sharded(x)
+    dist.destroy_process_group()
+    print("sharded as unsharded")
+
+
+def expected_of(ema):
+    return ema.averaged_state_dict()["layers.0.linear1.weight"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
