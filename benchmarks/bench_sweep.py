@@ -65,8 +65,6 @@ def variants() -> dict[str, dict[str, str]]:
         "model plain": hints(model="plain"),
         "both no_allocate": hints("no_allocate", "no_allocate"),
         "both no_allocate, __stcs": hints("no_allocate", "no_allocate", "__stcs"),
-        "both evict_first": hints("no_allocate_evict_first", "no_allocate_evict_first"),
-        "both evict_first, __stcs": hints("no_allocate_evict_first", "no_allocate_evict_first", "__stcs"),
         "__stcg": hints(store="__stcg"),
     }.items():
         found[name] = shape() | each
