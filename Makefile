@@ -82,7 +82,7 @@ bench: setup  ## measure the update against what others do: numbers and plots in
 
 # On a machine with an NVIDIA GPU, in the environment that is there: PYTHON has torch, ninja, pybind11 and pytest, nothing
 # is installed. With pytest-xdist the tests share the processors.
-GPU = FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 $(PYTHON)
+GPU = PYTHONPATH=$(CURDIR):$$PYTHONPATH FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 $(PYTHON)
 SANITIZER_TOOLS := memcheck initcheck synccheck racecheck
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## all of the next four: tests.txt, sanitizer.txt, results.json, plots in OUT
 
@@ -99,8 +99,8 @@ gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 # Each allocation on its own, or an access beyond a tensor would lie inside of a larger block.
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
 	@rm -f $(OUT)/sanitizer-*; for tool in $(SANITIZER_TOOLS); do \
-	    { PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_EMA_CUDA=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	        $(PYTHON) tests/sanitized.py; echo "$$tool: exit status $$?"; } >$(OUT)/sanitizer-$$tool 2>&1 & done; wait; \
+	    { export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR):$$PYTHONPATH; \
+	      compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) tests/sanitized.py; echo "$$tool: exit status $$?"; } >$(OUT)/sanitizer-$$tool 2>&1 & done; wait; \
 	cat $(OUT)/sanitizer-* >$(OUT)/sanitizer.txt; rm $(OUT)/sanitizer-*; tail -n 40 $(OUT)/sanitizer.txt; \
 	test $$(grep -c ': exit status 0$$' $(OUT)/sanitizer.txt) = $(words $(SANITIZER_TOOLS))
 
@@ -113,7 +113,7 @@ gpu-sweep: gpu-build  ## variants of the kernel, in turns
 
 SECTIONS := SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats SchedulerStats LaunchStats
 gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counters.txt in OUT
-	@ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:'ema_kernel|multi_tensor' \
+	@PYTHONPATH=$(CURDIR):$$PYTHONPATH ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:'ema_kernel|multi_tensor' \
 	    $(PYTHON) benchmarks/counters.py 'GPT-2 small, float32←float32' 'Llama 1.1B, float32←bfloat16' \
 	    'Llama 1.1B, bfloat16←bfloat16' 'ResNet-50' >$(OUT)/counters.txt 2>&1; tail -n 3 $(OUT)/counters.txt
 

@@ -35,7 +35,7 @@ DEFAULT_CASES = "1 tensor of 500M,GPT-2 XL,Llama 1.1B,GPT-2 small,Stable,ResNet-
 OURS = "as built"  # through the extension
 
 
-def shape(threads: int = 256, unroll: int = 4, steps: int = 1, resident: int = 1024) -> dict[str, str]:
+def shape(threads: int = 128, unroll: int = 2, steps: int = 2, resident: int = 1024) -> dict[str, str]:
     values = {"THREADS": threads, "UNROLL": unroll, "STEPS": steps, "RESIDENT": resident}
     return {f"FUSED_EMA_{name}": str(value) for name, value in values.items()}
 
@@ -48,24 +48,20 @@ def hints(average: str = "plain", model: str = "__ldg", store: str | None = None
 def variants() -> dict[str, dict[str, str]]:
     """Names → macros."""
     found = {}
-    for threads in (128, 256, 512):
-        for unroll in (1, 2, 4, 8):
-            for steps in (1, 2, 4):
-                resident = 1024 if unroll < 8 else 512
-                found[f"{threads} threads, unroll {unroll}, {steps} steps"] = shape(threads, unroll, steps, resident)
-    for resident in (512, 1536, 2048):
-        found[f"256 threads, unroll 4, 1 steps, {resident} resident"] = shape(resident=resident)
-        found[f"256 threads, unroll 2, 1 steps, {resident} resident"] = shape(unroll=2, resident=resident)
+    for threads in (64, 128, 256):
+        for unroll, steps in ((1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)):
+            found[f"{threads} threads, unroll {unroll}, {steps} steps"] = shape(threads, unroll, steps)
+    for threads in (96, 192):
+        found[f"{threads} threads, unroll 2, 2 steps"] = shape(threads)
+    for resident in (768, 1280, 1536, 2048):
+        found[f"{resident} threads resident"] = shape(resident=resident)
     for name, each in {
         "average __ldcs": hints("__ldcs"),
-        "both __ldcs": hints("__ldcs", "__ldcs"),
         "both __ldcs, __stcs": hints("__ldcs", "__ldcs", "__stcs"),
-        "__stcs": hints(store="__stcs"),
-        "model __ldcs": hints(model="__ldcs"),
-        "model plain": hints(model="plain"),
-        "both no_allocate": hints("no_allocate", "no_allocate"),
         "both no_allocate, __stcs": hints("no_allocate", "no_allocate", "__stcs"),
-        "__stcg": hints(store="__stcg"),
+        "model no_allocate": hints(model="no_allocate"),
+        "model plain": hints(model="plain"),
+        "__stcs": hints(store="__stcs"),
     }.items():
         found[name] = shape() | each
     return found

@@ -209,6 +209,7 @@ def main() -> int:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device: expected one that is there, found no CUDA GPU")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # events and graphs belong to the current one
     torch.set_num_threads(arguments.threads)
     budget = (2 if arguments.quick else 20) if arguments.seconds is None else arguments.seconds

@@ -10,8 +10,6 @@ __device__ T plain(const T* pointer) {
 }
 template <class T>
 __device__ T no_allocate(const T* pointer);
-template <class T>
-__device__ T no_allocate_evict_first(const T* pointer);
 #define SWEEP_HINT(name, hint)                                                                            \
   template <>                                                                                             \
   __device__ uint4 name(const uint4* pointer) {                                                           \
@@ -40,7 +38,6 @@ __device__ T no_allocate_evict_first(const T* pointer);
     return *pointer;                                                                                      \
   }
 SWEEP_HINT(no_allocate, ".L1::no_allocate")
-SWEEP_HINT(no_allocate_evict_first, ".L1::no_allocate.L2::evict_first")
 
 #ifdef SWEEP_LOAD
 #define FUSED_EMA_LOAD(pointer) SWEEP_LOAD(pointer)

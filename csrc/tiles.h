@@ -86,13 +86,13 @@ FUSED_EMA_HD Step step_of(const Call& call, const Row& row, int average) {
 
 // Compile-time parameters of the kernel, to be tuned by compiling it with others.
 #ifndef FUSED_EMA_THREADS
-#define FUSED_EMA_THREADS 256
+#define FUSED_EMA_THREADS 128
 #endif
 #ifndef FUSED_EMA_UNROLL
-#define FUSED_EMA_UNROLL 4  // vectors a thread loads before its first arithmetic
+#define FUSED_EMA_UNROLL 2  // vectors a thread loads before its first arithmetic
 #endif
 #ifndef FUSED_EMA_STEPS
-#define FUSED_EMA_STEPS 1  // such rounds per tile
+#define FUSED_EMA_STEPS 2  // such rounds per tile
 #endif
 #ifndef FUSED_EMA_RESIDENT
 #define FUSED_EMA_RESIDENT 1024  // threads on one multiprocessor at least: bounds the registers of each

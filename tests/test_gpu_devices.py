@@ -1,5 +1,6 @@
 """Pairs and decays on several devices: refused, or one launch for each."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,5 +85,6 @@ def test_two_devices(current, idle_calls):
 
 def test_fsdp2_on_one_device(tmp_path):
     script = Path(__file__).with_name("distributed") / "one_gpu.py"
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300, env=env)
     assert "sharded as unsharded" in done.stdout, done.stdout + done.stderr

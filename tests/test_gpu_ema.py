@@ -56,8 +56,8 @@ def assert_same(one, other):
         assert same_bits(value, other[key]), key
 
 
-def check_same_as_cpu(device, decays, model_dtype, **options):
-    here, there = (make_model(model_dtype, on) for on in ("cpu", device))
+def check_same_as_cpu(on_device, decays, model_dtype, **options):
+    here, there = (make_model(model_dtype, on) for on in ("cpu", on_device))
     emas = [EMA(model, decays, **options) for model in (here, there)]
     for step in range(5):
         for model, ema in zip((here, there), emas, strict=True):
