@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -245,13 +246,17 @@ def _events(step: Step, device: torch.device) -> Counter[str]:
     return counts
 
 
+@functools.cache
+def _around(device: torch.device) -> Counter[str] | None:
+    """What a profile counts where nothing runs; None where it counts nothing at all."""
+    around, known = _events(lambda: None, device), _events(torch.zeros(1, device=device).add_(1).zero_, device)
+    return around if known["kernels"] + known["copies"] > around["kernels"] + around["copies"] else None
+
+
 def launches(step: Step, device: torch.device) -> dict[str, int] | None:
     """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them. (Of a replayed graph, the
     kernels in it.) None where it counts nothing."""
-    if device.type != "cuda":
-        return None
-    around, known = _events(lambda: None, device), _events(torch.zeros(1, device=device).add_(1).zero_, device)
-    if known["kernels"] + known["copies"] == around["kernels"] + around["copies"]:
+    if device.type != "cuda" or (around := _around(device)) is None:
         return None
     counts = _events(step, device)
     return {kind: counts[kind] - around[kind] for kind in ("kernels", "copies", "syncs")}
