@@ -86,7 +86,7 @@ FUSED_EMA_HD Step step_of(const Call& call, const Row& row, int average) {
 
 // Compile-time parameters of the kernel, to be tuned by compiling it with others.
 #ifndef FUSED_EMA_THREADS
-#define FUSED_EMA_THREADS 128
+#define FUSED_EMA_THREADS 64
 #endif
 #ifndef FUSED_EMA_UNROLL
 #define FUSED_EMA_UNROLL 2  // vectors a thread loads before its first arithmetic

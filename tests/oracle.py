@@ -26,7 +26,7 @@ NARROW_PAIRS += [(torch.float32, torch.float64)]
 # The neighbours of 0 and 1, both sides of 1/2 (where the formula changes), and what people use.
 DECAYS = [0.0, math.nextafter(0, 1), 1e-6, 0.3, 0.5, 0.9, 0.999, 0.9999, math.nextafter(1, 0), 1.0]
 INNER_DECAYS = DECAYS[1:-1]
-TILE_BYTES = 128 * 2 * 2 * 16  # of the average, in one tile of the default kernel: threads * unroll * steps * vector
+TILE_BYTES = 64 * 2 * 2 * 16  # of the average, in one tile of the default kernel: threads * unroll * steps * vector
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 # Bits of the significand, and the exponent that math.frexp gives for the smallest normal number.
