@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <mutex>
 #include <unordered_set>
@@ -38,6 +40,29 @@ struct Slot {
     return found == value && (!tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == tensor) &&
            (!shard || shard_of(found) == shard);
   }
+};
+
+// Where a look at what is watched goes, line by line, to prefetch it: between two updates the caches go cold, and each
+// step of a walk over modules would wait for memory. Addresses that went stale cost nothing but their prefetch.
+class Trail {
+ public:
+  void add(const void* address, int bytes) {
+    for (int at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
+  }
+  void add_dict(PyObject* dict, int bytes) {
+    const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
+    add(fields, sizeof(PyDictObject));
+    if (fields->ma_used == 0) return;
+    add(fields->ma_keys, bytes);
+    if (fields->ma_values) add(fields->ma_values, bytes);
+  }
+  size_t size() const { return lines_.size(); }
+  void prefetch_to(size_t end, size_t& at) const {
+    for (; at < end; ++at) prefetch(lines_[at], 1);
+  }
+
+ private:
+  std::vector<const void*> lines_;
 };
 
 // The content of a dict, list or tuple as it was: any added, removed, replaced or reordered item shows.
@@ -76,6 +101,11 @@ class Content {
     for (const auto& slot : slots_)
       if (slot.tensor) tensors.push_back(slot);
   }
+  void add_to(Trail& trail) const {
+    if (slots_.empty()) return;
+    trail.add(slots_.data(), static_cast<int>(slots_.size() * sizeof(Slot)));
+    for (const auto& slot : slots_) trail.add(slot.value, 64);
+  }
   bool all_in(const Addresses& addresses) const {
     return std::all_of(slots_.begin(), slots_.end(),
                        [&](const Slot& slot) { return slot.value == Py_None || addresses.count(slot.value); });
@@ -112,9 +142,18 @@ class Container {
 // is held weakly: a plan that outlives it, in a cache, must not keep it alive.
 class Module {
  public:
-  explicit Module(const py::object& module) : module_(module) {
+  Module(const py::object& module, Trail& trail) : module_(module) {
     const py::dict attributes = module.attr("__dict__");
-    for (size_t i = 0; i < 3; ++i) registries_.emplace_back(attributes[name(i)], /*weak=*/i == 2);
+    trail.add(reinterpret_cast<const char*>(module.ptr()) - 64, 128);  // its __dict__ is found before or behind it
+    trail.add_dict(attributes.ptr(), 256);
+    for (size_t i = 0; i < 3; ++i) {
+      const py::object registry = attributes[name(i)];
+      registries_.emplace_back(registry, /*weak=*/i == 2);
+      places_[i] = place(attributes.ptr(), name(i).ptr());
+      if (PyDict_Check(registry.ptr())) trail.add_dict(registry.ptr(), 128);
+      registries_.back().add_to(trail);
+    }
+    trail_end_ = trail.size();
   }
 
   bool current() const {
@@ -123,7 +162,10 @@ class Module {
     PyObject** const attributes = _PyObject_GetDictPtr(module);
     if (!attributes || !*attributes) return false;
     for (size_t i = 0; i < 3; ++i) {
-      PyObject* const registry = PyDict_GetItemWithError(*attributes, name(i).ptr());
+      PyObject *key, *registry;
+      Py_ssize_t at = places_[i];  // where it was: quicker than to look it up
+      if (!PyDict_Next(*attributes, &at, &key, &registry) || key != name(i).ptr())
+        registry = PyDict_GetItemWithError(*attributes, name(i).ptr());
       if (!registry || !PyDict_Check(registry) || !registries_[i].current(registry)) return false;
     }
     return true;
@@ -132,6 +174,7 @@ class Module {
     for (const auto& registry : registries_) registry.add_tensors(tensors);
   }
   bool children_in(const Addresses& addresses) const { return registries_[2].all_in(addresses); }
+  size_t trail_end() const { return trail_end_; }
 
  private:
   static py::handle name(size_t i) {
@@ -139,8 +182,16 @@ class Module {
                                       PyUnicode_InternFromString("_modules")};
     return names[i];
   }
+  // From where PyDict_Next() finds the key next.
+  static Py_ssize_t place(PyObject* dict, PyObject* wanted) {
+    Py_ssize_t before = 0, at = 0;
+    for (PyObject *key, *value; PyDict_Next(dict, &at, &key, &value) && key != wanted;) before = at;
+    return before;
+  }
   py::weakref module_;
   std::vector<Content> registries_;
+  std::array<Py_ssize_t, 3> places_;
+  size_t trail_end_;  // in the plan's, behind this module's part
 };
 
 // CPU work of one thread at a time, whatever the plans: two may share tensors. A forked child gets a lock of its own.
@@ -170,7 +221,7 @@ class PyPlan {
          const std::vector<py::object>& containers, int averages, const std::vector<int64_t>& next_averages)
       : plan_(make_entries(names, ema, model, actions, next_averages), averages) {
     Addresses watched;
-    for (const auto& module : modules) modules_.emplace_back(module), watched.insert(module.ptr());
+    for (const auto& module : modules) modules_.emplace_back(module, trail_), watched.insert(module.ptr());
     for (const auto& container : containers) containers_.emplace_back(container);
     std::vector<Slot> slots;
     for (const auto& module : modules_) module.add_tensors(slots);
@@ -208,9 +259,15 @@ class PyPlan {
 
  private:
   bool watched_current(Op op) const {
-    const auto current = [](const auto& watched) { return watched.current(); };
-    return complete_ && std::all_of(modules_.begin(), modules_.end(), current) &&
-           std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
+    if (!complete_) return false;
+    constexpr size_t kAhead = 4;  // modules
+    size_t at = 0;
+    for (size_t i = 0; i < modules_.size(); ++i) {
+      trail_.prefetch_to(modules_[std::min(i + kAhead, modules_.size() - 1)].trail_end(), at);
+      if (!modules_[i].current()) return false;
+    }
+    const auto current = [](const auto& container) { return container.current(); };
+    return std::all_of(containers_.begin(), containers_.end(), current) && plan_.current(op);
   }
 
   // Of all averages, or, where it is not negative, of one.
@@ -287,6 +344,7 @@ class PyPlan {
   Plan plan_;
   bool exchanged_ = false;
   std::vector<at::TensorImpl*> sharded_ema_, sharded_model_;  // the tables know their shards
+  Trail trail_;
   std::vector<Module> modules_;
   std::vector<Container> containers_;
   // Whether what is watched holds every tensor of the plan, and so keeps it alive. Not so where another thread put
