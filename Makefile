@@ -62,7 +62,7 @@ fuzz: setup  ## hostile sources, files and plans, RUNS of them, chosen by what t
 soak: setup  ## a million updates of models that change: a quarter of an hour
 	@$(PY) tests/soak.py $(ARGS)
 
-coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour
+coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour; needs clang and llvm-cov
 	@$(PY) -m pip install -q coverage
 	@$(PY) tests/instrumented.py coverage tests
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from mutants import MUTANTS, Mutant
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from instrumented import BUILD
+from instrumented import BUILD, copy_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = {  # by what is mutated; the grid's tests build the kernel's code by themselves
@@ -58,12 +57,7 @@ class Copy:
     def __init__(self, folder: Path, *, quick: bool) -> None:
         self._quick = quick
         self.root, self._objects = folder / "checkout", folder / "objects"
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
-            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, self.root / name)
+        copy_checkout(self.root)
         self._environment = {**os.environ, "PYTHONPATH": str(self.root), "FUSED_EMA_EXT": "1", "FUSED_EMA_CUDA": "0"}
         self._environment.pop("PYTEST_ADDOPTS", None)
 
