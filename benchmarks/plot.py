@@ -72,6 +72,7 @@ PALETTE = [
 COLORS = dict(zip(SHORT, PALETTE, strict=True))
 OUR_COLOR, THEIR_COLOR = "#c1272d", "#8a9bb0"
 WIDTH = 8.3  # inches: at README's width, 8 points are as large as the text around
+WIDE = 100  # times: more are shown on a logarithmic scale
 pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"})
 
 
@@ -99,9 +100,14 @@ def ratios(content: dict[str, Any]) -> Figure:
         for at, value in enumerate(values):
             why = left_out[case].get(methods[at], "")
             text = times(value) if value else MISSING.get(why.partition(":")[0], "raises") if why else ""
-            axes.text((value or 0) + highest * 0.02, at, text, va="center", fontsize=7)
+            beside = (value or 0.7) * 1.1 if highest > WIDE else (value or 0) + highest * 0.02
+            axes.text(beside, at, text, va="center", fontsize=7)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])
-        axes.set_xlim(0, highest * 1.18)
+        if highest > WIDE:
+            axes.set_xscale("log")
+            axes.set_xlim(0.7, highest * 8)
+        else:
+            axes.set_xlim(0, highest * 1.18)
         axes.set_title(case.replace(", float32←float32", "").replace(", called", ",\ncalled"), fontsize=8)
     panels.flat[0].invert_yaxis()
     for axes in panels.flat[len(cases) :]:

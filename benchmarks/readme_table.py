@@ -1,4 +1,4 @@
-"""Writes what stands between the markers of README.md and docs/ from result files, so that no number there is typed.
+"""Writes what stands between the markers of the pages from result files, so that no number there is typed.
 
 python benchmarks/readme_table.py [--check]
 
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measure import waits
 from methods import FOREACH_CACHED, LOOP, MANAGER, OURS
 from report import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = {  # case in the file → heading
+CPU_COLUMNS = {  # case in the file → heading
     "GPT-2 small, float32←float32": "GPT-2 small,<br>124M float32",
     "GPT-2 small, float32←bfloat16": "the same, float32<br>average of bfloat16",
     "ResNet-50, float32←float32": "ResNet-50,<br>26M and buffers",
@@ -27,9 +28,18 @@ COLUMNS = {  # case in the file → heading
     "2000 tensors of 256, float32←float32, called in a row": "the same,<br>in a row",
 }
 
+CUDA_COLUMNS = {
+    "GPT-2 small, float32←float32": "GPT-2 small,<br>124M float32",
+    "GPT-2 small, float32←bfloat16": "float32 average<br>of bfloat16",
+    "GPT-2 small, bfloat16←bfloat16": "bfloat16<br>of bfloat16",
+    "ResNet-50, float32←float32": "ResNet-50,<br>26M and buffers",
+    "Llama 1.1B, float32←bfloat16": "Llama 1.1B, float32<br>average of bfloat16",
+    "2000 tensors of 256, float32←float32": "2000 tensors<br>of 256",
+}
+
 
 def duration(us: float) -> str:
-    return f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} µs"
+    return f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} µs" if us >= 10 else f"{us:.1f} µs"
 
 
 def error(value: float) -> str:
@@ -47,28 +57,34 @@ def escaped(method: str) -> str:
 def models(content: dict[str, Any], path: str) -> list[str]:
     rows = {(row["case"], row["method"]): row for row in content["rows"]}
     methods = list(dict.fromkeys(row["method"] for row in content["rows"]))
-    first = next(iter(COLUMNS))
-    lines = ["| time per update | " + " | ".join(COLUMNS.values()) + " | error |"]
-    lines.append("| --- |" + " ---: |" * (len(COLUMNS) + 1))
+    cuda = content["env"]["device"] != "cpu"
+    cases = CUDA_COLUMNS if cuda else CPU_COLUMNS
+    first = next(iter(cases))
+    lines = ["| time per update | " + " | ".join(cases.values()) + " | error |"]
+    lines.append("| --- |" + " ---: |" * (len(cases) + 1))
     for method in methods:
         cells = []
-        for case in COLUMNS:
+        for case in cases:
             row = rows.get((case, method))
             ratio = f" ({row['ratio']:.2f})" if row and row["ratio"] else ""
-            cells.append(duration(row["device_us"]["median"]) + ratio if row else "")
+            mark = "\\*" if row and waits(row["launches"]) else ""
+            cells.append(mark + duration(row["device_us"]["median"]) + ratio if row else "")
         worst = error(rows[first, method]["max_err_over_bound"]) if (first, method) in rows else ""
         lines.append(f"| {escaped(method)} | " + " | ".join(cells) + f" | {worst} |")
     ceiling = {each["case"]: each["streams"] for each in content["ceiling"]}
     for stream in dict.fromkeys(name for streams in ceiling.values() for name in streams):
-        found = [ceiling[case][stream]["us"]["median"] if case in ceiling else None for case in COLUMNS]
+        found = [ceiling[case][stream]["us"]["median"] if case in ceiling else None for case in cases]
         lines.append(f"| ({stream}) | " + " | ".join(duration(us) if us else "" for us in found) + " | |")
+    of = "Median of the device's own time" if cuda else "Median"
+    rest = "only in the last column five calls in a row of each on the same tensors"
+    if cuda:
+        rest = "\\*: waits for the device, or launches more than its queue holds, so that some of it is the host's time"
     lines += [
         "",
-        "Median, and in brackets how many times that of the bound handle (the median over the rounds, each of which "
+        f"{of}, and in brackets how many times that of the bound handle (the median over the rounds, each of which "
         "meets one state of the machine); error of one step in the first column, the "
         "largest, in units of [what is promised](#numerics). One run, methods in turns, and sets of "
-        "tensors in turns too, so that none is in a cache; only in the last column five calls in a row of each on the "
-        f"same tensors: {source(content, path)}.",
+        f"tensors in turns too, so that none is in a cache; {rest}: {source(content, path)}.",
     ]
     return lines
 
@@ -121,11 +137,37 @@ def errors(content: dict[str, Any], path: str) -> list[str]:
     return lines
 
 
+def sweep(content: dict[str, Any], path: str) -> list[str]:
+    """The variants whose worst case is least behind that case's best, and what they are measured against."""
+    cases = {case["case"]: case["variants"] for case in content["cases"]}
+    behind = {}
+    for name in content["macros"]:
+        spent = [
+            each[name]["us"]["median"] / min(each[n]["us"]["median"] for n in content["macros"] if n in each)
+            for each in cases.values()
+            if name in each
+        ]
+        behind[name] = max(spent)
+    chosen = sorted(behind, key=lambda name: behind[name])
+    names = [*chosen[:8], "as built", chosen[-1], FOREACH_CACHED, "a.add_(b)", "device copy"]
+    lines = ["| µs | " + " | ".join(cases) + " | worst |", "| --- |" + " ---: |" * (len(cases) + 1)]
+    for name in names:
+        cells = [f"{each[name]['us']['median']:.1f}" if name in each else "" for each in cases.values()]
+        worst = f"+{behind[name] - 1:.1%}" if name in behind else ""
+        lines.append(f"| {escaped(name)} | " + " | ".join(cells) + f" | {worst} |")
+    return [
+        *lines,
+        "",
+        f"`make gpu-sweep`, {machine(content['env'])}, [all variants]({Path(path).relative_to('benchmarks')}).",
+    ]
+
+
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "models": models,
     "averages": averages,
     "training": training,
     "errors": errors,
+    "sweep": sweep,
 }
 
 
@@ -136,7 +178,7 @@ def written(marked: re.Match[str]) -> str:
 
 def main() -> int:
     stale = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "TUNING.md", *sorted((ROOT / "docs").glob("*.md"))):
         before = page.read_text(encoding="utf-8")
         after = MARKED.sub(written, before)
         if "--check" in sys.argv[1:]:

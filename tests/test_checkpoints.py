@@ -638,7 +638,9 @@ def test_other_positions(layout):
     refuses(some, moved, "'shadow_params[0]'", "'shadow_params[1]'")  # though neither is averaged
 
 
-@pytest.mark.parametrize("state", [None, 3, "n_averaged", [1], torch.zeros(2), object()], ids=repr)
+@pytest.mark.parametrize(
+    "state", [None, 3, "n_averaged", [1], torch.zeros(2), object()], ids=lambda state: type(state).__name__
+)
 def test_no_dict(state):
     for layout in (None, *LAYOUTS):
         ema, whole = good(layout or "timm")

@@ -254,7 +254,11 @@ def test_attached_again(backend):
     checked.after(taken=True)
 
 
-@pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), [], torch.optim.SGD, lambda: None], ids=str)
+@pytest.mark.parametrize(
+    "thing",
+    [None, 3, nn.Linear(2, 2), [], torch.optim.SGD, lambda: None],
+    ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
+)
 def test_other_things_are_refused(backend, thing):
     ema = EMA(net(), 0.9)
     with pytest.raises(TypeError, match="optimizer"):
