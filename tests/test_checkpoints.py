@@ -470,7 +470,7 @@ def test_schedules_stay_and_the_decay_is_theirs():
         (power_function(0.1), False, False),
         (lambda n: n / 100, False, False),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("after", [0, 2])
 def test_decays_go_along(schedule, diffusers_too, torch_ema_too, after):
