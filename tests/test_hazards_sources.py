@@ -22,6 +22,12 @@ def retensor(value):
     return nn.Parameter(torch.full((4, 3), value))
 
 
+def move_registry(module):
+    """To the end of the module's __dict__; and a change after that, which is to be seen there."""
+    module[0].__dict__["_parameters"] = module[0].__dict__.pop("_parameters")
+    module[0].weight = retensor(5.0)
+
+
 def replace_registry(module):
     # The dict that replaces it has the same keys, and other values.
     module[0].__dict__["_parameters"] = {name: nn.Parameter(p + 1) for name, p in module[0]._parameters.items()}
@@ -58,6 +64,7 @@ ONE_SIDE = {
     "frozen": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(4, 3), requires_grad=False)),
     "submodule": lambda m: m.__setitem__(2, nn.Linear(4, 2)),
     "registry": replace_registry,
+    "registry elsewhere": move_registry,
     "swap_tensors": swap_in,
     "tied": lambda m: setattr(m[0], "bias", m[1].weight),
     "shared memory": lambda m: m.share_memory(),

@@ -180,7 +180,7 @@ MUTANTS = [
         "true",
     ),
     Mutant("shards not watched", "csrc/bindings.cpp", "(!shard || shard_of(found) == shard)", "true"),
-    Mutant("always complete", "csrc/bindings.cpp", "    return complete_ && std::all_of(", "    return std::all_of("),
+    Mutant("always complete", "csrc/bindings.cpp", "    if (!complete_) return false;\n", ""),
     Mutant("exchanged for good", "csrc/bindings.cpp", "exchanged_ = op == Op::swap;", "exchanged_ = true;"),
     Mutant("version at decay 1", "csrc/bindings.cpp", "return decay == 1.0; };", "return decay == 2.0; };"),
     Mutant("memory set aside not checked", "csrc/bindings.cpp", "memory.numel() >= needed &&", "true &&"),
@@ -209,7 +209,7 @@ MUTANTS = [
         "return _Span(begin, begin + tensor.numel() * tensor.element_size(), name)",
     ),
     Mutant("expanded averages", "fused_ema/checks.py", "        if stride <= reach:", "        if stride < reach:"),
-    Mutant("storage too small", "fused_ema/checks.py", "        if found < needed:", "        if found == 0:"),
+    Mutant("storage too small", "fused_ema/checks.py", "    if found >= needed:", "    if found > 0:"),
     Mutant("narrow averages", "fused_ema/checks.py", "if WIDTH[ema.dtype] >= WIDTH[model.dtype]:", "if True:"),
     Mutant(
         "checked while writing",
