@@ -70,6 +70,24 @@ def test_a_device_decay_of_one_writes_nothing():
     assert all(map(same_bits, ema.buffers(), model.buffers()))
 
 
+def test_no_memory_for_the_tables():
+    """They take more than a megabyte, for which the allocator has to ask the device."""
+    averages, parameters = torch.zeros(20_000, 4, device=DEVICE), torch.ones(20_000, 4, device=DEVICE)
+    ema, model = averages.unbind(), parameters.unbind()
+    torch.cuda.empty_cache()
+    share = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            fused_ema.update(ema, model, 0.5)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert averages.eq(0).all()
+    assert averages._version == 0
+    fused_ema.update(ema, model, 0.5)
+    assert averages.eq(0.5).all()
+
+
 def test_new_addresses_are_seen():
     ema, model = mixed_modules(50, DEVICE)
     for _ in range(3):

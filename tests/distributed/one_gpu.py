@@ -40,7 +40,7 @@ def main(folder):
             assert oracle.same_bits(found[name].full_tensor(), tensor), (k, name)
             assert not oracle.same_bits(tensor, plain.state_dict()[name]), (k, name)
     step = fused_ema.EMA(sharded, 0.9).update
-    step()
+    gpu_checks.profile(step, 1)  # the first profile of a process loads CUPTI
     on_device, _ = gpu_checks.profile(step, 3)
     assert sum(on_device.values()) == 3, on_device
     assert all("ema_kernel" in kernel for kernel in on_device), on_device
