@@ -84,7 +84,12 @@ bench: setup  ## measure the update against what others do: numbers and plots in
 # is installed. With pytest-xdist the tests share the processors.
 GPU = PYTHONPATH=$(CURDIR):$$PYTHONPATH FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 $(PYTHON)
 SANITIZER_TOOLS := memcheck initcheck synccheck racecheck
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## all of the next four: tests.txt, sanitizer.txt, results.json, plots in OUT
+IN_TEN_MINUTES := --seconds 1 --parts models,averages,device
+gpu: gpu-build  ## tests.txt, sanitizer.txt, results.json and plots in OUT, each whatever became of the others
+	@failed=; $(MAKE) -o gpu-build gpu-test || failed="$$failed gpu-test"; \
+	$(MAKE) -o gpu-build gpu-sanitize || failed="$$failed gpu-sanitize"; \
+	$(MAKE) -o gpu-build gpu-bench ARGS='$(IN_TEN_MINUTES)' || failed="$$failed gpu-bench"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 gpu-build:  ## the extension, in place, for the GPU that is there
 	@mkdir -p $(OUT)

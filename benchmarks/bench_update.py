@@ -18,6 +18,7 @@ import ctypes
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -62,6 +63,7 @@ PARTS = ("models", "scaling", "averages", "training", "device", "instructions")
 
 def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDLL | str, names: list[str]) -> Any:
     """The rows of one case, a dict per method, and what the machine's memory allows."""
+    begin = time.perf_counter()
     model = filled(case.build, case.model_dtype, device)
     average = average_of(model, case.average_dtype)
     about = fused_ema.bind(average, model).describe()
@@ -82,7 +84,6 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
             facts[name] = {
                 "max_err_over_bound": error_over_bound(made[0], *sets[0]),
                 "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # theirs is kept
-                "launches": launches(made[0], device),
             }
             if not facts[name]["max_err_over_bound"] < WRONG:
                 raise ArithmeticError(f"a wrong result: {facts[name]['max_err_over_bound']:.0f} times the bound")
@@ -90,6 +91,8 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
         except Exception as problem:  # whatever a package raises
             left_out[name] = reason(problem)
         free(device)  # outside of the block, in which the traceback holds what failed
+    for name, counts in launches({name: made[0] for name, made in steps.items()}, device).items():
+        facts[name]["launches"] = counts
     with progress(case.title, budget) as tick:
         times = in_turns({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
         host = times if device.type == "cuda" else host_times(case, list(steps), model, average, budget / 4)
@@ -118,7 +121,8 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
             }
         )
     found = {name: {"us": each, "GBps": size / each["median"] / 1e3} for name, each in ceiling.items()}
-    return rows, {"case": case.title, "bytes": size, "streams": found}, left_out
+    took = round(time.perf_counter() - begin, 1)
+    return rows, {"case": case.title, "bytes": size, "streams": found, "took_s": took}, left_out
 
 
 def host_times(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
-import functools
 import gc
 import importlib.metadata
 import itertools
@@ -36,6 +36,8 @@ HERE = Path(__file__).resolve().parent
 WARM_UP = 2  # rounds
 ROUNDS = 9  # at least, after these
 SETS = 256  # at most
+MARK = "fused_ema: probe"  # of a range of the profiler
+KINDS = ("kernels", "copies", "syncs")
 SCRATCH = 4 << 30  # bytes at most, for the ceiling of a CUDA device
 
 
@@ -229,37 +231,45 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
-def _events(step: Step, device: torch.device) -> Counter[str]:
+def launches(steps: dict[str, Step], device: torch.device) -> dict[str, dict[str, int] | None]:
+    """Kernels, copies and waits of one call of each on a CUDA device, as the profiler counts them (of a replayed graph,
+    those in it). None where it counts nothing.
+
+    In one profile, since to begin and end one takes long.
+    """
+    if device.type != "cuda":
+        return dict.fromkeys(steps)
+    x = torch.zeros(1, device=device)
+    probes: list[Step] = [lambda: None, lambda: x.add_(1).zero_(), *steps.values()]
     torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with _silent(), torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize(device)
-    counts: Counter[str] = Counter()
-    for event in profile.events():
-        if getattr(event, "is_user_annotation", False):
+        for number, probe in enumerate(probes):
+            with torch.profiler.record_function(f"{MARK} {number}"):
+                probe()
+                torch.cuda.synchronize(device)
+    around, known, *counts = counted(profile.events(), len(probes))
+    if known["kernels"] + known["copies"] - around["kernels"] - around["copies"] != 2:
+        return dict.fromkeys(steps)
+    return {name: {kind: each[kind] - around[kind] for kind in KINDS} for name, each in zip(steps, counts, strict=True)}
+
+
+def counted(events: Sequence[Any], probes: int) -> list[Counter[str]]:
+    """What ran within each of the ranges that are marked with the number of a probe, all of which end with a wait."""
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    marked = {event.name: event.time_range for event in on_host if event.name.startswith(MARK)}
+    ranges = [marked[f"{MARK} {number}"] for number in range(probes)]
+    counts: list[Counter[str]] = [Counter() for _ in ranges]
+    starts = [each.start for each in ranges]
+    for event in events:
+        number = bisect.bisect_right(starts, event.time_range.start) - 1
+        if event.name.startswith(MARK) or number < 0 or event.time_range.start > ranges[number].end:
             continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            counts["copies" if event.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1
+            counts[number]["copies" if event.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1
         elif "Synchronize" in event.name:
-            counts["syncs"] += 1
+            counts[number]["syncs"] += 1
     return counts
-
-
-@functools.cache
-def _around(device: torch.device) -> Counter[str] | None:
-    """What a profile counts where nothing runs; None where it counts nothing at all."""
-    around, known = _events(lambda: None, device), _events(torch.zeros(1, device=device).add_(1).zero_, device)
-    return around if known["kernels"] + known["copies"] > around["kernels"] + around["copies"] else None
-
-
-def launches(step: Step, device: torch.device) -> dict[str, int] | None:
-    """Kernels, copies and waits of one call on a CUDA device, as the profiler counts them. (Of a replayed graph, the
-    kernels in it.) None where it counts nothing."""
-    if device.type != "cuda" or (around := _around(device)) is None:
-        return None
-    counts = _events(step, device)
-    return {kind: counts[kind] - around[kind] for kind in ("kernels", "copies", "syncs")}
 
 
 def waits(counts: dict[str, int] | None) -> bool:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,23 @@ def test_what_is_not_there_is_an_error(options):
     )
     assert done.returncode == 2
     assert f"{options[0]}: expected" in done.stderr
+
+
+def test_counts_of_a_profile():
+    """Kernels, copies and waits go to the range in which they began; what is around, and the marks, to none."""
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name, device, start, end):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    marks = [event(f"{measure.MARK} {k}", device, 10 * k, 10 * k + 8) for k in range(3) for device in (cpu, cuda)]
+    inside = [event("Memset (Device)", cuda, 11, 12), event("void ema_kernel<0>", cuda, 12, 30)]
+    inside += [event("cudaDeviceSynchronize", cpu, 7, 8), event("cudaLaunchKernel", cpu, 11, 12)]
+    inside += [
+        event("Memcpy DtoH", cuda, 27, 28),
+        event("gemm", cuda, 21, 22),
+        event("cudaStreamSynchronize", cpu, 23, 24),
+    ]
+    outside = [event("warm up", cuda, -5, -4), event("between", cuda, 9, 9.5), event("after", cuda, 29, 30)]
+    found = measure.counted([*outside, *inside, *marks], 3)
+    assert found == [{"syncs": 1}, {"copies": 1, "kernels": 1}, {"copies": 1, "kernels": 1, "syncs": 1}]
