@@ -41,8 +41,7 @@ sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates u
 
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
-	@mkdir -p build && $(CXX) $(SANITIZERS) -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
-	    tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+	@mkdir -p build && $(CXX) $(SANITIZERS) tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
 
 # The options of libFuzzer in ARGS. A checkpoint run reads and writes files: it gets a third of the runs.
 RUNS ?= 9000
@@ -54,8 +53,7 @@ fuzz: setup  ## hostile sources, files and plans, RUNS of them, chosen by what t
 	@$(PY) tests/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 	@if echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }' | \
 	    $(FUZZ_CXX) -fsanitize=fuzzer,address,undefined -x c++ - -o build/fuzzer_links 2>/dev/null; then \
-	    $(FUZZ_CXX) $(FUZZER) -DFUSED_EMA_LIBFUZZER -DFUSED_EMA_THREADS=32 -DFUSED_EMA_UNROLL=2 -DFUSED_EMA_STEPS=2 \
-	        tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer && \
+	    $(FUZZ_CXX) $(FUZZER) -DFUSED_EMA_LIBFUZZER tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer && \
 	    build/fuzz_plans_libfuzzer -runs=$$(($(RUNS) * 10)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS); \
 	else echo 'NOT RUN: tests/fuzz/fuzz_plans.cpp NEEDS $(FUZZ_CXX) WITH ITS FUZZER AND SANITIZER LIBRARIES'; fi
 
@@ -72,7 +70,7 @@ mutants: setup  ## put faults into a copy, one by one, and see whether the tests
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp benchmarks/*.cpp)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp benchmarks/*.cpp benchmarks/*.cu)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
@@ -80,10 +78,11 @@ bench: setup  ## measure the update against what others do: numbers and plots in
 	@$(PY) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
 	@$(PY) benchmarks/plot.py $(OUT)/results.json
 
-# On a machine with an NVIDIA GPU, in the environment that is there: PYTHON has torch, ninja, pybind11 and pytest, nothing
-# is installed. With pytest-xdist the tests share the processors.
-GPU = PYTHONPATH=$(CURDIR):$$PYTHONPATH FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 $(PYTHON)
-SANITIZER_TOOLS := memcheck initcheck synccheck racecheck
+# On a machine with an NVIDIA GPU, in the environment that is there: nothing is installed. FUSED_EMA_GPU=1 makes a test
+# that misses the GPU fail.
+GPU_NEEDS := torch ninja setuptools pybind11 pytest hypothesis numpy rich matplotlib
+GPU = PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 FUSED_EMA_GPU=1
+XDIST = $$($(PYTHON) -c 'import xdist; print("-n $(1)")' 2>/dev/null)
 IN_TEN_MINUTES := --seconds 1 --parts models,averages,device
 gpu: gpu-build  ## tests.txt, sanitizer.txt, results.json and plots in OUT, each whatever became of the others
 	@failed=; $(MAKE) -o gpu-build gpu-test || failed="$$failed gpu-test"; \
@@ -93,34 +92,32 @@ gpu: gpu-build  ## tests.txt, sanitizer.txt, results.json and plots in OUT, each
 
 gpu-build:  ## the extension, in place, for the GPU that is there
 	@mkdir -p $(OUT)
-	@export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c \
-	    'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}; \
-	$(GPU) -m fused_ema build --into fused_ema >$(OUT)/build.txt 2>&1 || { cat $(OUT)/build.txt; exit 1; }
+	@for name in $(GPU_NEEDS); do $(PYTHON) -c "import $$name" || exit 1; done
+	@arch=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1; \
+	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch}; \
+	$(GPU) $(PYTHON) -m fused_ema build --into fused_ema >$(OUT)/build.txt 2>&1 || { cat $(OUT)/build.txt; exit 1; }
 
+# Those on the GPU by few at a time, file by file: some measure how the host and the device overlap.
 gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
-	@set -o pipefail; $(GPU) -m pytest -q tests $$($(PYTHON) -c 'import xdist; print("-n auto")' 2>/dev/null) $(ARGS) \
-	    2>&1 | tee $(OUT)/tests.txt | tail -n 60
+	@set -o pipefail; { $(GPU) $(PYTHON) -m pytest -v -m gpu --dist loadfile $(call XDIST,4) tests $(ARGS); gpu=$$?; \
+	$(GPU) $(PYTHON) -m pytest -v -m 'not gpu' $(call XDIST,auto) tests $(ARGS) && exit $$gpu; } \
+	    2>&1 | tee $(OUT)/tests.txt | grep -v PASSED
 
-# Each allocation on its own, or an access beyond a tensor would lie inside of a larger block.
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
-	@rm -f $(OUT)/sanitizer-*; for tool in $(SANITIZER_TOOLS); do \
-	    { export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR):$$PYTHONPATH; \
-	      compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) tests/sanitized.py; echo "$$tool: exit status $$?"; } >$(OUT)/sanitizer-$$tool 2>&1 & done; wait; \
-	cat $(OUT)/sanitizer-* >$(OUT)/sanitizer.txt; rm $(OUT)/sanitizer-*; tail -n 40 $(OUT)/sanitizer.txt; \
-	test $$(grep -c ': exit status 0$$' $(OUT)/sanitizer.txt) = $(words $(SANITIZER_TOOLS))
+	@$(GPU) PYTHON=$(PYTHON) tests/sanitize_gpu.sh $(OUT)/sanitizer.txt
 
 gpu-bench: gpu-build  ## the benchmark and its plots; options in ARGS
-	@$(GPU) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
-	@$(PYTHON) benchmarks/plot.py $(OUT)/results.json
+	@$(GPU) $(PYTHON) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
+	@$(GPU) $(PYTHON) benchmarks/plot.py $(OUT)/results.json
 
 gpu-sweep: gpu-build  ## variants of the kernel, in turns
-	@$(GPU) benchmarks/bench_sweep.py --json $(OUT)/sweep.json $(ARGS)
+	@$(GPU) $(PYTHON) benchmarks/bench_sweep.py --json $(OUT)/sweep.json $(ARGS)
 
 SECTIONS := SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats SchedulerStats LaunchStats
+COUNTED := 'GPT-2 small, float32←float32' 'Llama 1.1B, float32←bfloat16' 'Llama 1.1B, bfloat16←bfloat16' ResNet-50
 gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counters.txt in OUT
-	@PYTHONPATH=$(CURDIR):$$PYTHONPATH ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:'ema_kernel|multi_tensor' \
-	    $(PYTHON) benchmarks/counters.py 'GPT-2 small, float32←float32' 'Llama 1.1B, float32←bfloat16' \
-	    'Llama 1.1B, bfloat16←bfloat16' 'ResNet-50' >$(OUT)/counters.txt 2>&1; tail -n 3 $(OUT)/counters.txt
+	@$(GPU) ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:ema_kernel \
+	    $(PYTHON) benchmarks/counters.py $(COUNTED) >$(OUT)/counters.txt 2>&1 || { tail -n 5 $(OUT)/counters.txt; exit 1; }
 
 # cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU

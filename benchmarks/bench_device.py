@@ -142,19 +142,20 @@ def attached(make: Callable[..., Any], device: torch.device, budget: float) -> A
 
 
 def measure(device: torch.device, budget: float) -> dict[str, Any]:
-    if device.type != "cuda":
-        raise ValueError(f"expected a CUDA device, found {device}")
     importlib.import_module("transformers").logging.set_verbosity_error()
-    found: dict[str, Any] = {"streams": [], "training": []}
-    for part in (streams, host_memory):
-        with torch.no_grad():
-            found["streams"].append(part(device, budget / 2))
-        torch.cuda.empty_cache()
-    for make in (vit, gpt):
+    parts: dict[str, Callable[[], Any]] = {
+        "operations": torch.no_grad()(lambda: streams(device, budget / 2)),
+        "host memory": torch.no_grad()(lambda: host_memory(device, budget / 2)),
+        "training of a ViT": lambda: attached(vit, device, budget),
+        "training of a GPT": lambda: attached(gpt, device, budget),
+    }
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
         try:
-            found["training"].append(attached(make, device, budget))
+            found[name] = part()
         except Exception as problem:  # a package or memory that is not there
-            console.print(f"left out: training of a {make.__name__} ({reason(problem)})", markup=False)
+            found[name] = {"left_out": reason(problem)}
+            console.print(f"left out: {name} ({reason(problem)})", markup=False)
         torch.cuda.empty_cache()
     console.print()
     return found

@@ -24,7 +24,7 @@ import torch
 from measure import HERE, Pair, ceilings, environment, in_turns, prepared, ratio, reason, sets_for, spread
 from methods import DECAY, FOREACH_CACHED, Step, make_step
 from models import CASES, Case, average_of, filled
-from report import columns, console, progress
+from report import AS_BUILT, columns, console, parts_of, progress
 
 import fused_ema
 from fused_ema._toolkit import find_cuda_home
@@ -32,12 +32,11 @@ from fused_ema._toolkit import find_cuda_home
 FOLDER = HERE.parent / "build" / "sweep"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Type
 DEFAULT_CASES = "1 tensor of 500M,GPT-2 XL,Llama 1.1B,GPT-2 small,Stable,ResNet-50,2000 tensors"
-OURS = "as built"  # through the extension
 
 
-def shape(threads: int = 128, unroll: int = 2, steps: int = 2, resident: int = 1024) -> dict[str, str]:
-    values = {"THREADS": threads, "UNROLL": unroll, "STEPS": steps, "RESIDENT": resident}
-    return {f"FUSED_EMA_{name}": str(value) for name, value in values.items()}
+def shape(**values: int) -> dict[str, str]:
+    """What is not said is as csrc/tiles.h has it."""
+    return {f"FUSED_EMA_{name.upper()}": str(value) for name, value in values.items()}
 
 
 def hints(average: str = "plain", model: str = "__ldg", store: str | None = None) -> dict[str, str]:
@@ -48,11 +47,11 @@ def hints(average: str = "plain", model: str = "__ldg", store: str | None = None
 def variants() -> dict[str, dict[str, str]]:
     """Names → macros."""
     found = {}
-    for threads in (64, 128, 256):
+    for threads in (32, 64, 96, 128, 256):
         for unroll, steps in ((1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)):
-            found[f"{threads} threads, unroll {unroll}, {steps} steps"] = shape(threads, unroll, steps)
-    for threads in (96, 192):
-        found[f"{threads} threads, unroll 2, 2 steps"] = shape(threads)
+            found[f"{threads} threads, unroll {unroll}, {steps} steps"] = shape(
+                threads=threads, unroll=unroll, steps=steps
+            )
     for resident in (768, 1280, 1536, 2048):
         found[f"{resident} threads resident"] = shape(resident=resident)
     for name, each in {
@@ -63,15 +62,22 @@ def variants() -> dict[str, dict[str, str]]:
         "model plain": hints(model="plain"),
         "__stcs": hints(store="__stcs"),
     }.items():
-        found[name] = shape() | each
+        found[name] = each
     return found
 
 
 def compiled(macros: dict[str, str]) -> Path:
-    """The library of a variant, from build/sweep where it was compiled before."""
+    """The library of a variant, from build/sweep where it was compiled before; for 9.0 where there is no GPU."""
     home = find_cuda_home()
     assert home, "no CUDA toolkit"
-    flags = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-gencode=arch=compute_90,code=sm_90"]
+    arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+    ]
     flags += ["-shared", "-cudart=shared", "-Xcompiler=-fPIC"] + [f"-D{name}={value}" for name, value in macros.items()]
     digest = hashlib.sha256(repr(flags).encode())
     for source in (HERE / "sweep.cu", *(HERE.parent / "csrc" / name for name in ("ema_cuda.cu", "tiles.h", "lerp.h"))):
@@ -124,11 +130,11 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
         another = filled(case.build, case.model_dtype, device)
         sets.append((another, average_of(another, case.average_dtype)))
     streams, longer = ceilings(size, sets, "")
-    steps = {OURS: prepared(partial(make_step, "fused_ema.bind"), sets)}
+    steps = {AS_BUILT: prepared(partial(make_step, "fused_ema.bind"), sets)}
     if case.model_dtype == case.average_dtype:
         steps[FOREACH_CACHED] = prepared(partial(make_step, FOREACH_CACHED), sets)
     before = [parameter.clone() for parameter in average.parameters()]
-    steps[OURS][0]()
+    steps[AS_BUILT][0]()
     wanted = [parameter.clone() for parameter in average.parameters()]
     plans: dict[str, list[ctypes.c_void_p]] = {name: [] for name in libraries}
     left_out = {}
@@ -156,12 +162,12 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
         rows[name] = {"us": us, "GBps": size / us["median"] / 1e3, "share_of_ceiling": to_ceiling}
         if name in libraries:
             rows[name] |= {"registers": libraries[name].registers(), "local_bytes": libraries[name].local_bytes()}
-    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} sets in turns, {len(times[OURS])} rounds"
+    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} sets in turns, {len(times[AS_BUILT])} rounds"
     table = columns(title, "variant", ["µs", "p20", "p80", "GB/s", "of ceiling", "registers"])
     for name, row in sorted(rows.items(), key=lambda item: item[1]["us"]["median"]):
         cells = [f"{row['us'][key]:.1f}" for key in ("median", "p20", "p80")] + [f"{row['GBps']:.0f}"]
         cells.append(f"{row['share_of_ceiling']:.1%}" if row["share_of_ceiling"] else "-")
-        table.add_row(name, *cells, str(row.get("registers", "")), style="bold" if name == OURS else None)
+        table.add_row(name, *cells, str(row.get("registers", "")), style="bold" if name == AS_BUILT else None)
     console.print(table)
     if left_out:
         console.print(f"left out: {left_out}", markup=False)
@@ -171,13 +177,15 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--compile", action="store_true", help="only compile what is missing in build/sweep")
-    parser.add_argument("--variants", default="", help="parts of their names, with semicolons between; default: all")
+    parser.add_argument("--variants", help="parts of their names, with semicolons between; default: all")
     parser.add_argument("--cases", default=DEFAULT_CASES, help="parts of their titles; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=6, help="per case; default: %(default)s")
     parser.add_argument("--json", type=Path, help="write all numbers to this file, after each case")
     arguments = parser.parse_args()
-    wanted = arguments.variants.split(";")
-    chosen = {name: macros for name, macros in variants().items() if any(part in name for part in wanted)}
+    known, titles = variants(), [case.title for case in CASES if not case.in_a_row]
+    names = parts_of(arguments.variants, "--variants", list(known), parser, ";") if arguments.variants else list(known)
+    chosen = {name: known[name] for name in names}
+    cases = parts_of(arguments.cases, "--cases", titles, parser)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         paths = dict(zip(chosen, pool.map(compiled, chosen.values()), strict=True))
     if arguments.compile:
@@ -186,9 +194,8 @@ def main() -> int:
     torch.zeros(1, device=device)  # loads the CUDA runtime, which the libraries share
     libraries = {name: load(path) for name, path in paths.items()}
     result: dict[str, Any] = {"env": environment(device), "macros": chosen, "cases": []}
-    parts = [part.lower() for part in arguments.cases.split(",")]
     for case in CASES:
-        if not case.in_a_row and any(part in case.title.lower() for part in parts):
+        if case.title in cases and not case.in_a_row:
             try:
                 result["cases"].append(measure(case, device, arguments.seconds, libraries))
             except Exception as problem:  # a package or memory that is not there
@@ -196,7 +203,7 @@ def main() -> int:
             torch.cuda.empty_cache()
             if arguments.json:
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(not result["cases"] or any(case["left_out"] for case in result["cases"]))
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def counted(events: Sequence[Any], probes: int) -> list[Counter[str]]:
     starts = [each.start for each in ranges]
     for event in events:
         number = bisect.bisect_right(starts, event.time_range.start) - 1
-        if event.name.startswith(MARK) or number < 0 or event.time_range.start > ranges[number].end:
+        if getattr(event, "is_user_annotation", False) or number < 0 or event.time_range.start > ranges[number].end:
             continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             counts[number]["copies" if event.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 from measure import waits
 from methods import FOREACH_CACHED, LOOP, MANAGER, OURS
-from report import machine
+from report import AS_BUILT, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -149,7 +149,7 @@ def sweep(content: dict[str, Any], path: str) -> list[str]:
         ]
         behind[name] = max(spent)
     chosen = sorted(behind, key=lambda name: behind[name])
-    names = [*chosen[:8], "as built", chosen[-1], FOREACH_CACHED, "a.add_(b)", "device copy"]
+    names = [*chosen[:8], AS_BUILT, chosen[-1], FOREACH_CACHED, "a.add_(b)", "device copy"]
     lines = ["| µs | " + " | ".join(cases) + " | worst |", "| --- |" + " ---: |" * (len(cases) + 1)]
     for name in names:
         cells = [f"{each[name]['us']['median']:.1f}" if name in each else "" for each in cases.values()]

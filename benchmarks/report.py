@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+AS_BUILT = "as built"  # in a sweep: the kernel of the extension
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -44,3 +47,14 @@ def short(size: float) -> str:
             break
         size /= 1000
     return f"{size:.3g} {unit}"
+
+
+def parts_of(
+    text: str, option: str, offered: list[str], parser: argparse.ArgumentParser, between: str = ","
+) -> list[str]:
+    """Those that have one of the parts in their names."""
+    parts = [part.strip().lower() for part in text.split(between)]
+    for part in parts:
+        if not part or not any(part in name.lower() for name in offered):
+            parser.error(f"{option}: expected parts of these: {'; '.join(offered)}; found {part!r}")
+    return [name for name in offered if any(part in name.lower() for part in parts)]

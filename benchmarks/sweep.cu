@@ -9,35 +9,23 @@ __device__ T plain(const T* pointer) {
   return *pointer;
 }
 template <class T>
-__device__ T no_allocate(const T* pointer);
-#define SWEEP_HINT(name, hint)                                                                            \
-  template <>                                                                                             \
-  __device__ uint4 name(const uint4* pointer) {                                                           \
-    uint4 word;                                                                                           \
-    asm volatile("ld.global" hint ".v4.u32 {%0, %1, %2, %3}, [%4];"                                       \
-                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)                                 \
-                 : "l"(pointer));                                                                         \
-    return word;                                                                                          \
-  }                                                                                                       \
-  template <>                                                                                             \
-  __device__ uint2 name(const uint2* pointer) {                                                           \
-    uint2 word;                                                                                           \
-    asm volatile("ld.global" hint ".v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(pointer)); \
-    return word;                                                                                          \
-  }                                                                                                       \
-  template <>                                                                                             \
-  __device__ uint32_t name(const uint32_t* pointer) {                                                     \
-    return *pointer;                                                                                      \
-  }                                                                                                       \
-  template <>                                                                                             \
-  __device__ uint16_t name(const uint16_t* pointer) {                                                     \
-    return *pointer;                                                                                      \
-  }                                                                                                       \
-  template <>                                                                                             \
-  __device__ uint8_t name(const uint8_t* pointer) {                                                       \
-    return *pointer;                                                                                      \
-  }
-SWEEP_HINT(no_allocate, ".L1::no_allocate")
+__device__ T no_allocate(const T* pointer) {
+  return *pointer;
+}
+template <>
+__device__ uint4 no_allocate(const uint4* pointer) {
+  uint4 word;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(pointer));
+  return word;
+}
+template <>
+__device__ uint2 no_allocate(const uint2* pointer) {
+  uint2 word;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(pointer));
+  return word;
+}
 
 #ifdef SWEEP_LOAD
 #define FUSED_EMA_LOAD(pointer) SWEEP_LOAD(pointer)
@@ -66,6 +54,12 @@ const T* uploaded(const std::vector<T>& values) {
 
 extern "C" {
 
+void free_plan(Launch* launch) {
+  cudaFree(const_cast<Row*>(launch->rows));
+  cudaFree(const_cast<Tile*>(launch->tiles));
+  delete launch;
+}
+
 // Flat pairs of one type each: of the average, of the model (enum Type). Null: no memory.
 Launch* make_plan(int64_t pairs, void** ema, void** model, const int64_t* numel, int ema_type, int model_type) {
   Tables tables;
@@ -76,19 +70,13 @@ Launch* make_plan(int64_t pairs, void** ema, void** model, const int64_t* numel,
   auto* launch = new Launch{uploaded(tables.rows), nullptr, uploaded(tables.tiles), int64_t(tables.tiles.size()), {}};
   launch->call.last = 1;
   if (launch->rows && launch->tiles) return launch;
-  delete launch;
+  free_plan(launch);
   return nullptr;
 }
 
 int update(Launch* launch, double decay, cudaStream_t stream) {
   launch->call.decay[0] = decay;
   return launch_cuda(Op::update, *launch, stream);
-}
-
-void free_plan(Launch* launch) {
-  cudaFree(const_cast<Row*>(launch->rows));
-  cudaFree(const_cast<Tile*>(launch->tiles));
-  delete launch;
 }
 
 int registers() {

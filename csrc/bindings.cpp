@@ -4,7 +4,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <mutex>
 #include <unordered_set>
@@ -46,15 +45,16 @@ struct Slot {
 // step of a walk over modules would wait for memory. Addresses that went stale cost nothing but their prefetch.
 class Trail {
  public:
-  void add(const void* address, int bytes) {
-    for (int at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
+  void add(const void* address, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
   }
-  void add_dict(PyObject* dict, int bytes) {
+  // A dict of so many entries: its table has a header, about a byte per entry, and the entries.
+  void add_dict(PyObject* dict, size_t entries) {
     const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
     add(fields, sizeof(PyDictObject));
     if (fields->ma_used == 0) return;
-    add(fields->ma_keys, bytes);
-    if (fields->ma_values) add(fields->ma_values, bytes);
+    add(fields->ma_keys, 32 + 25 * entries);
+    if (fields->ma_values) add(fields->ma_values, 8 * entries);  // which a module's __dict__ can have beside its keys
   }
   size_t size() const { return lines_.size(); }
   void prefetch_to(size_t end, size_t& at) const {
@@ -103,7 +103,7 @@ class Content {
   }
   void add_to(Trail& trail) const {
     if (slots_.empty()) return;
-    trail.add(slots_.data(), static_cast<int>(slots_.size() * sizeof(Slot)));
+    trail.add(slots_.data(), slots_.size() * sizeof(Slot));
     for (const auto& slot : slots_) trail.add(slot.value, 64);
   }
   bool all_in(const Addresses& addresses) const {
@@ -145,13 +145,12 @@ class Module {
   Module(const py::object& module, Trail& trail) : module_(module) {
     const py::dict attributes = module.attr("__dict__");
     trail.add(reinterpret_cast<const char*>(module.ptr()) - 64, 128);  // its __dict__ is found before or behind it
-    trail.add_dict(attributes.ptr(), 256);
-    for (size_t i = 0; i < 3; ++i) {
+    trail.add_dict(attributes.ptr(), 10);                              // up to the registries, the first that it gets
+    for (size_t i = 0; i < kRegistries; ++i) {
       const py::object registry = attributes[name(i)];
-      registries_.emplace_back(registry, /*weak=*/i == 2);
-      places_[i] = place(attributes.ptr(), name(i).ptr());
-      if (PyDict_Check(registry.ptr())) trail.add_dict(registry.ptr(), 128);
-      registries_.back().add_to(trail);
+      registries_.push_back({Content(registry, /*weak=*/i == 2), place(attributes.ptr(), name(i).ptr())});
+      if (PyDict_Check(registry.ptr())) trail.add_dict(registry.ptr(), PyDict_Size(registry.ptr()));
+      registries_.back().content.add_to(trail);
     }
     trail_end_ = trail.size();
   }
@@ -161,36 +160,39 @@ class Module {
     if (module == Py_None) return false;
     PyObject** const attributes = _PyObject_GetDictPtr(module);
     if (!attributes || !*attributes) return false;
-    for (size_t i = 0; i < 3; ++i) {
+    for (size_t i = 0; i < kRegistries; ++i) {
       PyObject *key, *registry;
-      Py_ssize_t at = places_[i];  // where it was: quicker than to look it up
+      Py_ssize_t at = registries_[i].place;  // quicker than to look it up
       if (!PyDict_Next(*attributes, &at, &key, &registry) || key != name(i).ptr())
         registry = PyDict_GetItemWithError(*attributes, name(i).ptr());
-      if (!registry || !PyDict_Check(registry) || !registries_[i].current(registry)) return false;
+      if (!registry || !PyDict_Check(registry) || !registries_[i].content.current(registry)) return false;
     }
     return true;
   }
   void add_tensors(std::vector<Slot>& tensors) const {
-    for (const auto& registry : registries_) registry.add_tensors(tensors);
+    for (const auto& registry : registries_) registry.content.add_tensors(tensors);
   }
-  bool children_in(const Addresses& addresses) const { return registries_[2].all_in(addresses); }
+  bool children_in(const Addresses& addresses) const { return registries_[2].content.all_in(addresses); }
   size_t trail_end() const { return trail_end_; }
 
  private:
+  struct Registry {
+    Content content;
+    Py_ssize_t place;  // from where PyDict_Next() found it next
+  };
+  static constexpr size_t kRegistries = 3;
   static py::handle name(size_t i) {
     static PyObject* const names[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers"),
                                       PyUnicode_InternFromString("_modules")};
     return names[i];
   }
-  // From where PyDict_Next() finds the key next.
   static Py_ssize_t place(PyObject* dict, PyObject* wanted) {
     Py_ssize_t before = 0, at = 0;
     for (PyObject *key, *value; PyDict_Next(dict, &at, &key, &value) && key != wanted;) before = at;
     return before;
   }
   py::weakref module_;
-  std::vector<Content> registries_;
-  std::array<Py_ssize_t, 3> places_;
+  std::vector<Registry> registries_;
   size_t trail_end_;  // in the plan's, behind this module's part
 };
 

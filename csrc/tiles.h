@@ -120,7 +120,7 @@ struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vect
   T lane[N];
 };
 
-// How words of 1 to 16 bytes go from and to memory; what a sweep compiles with cache hints.
+// How vectors are loaded and all is stored, in words of 1 to 16 bytes; a sweep compiles them with cache hints.
 #ifndef FUSED_EMA_LOAD
 #define FUSED_EMA_LOAD(word_pointer) (*(word_pointer))
 #endif
@@ -139,19 +139,24 @@ template <class V>
 struct Words {
   Word<V> word[sizeof(V) / sizeof(Word<V>)];
 };
+template <class V, bool kReadOnly>
+__device__ V load_words(const void* pointer) {
+  Words<V> words;
+  FUSED_EMA_UNROLL_LOOP
+  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
+    const Word<V>* const word = static_cast<const Word<V>*>(pointer) + i;
+    words.word[i] = kReadOnly ? FUSED_EMA_LOAD_READ_ONLY(word) : FUSED_EMA_LOAD(word);
+  }
+  V value;
+  memcpy(&value, &words, sizeof(V));
+  return value;
+}
 #endif
 
 template <class V>
 FUSED_EMA_HD V load(const void* pointer) {
 #ifdef __CUDA_ARCH__
-  Words<V> words;
-  FUSED_EMA_UNROLL_LOOP
-  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
-    words.word[i] = FUSED_EMA_LOAD(static_cast<const Word<V>*>(pointer) + i);
-  }
-  V value;
-  memcpy(&value, &words, sizeof(V));
-  return value;
+  return load_words<V, false>(pointer);
 #else
   return *reinterpret_cast<const V*>(pointer);
 #endif
@@ -160,14 +165,7 @@ FUSED_EMA_HD V load(const void* pointer) {
 template <class V>
 FUSED_EMA_HD V load_read_only(const void* pointer) {
 #ifdef __CUDA_ARCH__
-  Words<V> words;
-  FUSED_EMA_UNROLL_LOOP
-  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
-    words.word[i] = FUSED_EMA_LOAD_READ_ONLY(static_cast<const Word<V>*>(pointer) + i);
-  }
-  V value;
-  memcpy(&value, &words, sizeof(V));
-  return value;
+  return load_words<V, true>(pointer);
 #else
   return load<V>(pointer);
 #endif

@@ -21,9 +21,9 @@ A_WHILE = 1_000_000_000  # cycles: about 0.5 s
 
 @pytest.fixture(autouse=True)
 def kernel():
-    """Skips without a GPU, and without the CUDA kernel unless FUSED_EMA_CUDA=1 asks for it."""
+    """Skips without a GPU or the CUDA kernel, unless FUSED_EMA_GPU=1 or FUSED_EMA_CUDA=1 asks for it."""
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+        (pytest.fail if os.environ.get("FUSED_EMA_GPU") == "1" else pytest.skip)("no CUDA GPU")
     if reason := _native.cuda_why_not():
         (pytest.fail if os.environ.get("FUSED_EMA_CUDA") == "1" else pytest.skip)(reason)
     assert fused_ema.backend() == fused_ema.backend(DEVICE) == "cuda"

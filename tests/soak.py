@@ -70,9 +70,7 @@ class Subject:
                 tensor.add_(random.uniform(-1, 1))
         way = random.randrange(4)
         managed = self.manager.state_dict()["averages"][0]
-        averages = managed.values() if way == 3 else self.ema.parameters()
-        flat = [tensor.detach().double().reshape(-1) for tensor in averages]
-        old, model = torch.cat(flat), torch.cat([p.detach().double().reshape(-1) for p in self.model.parameters()])
+        old, model = flat(managed.values() if way == 3 else self.ema.parameters()), flat(self.model.parameters())
         if way == 0:
             fused_ema.update(self.ema, self.model, self.decay)
         elif way == 1:
@@ -81,11 +79,14 @@ class Subject:
             fused_ema.update([*self.ema.parameters()], [*self.model.parameters()], self.decay)
         else:
             self.manager.update()
-        averages = managed.values() if way == 3 else self.ema.parameters()
-        new = torch.cat([tensor.detach().double().reshape(-1) for tensor in averages])
+        new = flat(managed.values() if way == 3 else self.ema.parameters())
         wanted = old * self.decay + model * (1 - self.decay)
         allowed = 2.0**-24 * (wanted.abs() + 2 * (model - old).abs()) + 2.0**-149
         return int((~((new - wanted).abs() <= allowed)).sum())
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
 
 
 def main(updates: int) -> None:
@@ -101,7 +102,7 @@ def main(updates: int) -> None:
             subject.change()
             changes += 1
         wrong += subject.update()
-        if n % (updates // 10) == 0:
+        if n % max(1, updates // 10) == 0:
             gc.collect()
             now = resident()
             first = first or now

@@ -168,9 +168,11 @@ def test_counts_of_a_profile():
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
     def event(name, device, start, end):
-        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+        span, marks = SimpleNamespace(start=start, end=end), name.startswith(("fused_ema: probe", "Torch-Compiled"))
+        return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=marks)
 
     marks = [event(f"{measure.MARK} {k}", device, 10 * k, 10 * k + 8) for k in range(3) for device in (cpu, cuda)]
+    marks.append(event("Torch-Compiled Region", cuda, 21, 23))
     inside = [event("Memset (Device)", cuda, 11, 12), event("void ema_kernel<0>", cuda, 12, 30)]
     inside += [event("cudaDeviceSynchronize", cpu, 7, 8), event("cudaLaunchKernel", cpu, 11, 12)]
     inside += [

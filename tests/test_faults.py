@@ -106,8 +106,8 @@ def test_interrupted_at_each_moment(backend, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_launch_that_fails(backend, way, monkeypatch):
-    """No step is counted, and no plan is kept that counts as run."""
+def test_a_plan_that_raises(backend, way, monkeypatch):
+    """As where a launch fails: no step is counted, and no plan is kept that counts as run."""
     step = Step(way)
     before, count = bits(*flat(step.averages())), versions(step.model, step.ema)
 

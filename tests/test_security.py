@@ -13,6 +13,7 @@ NETWORK = {"ftplib", "http", "requests", "smtplib", "socket", "urllib", "urllib3
 CODE = {"eval", "exec", "compile", "__import__"}
 UNPICKLE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open"}
 SHELL = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+LOADS = {"load", "load_state_dict_from_url"}  # of torch and torch.hub
 
 
 def faults(source):
@@ -20,15 +21,29 @@ def faults(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None)
-            for name in [module] if module else [alias.name for alias in node.names]:
+            names = [alias.name for alias in node.names]
+            for name in [module] if module else names:
                 if name.partition(".")[0] in NETWORK:
                     yield node.lineno, f"imports {name}"
+            for name in names:  # by which a call would go unseen
+                if f"{module}.{name}" in UNPICKLE | SHELL or (module in ("torch", "torch.hub") and name in LOADS):
+                    yield node.lineno, f"imports {name} out of {module}"
+            for alias in node.names:
+                if (
+                    alias.asname
+                    and not module
+                    and alias.name in ("builtins", "marshal", "os", "pickle", "shelve", "torch")
+                ):
+                    yield node.lineno, f"imports {alias.name} under another name"
         if not isinstance(node, ast.Call):
             continue
         called, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
         if called in CODE | UNPICKLE | SHELL:
             yield node.lineno, f"calls {called}"
-        if called in ("torch.load", "load_state_dict_from_url") and given.get("weights_only") != "True":
+        if (
+            called in ("torch.load", "torch.hub.load", "torch.hub.load_state_dict_from_url")
+            and given.get("weights_only") != "True"
+        ):
             yield node.lineno, f"calls {called} without weights_only=True"
         if given.get("shell", "False") != "False":
             yield node.lineno, f"{called} with a shell"
@@ -50,6 +65,12 @@ def test_no_file_does_what_none_may(path):
         "from socket import socket",
         "subprocess.run(line, shell=True)",
         "os.system(line)",
+        "from os import system",
+        "from pickle import loads",
+        "import pickle as p",
+        "import torch as t",
+        "from torch import load",
+        "torch.hub.load_state_dict_from_url(url)",
     ],
 )
 def test_each_fault_is_seen(line):

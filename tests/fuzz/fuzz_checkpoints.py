@@ -84,16 +84,7 @@ STATES, FILES = seeds()
 SNAPSHOTS = [name for name in FILES if name.startswith("ema-")]
 
 
-class Choices:
-    def __init__(self, data):
-        self.data = data
-
-    def below(self, n):
-        return self.data.ConsumeIntInRange(0, n - 1)
-
-    def of(self, options):
-        return options[self.below(len(options))]
-
+class Damage(harness.Choices):
     def tensor(self, like):
         kind = self.below(14)
         usual = type(like) in (torch.Tensor, nn.Parameter) and like.layout is torch.strided
@@ -150,7 +141,7 @@ class Choices:
             return new
         return self.tensor(value) if self.below(2) else self.of((*ODD, Network()))
 
-    def bytes(self, content):
+    def damaged(self, content):
         for _ in range(1 + self.below(3)):
             what, at = self.below(6), self.below(len(content) + 1)
             if what == 0:
@@ -217,13 +208,13 @@ class Choices:
         try:
             source = zipfile.ZipFile(io.BytesIO(content))
         except zipfile.BadZipFile:
-            return self.bytes(content)
+            return self.damaged(content)
         chosen = self.of(source.namelist())
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             for name in source.namelist():
                 member = source.read(name)
-                archive.writestr(name, self.bytes(member) if name == chosen else member)
+                archive.writestr(name, self.damaged(member) if name == chosen else member)
         return file.getvalue()
 
 
@@ -247,7 +238,7 @@ def attempt_on_manager(call, refusals=TAKEN):
 
 
 def target(data):
-    choose = Choices(data)
+    choose = Damage(data)
     what = choose.of(("state", "file", "snapshots"))
     if what == "state":
         name = choose.of(list(STATES))

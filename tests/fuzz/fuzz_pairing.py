@@ -35,21 +35,10 @@ class Strange(torch.Tensor):
     pass
 
 
-class Choices:
-    """Decisions out of the fuzzer's bytes: the first of several, and never the odd, where they have run out."""
-
+class Sources(harness.Choices):
     def __init__(self, data):
-        self.data, self.made = data, []
-        self.pool = torch.arange(40, dtype=torch.float32)
-
-    def below(self, n):
-        return self.data.ConsumeIntInRange(0, n - 1)
-
-    def of(self, options):
-        return options[self.below(len(options))]
-
-    def once_in(self, n):
-        return self.below(n) == n - 1
+        super().__init__(data)
+        self.made, self.pool = [], torch.arange(40, dtype=torch.float32)
 
     def name(self):
         if self.once_in(12):
@@ -218,7 +207,7 @@ def expected(op, pairs, decay, buffers):
 
 
 def target(data):
-    choose = Choices(data)
+    choose = Sources(data)
     ours, theirs = choose.entries()
     kinds = ["module", "dict", "list", "ordered", "tuple", "user", "proxy", "deque"]
     kind = choose.of(kinds)

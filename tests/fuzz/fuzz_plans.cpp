@@ -2,6 +2,11 @@
 // Built with -fsanitize=fuzzer it is a libFuzzer target; else a program: fuzz_plans COUNT [SEED].
 #include <memory>
 
+#ifndef FUSED_EMA_THREADS  // small tiles, so that small tensors have several
+#define FUSED_EMA_THREADS 32
+#define FUSED_EMA_UNROLL 2
+#define FUSED_EMA_STEPS 2
+#endif
 #include "../emulated_grid.cpp"
 
 namespace {

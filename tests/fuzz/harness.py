@@ -13,6 +13,22 @@ counts = Counter()
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
 
+class Choices:
+    """Decisions out of the fuzzer's bytes: the first of several, and never the odd, where they have run out."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def below(self, n):
+        return self.data.ConsumeIntInRange(0, n - 1)
+
+    def of(self, options):
+        return options[self.below(len(options))]
+
+    def once_in(self, n):
+        return self.below(n) == n - 1
+
+
 def attempt(call, refusals=REFUSALS):
     """Whether it was done, else it was refused. Any other exception is a finding."""
     try:

@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "children not watched",
         "csrc/bindings.cpp",
-        "registries_[i].current(registry)) return false;",
-        "(i < 2 && !registries_[i].current(registry))) return false;",
+        "registries_[i].content.current(registry)) return false;",
+        "(i < 2 && !registries_[i].content.current(registry))) return false;",
     ),
     Mutant("names not watched", "csrc/bindings.cpp", "slots_[i].key.ptr() != key || ", ""),
     Mutant(
