@@ -26,7 +26,7 @@
 namespace fused_ema {
 namespace {
 
-constexpr int64_t kGrain = 1024;  // pairs: fewer are not worth waking a second thread
+constexpr int64_t kGrain = 4096;  // pairs: fewer are not worth waking a second thread, which may be busy
 
 // Counts forks, so that a child never touches the locks and device memory of its parent's plans.
 std::atomic<uint64_t> fork_count{0};
