@@ -46,16 +46,26 @@ _build.place(_build.compile_extension(pathlib.Path(sys.argv[1])), _build.PACKAGE
 COVERAGE = """
 [run]
 branch = true
-source = {copy}/fused_ema
+include =
+    {copy}/fused_ema/*
+    */checkout/fused_ema/*
+    */fused_ema_probe/*
 parallel = true
 patch = subprocess, _exit
 data_file = {copy}/.coverage
+[paths]
+package =
+    {copy}/fused_ema
+    */checkout/fused_ema
+    */fused_ema_probe
 [report]
 show_missing = true
 skip_covered = true
 exclude_also =
     if TYPE_CHECKING:
-"""
+    def trace_update
+    def _shard
+"""  # copies of the package that tests make count too; what torch.compile traces is never run by Python
 
 
 SLOW = "tests/test_ema_swap.py", "test_interrupted_at_any_moment"  # has a time limit, and each line is traced

@@ -38,6 +38,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import fused_ema
+from fused_ema import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
 
@@ -271,3 +272,18 @@ def test_the_bound_is_nearly_reached():
     new = ema.clone()
     fused_ema.update([new], [model], 0.999)
     assert 0.99 < error_over_bound(*map(flat, ([ema], [model], [new])), 0.999, torch.float32).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_decay_that_the_host_does_not_know(decay, dtype):
+    """By PyTorch alone, as on a GPU without the kernel."""
+    rng = np.random.default_rng(31)
+    held = torch.tensor(decay, dtype=dtype)
+    pairs = [value_pair(*pair, 999, rng) for pair in PAIRS]
+    for average in (True, False):
+        new = [ema.clone() for ema, _ in pairs]
+        for ema, (_, model) in zip(new, pairs, strict=True):
+            reference.update_(ema, model, held, average=average)
+        old, model = zip(*pairs, strict=True)
+        check_step(old, model, new, held.item() if average or held == 1 else 0.0, bitwise=False)
