@@ -58,6 +58,9 @@ def shown(value: object) -> str:
 
 
 class _Shown(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return f"one of {x.bit_length()} bits" if x.bit_length() > 1000 else super().repr_int(x, level)
+
     def repr_instance(self, x: object, level: int) -> str:
         return f"a {type(x).__name__}" if isinstance(x, Tensor) else super().repr_instance(x, level)
 
@@ -68,5 +71,5 @@ def check_buffers(buffers: str) -> None:
 
 
 def check_floating(dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating type, found {dtype}")
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float64, float32, bfloat16 or float16, found {shown(dtype)}")

@@ -125,6 +125,10 @@ def check_tensor(name: str, tensor: object) -> None:
         raise RuntimeError(f"{name}: expected an initialised parameter, found a lazy one; run a forward pass first")
     if type(tensor) not in PLAIN_TYPES:
         raise TypeError(f"{name}: expected a plain tensor, found {type(tensor).__name__}")
+    if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
+        raise RuntimeError(
+            f"{name}: expected a tensor with memory of its own, found one that stands for zeros or a trace"
+        )
     if _is_functorch(tensor):
         raise RuntimeError(f"{name}: expected a plain tensor, found one inside a torch.func transform such as vmap")
     if tensor.is_nested:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from . import schedules, shards, state, view
 from .arguments import check_buffers, decay_number, whole_number
 from .attachment import Attachment
 from .averages import Averages
-from .checks import check_tensor, dtype_name, write_refusal
+from .checks import check_tensor, dtype_name, storage_refusal, write_refusal
 from .exchange import Exchange, exchanging, hold_average
 from .pairing import Pairs, difference
 from .plan import Buffers, Call, OpName, Plan, watchable
@@ -23,6 +25,17 @@ from .selection import Select, Selection, tensors_of
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
+
+_one_at_a_time = threading.RLock()  # of all managers: their work is one at a time anyway
+
+
+def _renew_lock() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class EMA:
@@ -99,7 +112,7 @@ class EMA:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
         shards.reshard(model)
-        self.model = model
+        self._model = model
         self.update_every = whole_number("update_every", update_every, 1)
         self.update_after_step = whole_number("update_after_step", update_after_step, 0)
         self.rounding, self.seed = rounding, whole_number("seed", seed, 0)
@@ -114,6 +127,11 @@ class EMA:
         self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
         self._check_unswapped("__init__")
         self._run("copy", Call((0.0,) * len(self.schedules)))
+
+    @property
+    def model(self) -> nn.Module:
+        """The one that is averaged. Another one takes another manager."""
+        return self._model
 
     # ---- Updating
 
@@ -138,6 +156,8 @@ class EMA:
     def update(self) -> None:
         """One step: counts it, asks the schedules, and moves all averages in one kernel launch per device.
 
+        Threads take turns.
+
         Raises:
             RuntimeError: while swapped.
             ValueError, TypeError, RuntimeError: a tensor no longer fits its average. Nothing is written or counted.
@@ -148,17 +168,18 @@ class EMA:
 
     def _update_attached(self, skipped: Tensor | None) -> None:
         """`skipped`, where given: on the averages' device, not 0 where the optimizer's step was skipped."""
-        self._check_unswapped("update")
-        step = self._step + 1
-        after = step - self.update_after_step
-        if after <= 0 or after % self.update_every == 0:
-            decays = self._decays_at(step)
-            stochastic = self.rounding == "stochastic"
-            keys = tuple(_key(self.seed, step, k) for k in range(len(decays))) if stochastic else ()
-            on_device = None if skipped is None else _unless(skipped, decays)
-            self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
-            self._decays = decays
-        self._step = step
+        with _one_at_a_time:  # else two threads would make the same step
+            self._check_unswapped("update")
+            step = self._step + 1
+            after = step - self.update_after_step
+            if after <= 0 or after % self.update_every == 0:
+                decays = self._decays_at(step)
+                stochastic = self.rounding == "stochastic"
+                keys = tuple(_key(self.seed, step, k) for k in range(len(decays))) if stochastic else ()
+                on_device = None if skipped is None else _unless(skipped, decays)
+                self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+                self._decays = decays
+            self._step = step
 
     def _updates_at(self, step: int) -> int:
         return max(0, step - self.update_after_step) // self.update_every
@@ -254,6 +275,8 @@ class EMA:
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
         for name, value in values.items():
+            if refusal := storage_refusal(f"the average or model[{name!r}]", shards.local(value)):
+                raise refusal
             check_tensor(f"model[{name!r}]", into[name])
             if refusal := write_refusal(f"model[{name!r}]", into[name]):
                 raise refusal

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .averages import Averages
+from .checks import storage_refusal
 from .plan import Call, Plan
 from .shards import local
 
@@ -100,7 +101,11 @@ class Exchange:
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
         """A copy from the model, where the average is there; of sharded ones, what lies on this rank."""
         exchanged = self._plan is not None and self._plan.exchanged()
-        return self._memory[name].clone() if exchanged and k == self.index and self._same_type(name) else average
+        if not (exchanged and k == self.index and self._same_type(name)):
+            return average
+        if refusal := storage_refusal(f"the average of {name!r}, which is in the model", self._memory[name]):
+            raise refusal
+        return self._memory[name].clone()
 
     def _same_type(self, name: str) -> bool:
         return self._memory[name].dtype == self._averages.get(name, 0).dtype

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import shards
+from .checks import storage_refusal
 
 
 def safetensors() -> Any:
@@ -55,6 +56,8 @@ def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | N
 
     A sharded tensor is put together on all ranks, one after the other, and kept on the mesh's first; None elsewhere.
     """
+    if refusal := storage_refusal(f"ema[{name!r}]", shards.local(tensor)):
+        raise refusal
     value = shards.whole(tensor.detach())
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     copy = value.to("cpu", dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -67,6 +70,10 @@ def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | N
 
 def save(path: Path, tensors: Mapping[str, Tensor | None], metadata: dict[str, str]) -> None:
     """Writes what `storable` gave; nothing where that is on another rank."""
+    if "__metadata__" in tensors:
+        raise ValueError(
+            "ema['__metadata__']: expected a name that a .safetensors file can hold, found its own for metadata"
+        )
     if not any(tensor is None for tensor in tensors.values()):
         with replacing(path) as temporary:
             safetensors().torch.save_file(tensors, temporary, {"format": "pt", **metadata})

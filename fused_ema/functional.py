@@ -93,6 +93,8 @@ class Binding:
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
+        if _recorded():
+            return ops.trace_update(_pairs(*self._sources), decay, self._sources[2])
         self._plan = _run(self._plan, "update", decay, *self._sources)
 
     def copy_(self) -> None:
@@ -202,8 +204,17 @@ _list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _MOST_LISTS = 16
 
 
+def _recorded() -> bool:
+    """Whether the call has to be an operation of PyTorch's, which a tracer or a dispatch mode sees."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._get_tracing_state():
+        raise RuntimeError("fused_ema.update: expected to run, found torch.jit.trace, which would leave it out")
+    return False
+
+
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
-    if op == "update" and torch.compiler.is_compiling():
+    if op == "update" and _recorded():
         ops.trace_update(pair(ema, model, buffers), decay, buffers)
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         check_buffers(buffers)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_floating, shown, whole_number
+from .checks import dtype_name
 from .files import safetensors, save, storable
 from .schedules import gamma_of
 from .shards import is_sharded
@@ -121,6 +122,10 @@ def snapshots(folder: Folder) -> list[Snapshot]:
         if _NAME.fullmatch(path.name) and path.is_file():
             with _opened(path) as (_, about):
                 if about:
+                    if int(path.stem[4:]) != about["updates"]:
+                        raise ValueError(
+                            f"{path}: expected one of {about['updates']} updates by its name, found another"
+                        )
                     found.append(Snapshot(path, about["step"], about["updates"], tuple(about["sigma_rels"])))
     return sorted(found, key=lambda each: (each.updates, each.path))
 
@@ -156,6 +161,8 @@ def reconstruct(
     """
     gamma = gamma_of(sigma_rel)
     check_floating(dtype)
+    if updates is not None:
+        whole_number("updates", updates, 1)
     found = snapshots(folder)
     if not found:
         raise ValueError(f"{folder}: expected snapshots, found none")
@@ -181,7 +188,11 @@ def reconstruct(
             for k in range(len(snapshot.sigma_rels)):
                 if weight := next(weights):  # 0 times Inf would be NaN
                     for name, key in names.items():
-                        value = file.get_tensor(f"{k}/{key}").to(torch.float64)
+                        value = file.get_tensor(f"{k}/{key}")
+                        if not value.is_floating_point():
+                            kind = dtype_name(value)
+                            raise ValueError(f"{snapshot.path}: '{k}/{key}': expected a floating type, found {kind}")
+                        value = value.to(torch.float64)
                         if name not in sums:
                             sums[name] = torch.zeros_like(value)
                         wanted = sums[name].shape
@@ -198,7 +209,10 @@ def reconstruct(
         if name in about["complex"]:  # the same ones in each file
             result[name] = torch.view_as_complex(value if dtype == torch.float64 else value.float()).to(device)
         else:
-            result[name] = value.to(dtype).to(device)
+            cast = value.to(dtype)
+            if not torch.equal(cast.isfinite(), value.isfinite()):
+                raise ValueError(f"dtype: expected one that holds {value.abs().max():.3g} of {name!r}, found {dtype}")
+            result[name] = cast.to(device)
     return result
 
 

@@ -73,10 +73,15 @@ def copy_(ema: Tensor, model: Tensor) -> None:
 
 @torch.no_grad()
 def swap_(ema: Tensor, model: Tensor) -> None:
-    """Exchanges the values of two tensors of one shape and dtype."""
-    old = ema.clone()
-    ema.copy_(model)
-    model.copy_(old)
+    """Exchanges the values of two tensors of one shape and dtype; undone where Ctrl-C comes in between."""
+    old_ema, old_model = ema.clone(), model.clone()
+    try:
+        ema.copy_(old_model)
+        model.copy_(old_ema)
+    except BaseException:
+        ema.copy_(old_ema)
+        model.copy_(old_model)
+        raise
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:

@@ -61,12 +61,22 @@ def load(ema: EMA, saved: Any) -> None:
             raise ValueError(f"state: expected decays in [0, 1], found {shown(decay)}")
     taken = tuple(map(_schedule, saved["schedules"], ema.schedules))
     pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
+    own = {_storage(average) for average, _ in pairs}  # of which a state_dict() holds no copies
+    pairs = [(average, theirs.clone() if _storage(theirs) in own else theirs) for average, theirs in pairs]
     with torch.no_grad():
         for average, theirs in pairs:
             average.copy_(theirs)
     ema.schedules, ema._decays, ema._step = taken, tuple(saved["decays"]), numbers["step"]
     ema.update_every, ema.update_after_step = numbers["update_every"], numbers["update_after_step"]
     ema.seed = numbers["seed"]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def _storage(tensor: Tensor) -> int:
+    return shards.local(tensor).untyped_storage().data_ptr()
 
 
 def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
@@ -103,8 +113,16 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
             problems.append(f"{name!r}: expected a dense tensor, found {kind}")
         elif found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
             problems.append(f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}")
-        elif refusal := storage_refusal(repr(name), shards.local(found)):
+        elif refusal := storage_refusal(repr(name), shards.local(found)) or storage_refusal(
+            f"the manager's {name!r}", shards.local(average)
+        ):
             problems.append(str(refusal))
+    if not problems:
+        first: dict[int, str] = {}
+        for name, average in ours.items():
+            tied = first.setdefault(shards.local(average).data_ptr(), name)
+            if average.numel() and not _equal(shards.local(theirs[tied]), shards.local(theirs[name])):
+                problems.append(f"{name!r}: expected what {tied!r} has, which it is tied to, found other values")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"state: in average {k}, " + "; ".join(problems[:_LISTED]) + more)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import reference
-from .checks import dtype_name
+from .checks import check_tensor, dtype_name, storage_refusal
 from .shards import local
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def distance(ema: EMA, index: int) -> dict[str, float]:
     apart = size = still = elements = 0.0
     for name in ema._averages.untied():
         average = ema._shard(name, index)
+        if refusal := storage_refusal(f"the average of {name!r}", average):
+            raise refusal
+        check_tensor(f"model[{name!r}]", current[name])
         parameter = local(current[name]).detach().to(average.device)
         wide = torch.complex128 if average.is_complex() else torch.float64
         apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()

@@ -893,7 +893,7 @@ def test_safetensors_file_is_as_before_after_an_error(safetensors, tmp_path, mon
 
     with pytest.raises(ValueError, match=r"middle\.bias"):
         save_safetensors(path, ema, dtype=torch.float16)
-    with pytest.raises(ValueError, match="floating"):
+    with pytest.raises(ValueError, match="dtype: expected float64"):
         save_safetensors(path, ema, dtype=torch.int8)
     with monkeypatch.context() as patched:
         patched.setattr(safetensors, "save_file", fails)
@@ -917,3 +917,13 @@ def test_without_safetensors(tmp_path, monkeypatch):
 
 def test_the_table_of_layouts_is_whole():
     assert re.findall(r'^\| "(\w+)"', checkpoints.__doc__, re.MULTILINE) == list(LAYOUTS)
+
+
+def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
+    model = nn.Module()
+    model.register_parameter("__metadata__", nn.Parameter(torch.ones(3)))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="__metadata__"):
+        save_safetensors(path, fused_ema.EMA(model))
+    assert path.read_bytes() == b"before"

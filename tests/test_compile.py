@@ -118,3 +118,27 @@ def test_25_the_operation_passes_torchs_own_checks():
     torch.library.opcheck(torch.ops.fused_ema.lerp_, (averages, tensors, decay))
     torch.ops.fused_ema.lerp_(averages, tensors, decay)
     assert all(average.eq(0.5).all() for average in averages)
+
+
+@pytest.mark.parametrize("way", ["function", "bound"])
+def test_25_recorded_by_make_fx(way):
+    ema, model = torch.zeros(3), torch.ones(3)
+    handle = fused_ema.bind([ema], [model])
+
+    def step(e, p):
+        fused_ema.update([e], [p], 0.5) if way == "function" else handle.update(0.5)
+        return e * 1
+
+    graph = make_fx(step)(ema, model)
+    assert any("lerp_" in str(node.target) for node in graph.graph.nodes)
+    if way == "function":
+        assert graph(torch.zeros(3), torch.ones(3)).tolist() == [0.5] * 3
+
+
+def test_25_jit_trace_is_refused():
+    def step(e, p):
+        fused_ema.update([e], [p], 0.5)
+        return e * 1
+
+    with pytest.raises(RuntimeError, match=r"found torch\.jit\.trace"):
+        torch.jit.trace(step, (torch.zeros(3), torch.ones(3)))

@@ -14,7 +14,7 @@ from conftest import net, refused
 from oracle import same_bits
 from torch import nn
 
-from fused_ema import EMA
+from fused_ema import EMA, checkpoints
 from fused_ema.schedules import constant, exponential_ramp, inverse_power, power_function, tf_warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
@@ -426,3 +426,59 @@ def test_copies_are_refused_while_it_is_busy(backend):
             duplicate(ema)
     handle.remove()
     assert same_states(pickled(ema).state_dict(), before)
+
+
+def test_another_model_takes_another_manager():
+    ema = EMA(small(), 0.5)
+    with pytest.raises(AttributeError):
+        ema.model = small()
+
+
+def test_its_own_averages_in_another_order(backend):
+    """A state_dict holds no copies: what is read must not be what was just written."""
+    ema = EMA(small(), [0.5, 0.25])
+    run(ema, 0, 3)
+    state = ema.state_dict()
+    expected = [{name: value.clone() for name, value in each.items()} for each in state["averages"][::-1]]
+    state["averages"].reverse()
+    ema.load_state_dict(state)
+    for found, wanted in zip(ema.state_dict()["averages"], expected, strict=True):
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_tied_averages_that_differ_are_refused(backend):
+    model = small()
+    model.tied = model[0].weight
+    ema = EMA(model, 0.5)
+    state = copy.deepcopy(ema.state_dict())
+    before = copy.deepcopy(state)
+    state["averages"][0]["tied"] = state["averages"][0]["tied"] + 1
+    with pytest.raises(ValueError, match=r"expected what '.*' has, which it is tied to"):
+        ema.load_state_dict(state)
+    assert same_states(ema.state_dict(), before)
+
+
+FREED = {
+    "distance": lambda ema, other, path: ema.distance(),
+    "copy_to": lambda ema, other, path: ema.copy_to(other),
+    "save_safetensors": lambda ema, other, path: checkpoints.save_safetensors(path, ema),
+    "load_state_dict": lambda ema, other, path: ema.load_state_dict(other),
+}
+
+
+@pytest.mark.parametrize("call", FREED)
+@pytest.mark.parametrize("which", ["parameter", "average", "buffer"])
+def test_13_what_reads_freed_memory_is_refused(backend, call, which, tmp_path):
+    """As offloading leaves it; to read it would end the process."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    ema = EMA(model, 0.5)
+    other = copy.deepcopy(ema.state_dict()) if call == "load_state_dict" else copy.deepcopy(model)
+    tensors = {"parameter": model[0].weight, "buffer": model[1].running_mean}
+    freed = tensors.get(which, averages(ema)["0.weight"])
+    freed.untyped_storage().resize_(0)
+    reads = {"parameter": {"distance"}, "average": set(FREED), "buffer": {"copy_to", "save_safetensors"}}[which]
+    if call in reads:
+        with pytest.raises((RuntimeError, ValueError), match="storage"):
+            FREED[call](ema, other, tmp_path / "x.safetensors")
+    else:
+        FREED[call](ema, other, tmp_path / "x.safetensors")

@@ -125,3 +125,22 @@ def test_a_plan_that_raises(backend, way, monkeypatch):
     old = copies(step.averages())
     step.call()
     step.check(old)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exchange_that_is_interrupted_loses_nothing(backend):
+    """All pairs are exchanged or none is; by PyTorch, each for itself."""
+    moment = 1
+    while True:
+        ema, model = ([torch.full((3,), value + k) for k in range(3)] for value in (10.0, 20.0))
+        start = [*zip(map(torch.clone, ema), map(torch.clone, model), strict=True)]
+        if not interrupted_at(moment, lambda e=ema, m=model: fused_ema.swap_(e, m)):
+            break
+        states = set()
+        for pair, before in zip(zip(ema, model, strict=True), start, strict=True):
+            kept, exchanged = (all(map(torch.equal, pair, wanted)) for wanted in (before, before[::-1]))
+            assert kept or exchanged, moment
+            states.add(kept)
+        assert backend == "torch" or len(states) == 1, moment
+        moment += 1
+    assert moment > 10

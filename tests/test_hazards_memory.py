@@ -373,3 +373,16 @@ def test_09_storage_too_small_for_such_offsets_is_refused(update, kind):
     ema, model = source(kind, {"a": e}), source(kind, {"a": torch.zeros(2, 4, dtype=torch.bfloat16)})
     names = [f"ema{label(kind, 'a', 0)}", f"expected a storage of at least {2 * (FAR + 4)} bytes", "64"]
     refused(RuntimeError, lambda: update(ema, model, 0.5), ema, model, names=names)
+
+
+def functional(shape):
+    return torch._to_functional_tensor(torch.ones(shape))
+
+
+@pytest.mark.parametrize("side", ["ema", "model"])
+@pytest.mark.parametrize("make", [torch._efficientzerotensor, functional])
+def test_13_tensors_without_memory_are_refused(backend, side, make):
+    sides = {"ema": torch.ones(3), "model": torch.ones(3), side: make((3,))}
+    for call in (lambda *both: fused_ema.update(*both, 0.5), fused_ema.copy_, fused_ema.swap_):
+        with pytest.raises(RuntimeError, match=rf"{side}\[0\]: expected a tensor with memory of its own"):
+            call([sides["ema"]], [sides["model"]])

@@ -52,6 +52,26 @@ def test_29_threads_update_one_after_the_other(backend, way, size):
     assert ema.w.unique().tolist() == [0.5 ** (THREADS * STEPS)]
 
 
+def test_29_threads_that_share_a_manager_make_each_step_once(backend):
+    """Large enough to run without the interpreter's lock."""
+    model = source("module", {"w": torch.zeros(2**20 + 3)})
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return 0.5
+
+    ema = fused_ema.EMA(model, schedule)
+    model.w.data.fill_(1)
+    threads = [threading.Thread(target=lambda: [ema.update() for _ in range(STEPS)]) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert ema.step == THREADS * STEPS
+    assert asked == list(range(1, THREADS * STEPS + 1))
+
+
 @pytest.mark.parametrize("way", ["module", "module and list"])
 def test_29_first_calls_of_threads(backend, way):
     # Each thread may find no plan yet, and make one of its own.

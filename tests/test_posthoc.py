@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import fused_ema
@@ -289,7 +291,7 @@ def test_arguments_out_of_range(run):
     folder = run[3]
     with pytest.raises(ValueError, match="sigma_rel"):
         reconstruct(folder, 0.3)
-    with pytest.raises(ValueError, match="dtype: expected a floating type"):
+    with pytest.raises(ValueError, match="dtype: expected float64"):
         reconstruct(folder, 0.07, dtype=torch.int32)
 
 
@@ -384,7 +386,7 @@ def test_one_snapshot_among_ones_with_inf(tmp_path):
 def test_save_refuses(tmp_path):
     with pytest.raises(ValueError, match="expected 1 update or more before a snapshot, found 0"):
         save_snapshot(tmp_path, Stub(0, *both(torch.ones(1))))
-    with pytest.raises(ValueError, match="dtype: expected a floating type"):
+    with pytest.raises(ValueError, match="dtype: expected float64"):
         save_snapshot(tmp_path, Stub(1, *both(torch.ones(1))), dtype=torch.int8)
     with pytest.raises(ValueError, match=r"ema\['w'\]: expected values within 65504"):
         save_snapshot(tmp_path, Stub(1, *both(torch.tensor([1.0, 1e5]))), dtype=torch.float16)
@@ -566,3 +568,41 @@ def test_snapshots_of_a_longer_run_are_named(tmp_path):
     again.update()
     with pytest.warns(UserWarning, match="more than 1 updates.*ema-0000000002"):
         fused_ema.posthoc.save_snapshot(tmp_path, again)
+
+
+def one_snapshot(folder, weight=1.0):
+    model = nn.Linear(2, 2)
+    model.weight.data.fill_(weight)
+    ema = fused_ema.EMA(model, power_function(0.1))
+    ema.update()
+    return save_snapshot(folder, ema)
+
+
+def test_a_snapshot_under_another_name_is_refused(tmp_path):
+    path = one_snapshot(tmp_path)
+    path.rename(path.with_name("ema-0000000007.safetensors"))
+    with pytest.raises(ValueError, match="expected one of 1 updates by its name"):
+        snapshots(tmp_path)
+
+
+def test_reconstruct_in_a_type_that_does_not_hold_it(tmp_path):
+    one_snapshot(tmp_path, 1e6)
+    with pytest.raises(ValueError, match=r"dtype: expected one that holds 1e\+06 of 'weight', found torch.float16"):
+        reconstruct(tmp_path, 0.1, dtype=torch.float16)
+    assert reconstruct(tmp_path, 0.1, dtype=torch.bfloat16)["weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("updates", [1.5, "1", True])
+def test_updates_of_reconstruct_are_a_whole_number(tmp_path, updates):
+    one_snapshot(tmp_path)
+    with pytest.raises(ValueError, match="updates: expected a whole number"):
+        reconstruct(tmp_path, 0.1, updates=updates)
+
+
+def test_a_snapshot_of_integers_is_refused(tmp_path):
+    path = one_snapshot(tmp_path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({key: value.to(torch.int32) for key, value in tensors.items()}, path, metadata)
+    with pytest.raises(ValueError, match="expected a floating type, found int32"):
+        reconstruct(tmp_path, 0.1)
