@@ -163,5 +163,7 @@ def check_pure_pytorch(others, thirds, decays):
                 oracle.check_step([old[finite]], [pair.model[finite]], [ema[finite]], decay, bitwise=False)
                 if decay == 0 or np.float32(decay) > 0:  # else 0 times infinity on one side only
                     assert torch.equal(ema.isnan(), done.nth(k).isnan())
+                    special = ~(old.isfinite() & pair.model.isfinite())
+                    assert oracle.same_bits_but_nan(ema[special], done.nth(k)[special])
             else:
                 assert oracle.same_bits_but_nan(ema, done.nth(k))
