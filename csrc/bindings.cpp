@@ -8,6 +8,7 @@
 #include <mutex>
 #include <unordered_set>
 
+#include "ema_cpu.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -357,6 +358,7 @@ class PyPlan {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of fused_ema: see csrc/.";
   m.attr("cuda_built") = cuda_built();
+  m.def("_set_grain", &set_grain, py::arg("elements"));
   py::enum_<Op>(m, "Op")
       .value("update", Op::update)
       .value("copy", Op::copy)

@@ -9,6 +9,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include <atomic>
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FUSED_EMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -18,8 +20,8 @@
 namespace fused_ema {
 namespace {
 
-constexpr int64_t kGrain = int64_t(1) << 17;  // elements: fewer are not worth a second thread's wake-up
-constexpr int64_t kPiece = 1024;              // elements of the model that several averages share in the L1 cache
+std::atomic<int64_t> grain{int64_t(1) << 17};  // elements: fewer are not worth a second thread's wake-up
+constexpr int64_t kPiece = 1024;               // elements of the model that several averages share in the L1 cache
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
@@ -162,8 +164,10 @@ class KeepSubnormals {
 
 }  // namespace
 
+int64_t set_grain(int64_t elements) { return grain.exchange(elements); }
+
 void run_cpu(Op op, const Tables& tables, const Call& call) {
-  at::parallel_for(0, tables.elements, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tables.elements, grain.load(std::memory_order_relaxed), [&](int64_t begin, int64_t end) {
     const KeepSubnormals keep;
     auto row = std::upper_bound(tables.rows.begin(), tables.rows.end(), begin,
                                 [](int64_t element, const Row& r) { return element < r.first; }) -

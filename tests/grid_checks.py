@@ -1,5 +1,6 @@
 """Tensors in memory with guards, and one launch of the emulated grid with every byte of that memory checked."""
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -8,15 +9,19 @@ import torch
 from emulated_grid import INTEGERS, Pair
 
 GUARD = 48  # bytes
+SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0]  # the subnormals are among the oracle's values
 
 
 def noise(dtype, n, rng):
-    """Values like weights, of any exponent, and corners; one in ten a random pattern of bits. Integers: bits."""
+    """Values like weights, of any exponent, and corners; one in ten a random pattern of bits, one in twenty special:
+    in 32 or 64 random bits, NaN is rare, and Inf never comes. Integers: bits."""
     # One more than asked for: an empty array of numpy's has a stride that torch's view refuses.
     bits = torch.from_numpy(rng.integers(0, 256, (n + 1) * dtype.itemsize, dtype=np.uint8)).view(dtype)[:n]
     if not dtype.is_floating_point:
         return bits
-    return torch.where(torch.from_numpy(rng.random(n) < 0.1), bits, oracle.values(dtype, n, rng))
+    special = torch.from_numpy(rng.choice(SPECIAL, n)).to(dtype)
+    kind = torch.from_numpy(rng.random(n))
+    return torch.where(kind < 0.05, special, torch.where(kind < 0.15, bits, oracle.values(dtype, n, rng)))
 
 
 def place(rng, rows, averages=1, number=0):

@@ -1,7 +1,10 @@
 """What is compiled, when, and what is kept; with a real compiler, that is in .ci/run."""
 
+import errno
 import json
+import mmap
 import os
+import shutil
 import sys
 import threading
 import time
@@ -97,6 +100,88 @@ def test_a_library_that_does_not_fit_is_built_again(compiled, change, tmp_path):
     record = json.loads((path.parent / _build.RECORD).read_text())
     (path.parent / _build.RECORD).write_text(json.dumps({**record, change: "other"}))
     assert _build.build(tmp_path / "here")[1]
+
+
+# ---- place ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def placed(tmp_path):
+    """place(content) puts such a library, and a record that says so, into a folder, which it returns; one is there."""
+
+    def place(content):
+        library = tmp_path / "compiled.so"
+        library.write_bytes(content)
+        _build.place(_build.Built(library, {"sources": content.decode()}), tmp_path / "here")
+        return tmp_path / "here"
+
+    place(b"old")
+    return place
+
+
+def pair_in(folder):
+    """The library, and what the record says it is; None for what is not there."""
+    library, record = folder / _build.LIBRARY, _build.read_record(folder)
+    return library.read_bytes() if library.exists() else None, record and record["sources"].encode()
+
+
+def test_a_loaded_library_stays_as_it_was(placed, tmp_path):
+    """Or the processes that have it mapped would crash."""
+    library = tmp_path / "here" / _build.LIBRARY
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        folder = placed(b"new")
+        assert mapped[:] == b"old"
+        assert os.fstat(file.fileno()).st_ino != library.stat().st_ino
+    assert pair_in(folder) == (b"new", b"new")
+    assert {path.name for path in folder.iterdir()} == {_build.LIBRARY, _build.RECORD}
+
+
+def test_no_library_lies_beside_the_record_of_another(placed, monkeypatch, tmp_path):
+    """Whatever a reader finds, before and after each file takes its place, or is left with."""
+    folder, replace, seen = tmp_path / "here", os.replace, []
+
+    def observed(source, target):
+        seen.append(pair_in(folder))
+        replace(source, target)
+        seen.append(pair_in(folder))
+
+    monkeypatch.setattr(os, "replace", observed)
+    placed(b"new")
+    assert seen == [(b"old", None), (b"new", None), (b"new", None), (b"new", b"new")]
+
+
+@pytest.mark.parametrize("failing", ["copyfile", "copymode", "write_text"])
+def test_a_failing_copy_leaves_the_old_pair(placed, monkeypatch, tmp_path, failing):
+    def fail(_, target, **__):
+        """Half of it is written, as on a full disk."""
+        Path(target).write_bytes(b"n")
+        raise OSError(errno.ENOSPC, "no space")
+
+    before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in (tmp_path / "here").iterdir()}
+    owner = Path if failing == "write_text" else shutil
+    monkeypatch.setattr(owner, failing, (lambda self, *_, **__: fail(None, self)) if owner is Path else fail)
+    with pytest.raises(OSError, match="no space"):
+        placed(b"new")
+    after = {path.name: (path.read_bytes(), path.stat().st_ino) for path in (tmp_path / "here").iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("failing", [_build.LIBRARY, _build.RECORD])
+def test_a_failing_replacement_leaves_no_record(placed, monkeypatch, tmp_path, failing):
+    replace = os.replace
+
+    def fail(source, target):
+        if target.name == failing:
+            raise OSError(errno.EACCES, "not allowed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="not allowed"):
+        placed(b"new")
+    assert pair_in(tmp_path / "here") == (b"old" if failing == _build.LIBRARY else b"new", None)
+
+
+# ---- build, at once and in vain ------------------------------------------------------------------
 
 
 def test_two_builds_at_once(compiled, monkeypatch, tmp_path):

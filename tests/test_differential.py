@@ -1,19 +1,21 @@
-"""Random cases: the CPU runner and the emulated CUDA grid bit for bit and by the float64 oracle's bounds, the
-pure-PyTorch path by the bounds. `make test-long` has 100,000 of them."""
+"""Random cases: the CPU runner, on one thread and split between two, and the emulated CUDA grid bit for bit and by the
+float64 oracle's bounds, the pure-PyTorch path by the bounds. `make test-long` has 100,000 of them."""
 
 import math
+import os
+import threading
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from emulated_grid import CAST_PAIRS, LERP_PAIRS, MAX_AVERAGES, RAW_PAIRS, STOCHASTIC_PAIRS, TYPES
+from emulated_grid import CAST_PAIRS, LERP_PAIRS, MAX_AVERAGES, RAW_PAIRS, STOCHASTIC_PAIRS, TYPES, Pair
 from grid_checks import in_copy, launch, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_grid_manager_vs_cpu import assert_same, threads  # noqa: F401
 
-from fused_ema import plan, reference
+from fused_ema import _native, plan, reference
 from fused_ema.pairing import Pairs
 
 many = settings(
@@ -30,6 +32,16 @@ OPS = {  # the types, and whether floats are averaged
 LAYOUTS = ["flat", "flat", "both permuted", "model permuted", "average permuted", "columns", "expanded model"]
 # Between 2**-150 and 2**-126 float32(decay) is coarse: docs/numerics.md.
 decays = st.sampled_from([*oracle.DECAYS, math.nextafter(0.5, 0), 1e-30]) | st.floats(2.0**-126, 1)
+
+GRAIN = 32  # elements
+
+
+@pytest.fixture
+def split(threads):  # noqa: F811
+    """Where there are two threads, each gets half of the elements, of small tensors too."""
+    before = _native.load()._set_grain(GRAIN)
+    yield
+    _native.load()._set_grain(before)
 
 
 @st.composite
@@ -110,7 +122,7 @@ def run_on_cpu(pairs, complex_, ties, op, decays, keys):
 @pytest.mark.parametrize("grid", ["small"], indirect=True)
 @given(cases())
 @many
-def test_all_runners_agree(grid, threads, case):  # noqa: F811
+def test_all_runners_agree(grid, split, case):
     op, rows, ties, decays, seed = case
     rng = np.random.default_rng(seed)
     memory, pairs, complex_ = placed(rng, grid, op, rows, len(decays))
@@ -123,6 +135,24 @@ def test_all_runners_agree(grid, threads, case):  # noqa: F811
     assert_same(pairs, memory, others, other, len(decays))
 
 
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_small_tensors_are_split(split):
+    """A thread of Python's gets its own thread to share with, when it first does."""
+    started = []
+
+    def work():
+        torch.set_num_threads(2)
+        for n in (GRAIN, GRAIN + 1):
+            before = len(os.listdir("/proc/self/task"))
+            run_on_cpu([Pair(torch.ones(n), torch.zeros(n))], [False], [], "update", [0.5], ())
+            started.append(len(os.listdir("/proc/self/task")) - before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert started == [0, 1]
+
+
 def check_pure_pytorch(others, thirds, decays):
     for done, pair in zip(others, thirds, strict=True):
         for k, decay in enumerate(decays):
@@ -133,5 +163,7 @@ def check_pure_pytorch(others, thirds, decays):
                 oracle.check_step([old[finite]], [pair.model[finite]], [ema[finite]], decay, bitwise=False)
                 if decay == 0 or np.float32(decay) > 0:  # else 0 times infinity on one side only
                     assert torch.equal(ema.isnan(), done.nth(k).isnan())
+                    special = ~(old.isfinite() & pair.model.isfinite())
+                    assert oracle.same_bits_but_nan(ema[special], done.nth(k)[special])
             else:
                 assert oracle.same_bits_but_nan(ema, done.nth(k))

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from emulated_grid import LERP_PAIRS
-from grid_checks import launch, place
+from grid_checks import launch, noise, place
 
 
 def special_values(dtype):
@@ -19,6 +19,19 @@ def special_values(dtype):
     values = [0, least, 3 * least, tiny - least, tiny, 1 - eps / 2, 1, 1 + eps, 3, info.max, torch.inf]
     values = torch.tensor(values, dtype=torch.float64).to(dtype)
     return torch.cat([values, -values, torch.tensor([torch.nan], dtype=dtype)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_random_values_have_special_ones_among_them(dtype):
+    """Or the random tests of the runners would never meet them."""
+    values = noise(dtype, 2000, np.random.default_rng(8))
+    subnormal = (values != 0) & (values.abs() < torch.finfo(dtype).smallest_normal)
+    zero, negative = values == 0, values.signbit()
+    for kind in (values.isinf(), zero, subnormal):
+        assert (kind & negative).any()
+        assert (kind & ~negative).any()
+    assert values.isnan().any()
+    assert values.isfinite().double().mean() > 0.9
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.75, 0.5, 0.25, 1e-3, 1 - 2.0**-53])

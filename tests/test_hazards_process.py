@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import signal
 import sys
 import threading
 import weakref
@@ -15,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fused_ema
-from fused_ema import functional
+from fused_ema import functional, plan
 
 # ---- 29: threads and forks
 
@@ -175,6 +176,40 @@ def test_29_a_forked_child_updates_with_an_inherited_binding(backend):
         step(0.5)  # the parent's plan still works
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_29_a_forked_child_updates_where_another_thread_was_updating(backend):
+    """The lock that this thread holds is never released in the child, where the thread is not."""
+    ema, model = torch.ones(3), torch.zeros(3)
+    fused_ema.update([ema], [model], 0.5)
+    held, forked = threading.Event(), threading.Event()
+
+    def update_for_long():
+        with plan._one_at_a_time:
+            held.set()
+            forked.wait(60)
+
+    thread = threading.Thread(target=update_for_long, daemon=True)
+    thread.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run here
+        status = 1
+        try:
+            signal.alarm(20)  # kills it in a deadlock
+            fused_ema.update([ema], [model], 0.5)
+            status = 0 if ema.tolist() == [0.25] * 3 else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    forked.set()
+    thread.join(30)
+    assert os.waitstatus_to_exitcode(status) == 0
+    fused_ema.update([ema], [model], 0.5)  # the parent has its own lock still
+    assert ema.tolist() == [0.25] * 3
+
+
 # ---- 30: pickling and copies
 
 
@@ -312,3 +347,23 @@ def test_many_pairs_of_modules_keep_their_plans():
         fused_ema.update(ema, model, 0.5)
         key = (id(ema), id(model), "copy")
         assert functional._module_plans[key][0] is plans[key]
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_plans_of_lists_end_with_the_least_recently_used(backend):
+    most = functional._MOST_LISTS
+    pairs = [([torch.ones(2)], [torch.zeros(2)]) for _ in range(most + 1)]
+
+    def update(i):
+        """The plan that ran: the last in use."""
+        fused_ema.update(*pairs[i], 0.5)
+        return next(reversed(functional._list_plans.values()))
+
+    plans = [update(i) for i in range(most)]
+    assert update(0) is plans[0]
+    new = update(most)  # in the place of the second
+    assert list(functional._list_plans.values()) == [*plans[2:], plans[0], new]
+    assert update(2) is plans[2]
+    assert update(1) is not plans[1]
+    assert len(functional._list_plans) == most
+    assert [ema[0].tolist() for ema, _ in pairs] == [[0.5**n] * 2 for n in (2, 2, 2, *[1] * (most - 2))]
