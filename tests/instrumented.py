@@ -93,8 +93,8 @@ def main(kind: str, *names: str) -> None:
     flags = ["-g", *FLAGS[kind]]
     if kind == "coverage":  # in the program, not in an environment that some tests clean
         flags.append(f"-fprofile-instr-generate={copy}/build/profiles/%m.profraw")
-        environment |= {"CXX": "clang++", "CC": "clang"}
-    if not run(sys.executable, "-c", BUILD, copy / "build" / "objects", *flags, FUSED_EMA_EXT=""):
+    compilers = {"CXX": "clang++", "CC": "clang"} if kind == "coverage" else {}
+    if not run(sys.executable, "-c", BUILD, copy / "build" / "objects", *flags, FUSED_EMA_EXT="", **compilers):
         sys.exit("the extension does not build")
     preload = " ".join(_runtime(name) for name in PRELOADED.get(kind, []))
     environment |= {"FUSED_EMA_EXT": "1", **ENVIRONMENT.get(kind, {})}
