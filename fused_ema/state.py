@@ -120,8 +120,9 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
     if not problems:
         first: dict[int, str] = {}
         for name, average in ours.items():
-            tied = first.setdefault(shards.local(average).data_ptr(), name)
-            if average.numel() and not _equal(shards.local(theirs[tied]), shards.local(theirs[name])):
+            mine = shards.local(average)
+            tied = first.setdefault(mine.data_ptr(), name) if mine.numel() else name  # no memory to share
+            if not _equal(shards.local(theirs[tied]), shards.local(theirs[name])):
                 problems.append(f"{name!r}: expected what {tied!r} has, which it is tied to, found other values")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
