@@ -260,7 +260,7 @@ def target(data):
         if choose.below(4):
             header = name.endswith(".safetensors") and choose.below(3)
             archive = name.endswith(".pt") and choose.below(3)
-            content = (choose.safetensors if header else choose.pickled if archive else choose.bytes)(content)
+            content = (choose.safetensors if header else choose.pickled if archive else choose.damaged)(content)
         path = FOLDER / ("read" + Path(name).suffix)
         path.write_bytes(content)
         read = []
@@ -277,7 +277,7 @@ def target(data):
     for i, name in enumerate(SNAPSHOTS):
         content = FILES[name]
         if i == changed or (changed == 2 and choose.below(2)):
-            content = (choose.safetensors if choose.below(4) else choose.bytes)(content)
+            content = (choose.safetensors if choose.below(4) else choose.damaged)(content)
         (folder / name).write_bytes(content)
     harness.attempt(lambda: posthoc.snapshots(folder), (ValueError,))
     sigma_rel = choose.of((0.1, 0.07, 0.05, 0.2, *ODD)) if choose.below(4) == 0 else 0.1
