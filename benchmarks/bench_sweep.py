@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import HERE, Pair, ceilings, environment, in_turns, prepared, ratio, reason, sets_for, spread
+from measure import HERE, ceilings, environment, in_turns, prepared, ratio, reason, sets_for, spread
 from methods import DECAY, FOREACH_CACHED, Step, make_step
-from models import CASES, Case, average_of, filled
+from models import CASES, Case, filled_pair
 from report import AS_BUILT, columns, console, parts_of, progress
 
 import fused_ema
@@ -54,16 +54,14 @@ def variants() -> dict[str, dict[str, str]]:
             )
     for resident in (768, 1280, 1536, 2048):
         found[f"{resident} threads resident"] = shape(resident=resident)
-    for name, each in {
+    return found | {
         "average __ldcs": hints("__ldcs"),
         "both __ldcs, __stcs": hints("__ldcs", "__ldcs", "__stcs"),
         "both no_allocate, __stcs": hints("no_allocate", "no_allocate", "__stcs"),
         "model no_allocate": hints(model="no_allocate"),
         "model plain": hints(model="plain"),
         "__stcs": hints(store="__stcs"),
-    }.items():
-        found[name] = each
-    return found
+    }
 
 
 def compiled(macros: dict[str, str]) -> Path:
@@ -122,13 +120,9 @@ def step_of(library: ctypes.CDLL, plans: list[ctypes.c_void_p], model: Any, aver
 
 @torch.no_grad()
 def measure(case: Case, device: torch.device, budget: float, libraries: dict[str, ctypes.CDLL]) -> dict[str, Any]:
-    model = filled(case.build, case.model_dtype, device)
-    average = average_of(model, case.average_dtype)
+    model, average = filled_pair(case, device)
     size = fused_ema.bind(average, model).describe()["bytes_per_update"]
-    sets: list[Pair] = [(model, average)]
-    for _ in range(1, sets_for(size, device)):
-        another = filled(case.build, case.model_dtype, device)
-        sets.append((another, average_of(another, case.average_dtype)))
+    sets = [(model, average), *(filled_pair(case, device) for _ in range(1, sets_for(size, device)))]
     streams, longer = ceilings(size, sets, "")
     steps = {AS_BUILT: prepared(partial(make_step, "fused_ema.bind"), sets)}
     if case.model_dtype == case.average_dtype:

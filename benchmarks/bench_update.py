@@ -32,7 +32,6 @@ import bench_scaling
 import bench_training
 import torch
 from measure import (
-    Pair,
     Times,
     ceilings,
     compile_stream,
@@ -50,7 +49,7 @@ from measure import (
     waits,
 )
 from methods import BOUND, COMPILED, GRAPHS, OURS, Step, make_step, method_names
-from models import CASES, Case, average_of, filled, shrunk
+from models import CASES, Case, filled_pair, shrunk
 from report import columns, console, parts_of, progress
 from torch import nn
 
@@ -64,15 +63,11 @@ PARTS = ("models", "scaling", "averages", "training", "device", "instructions")
 def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDLL | str, names: list[str]) -> Any:
     """The rows of one case, a dict per method, and what the machine's memory allows."""
     begin = time.perf_counter()
-    model = filled(case.build, case.model_dtype, device)
-    average = average_of(model, case.average_dtype)
+    model, average = filled_pair(case, device)
     about = fused_ema.bind(average, model).describe()
     size = about["bytes_per_update"]
     count = 1 if case.in_a_row else sets_for(size, device)
-    sets: list[Pair] = [(model, average)]
-    for _ in range(1, count):
-        another = filled(case.build, case.model_dtype, device)
-        sets.append((another, average_of(another, case.average_dtype)))
+    sets = [(model, average), *(filled_pair(case, device) for _ in range(1, count))]
     streams, longer = ceilings(size, sets, library)
     torch._dynamo.reset()  # else it counts each case as one more version of the same function
     steps: dict[str, list[Step]] = {}

@@ -4,7 +4,7 @@ import sys
 
 import torch
 from methods import BOUND, FOREACH_CACHED, make_step
-from models import CASES, average_of, filled
+from models import CASES, filled_pair
 
 
 @torch.no_grad()
@@ -12,8 +12,7 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for part in sys.argv[1:]:
         case = next(case for case in CASES if part in case.title)
-        model = filled(case.build, case.model_dtype, device)
-        average = average_of(model, case.average_dtype)
+        model, average = filled_pair(case, device)
         print(case.title, flush=True)
         for name in (BOUND, FOREACH_CACHED):
             if name == BOUND or case.model_dtype == case.average_dtype:

@@ -140,6 +140,12 @@ def average_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return average
 
 
+def filled_pair(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """A model of the case, and its averages."""
+    model = filled(case.build, case.model_dtype, device)
+    return model, average_of(model, case.average_dtype)
+
+
 def shrunk(model: nn.Module) -> nn.Module:
     """The same modules and names with one element in each tensor: what is left of an update is the host's work."""
     small = copy.deepcopy(model)

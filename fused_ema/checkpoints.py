@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_floating, whole_number
-from .checks import check_tensor
+from .checks import check_tensor, equal_values
 from .ema import EMA
 from .files import safetensors, save, storable
 from .pairing import by_plain_name, listed, plain_name
@@ -316,7 +316,7 @@ def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, An
         tied = found.setdefault(id(place), value)
         if value.shape != place.shape:  # by position also where it is not averaged: the order may be another
             problems.append(f"{key!r}: expected shape {tuple(place.shape)}, found {tuple(value.shape)}")
-        elif tied is not value and not _equal(tied, value):
+        elif tied is not value and not equal_values(tied, value):
             problems.append(f"{key!r}: expected what it is tied to in the model, found other values")
     extra = [key for plain, key in plain_given.items() if plain not in plain_places]
     missing = [name for name, tensor in wanted.items() if tensor not in found]
@@ -327,7 +327,3 @@ def _averages(ema: EMA, layout: str, given: dict[str, Any], places: dict[str, An
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError("state: " + "; ".join(problems[:5]) + more)
     return {name: found[tensor] for name, tensor in wanted.items()}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True)

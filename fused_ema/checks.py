@@ -160,6 +160,11 @@ def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
     return RuntimeError(f"{name}: expected a storage of at least {needed} bytes; storage of {name!r} is {state}")
 
 
+def equal_values(a: Tensor, b: Tensor) -> bool:
+    """Of whatever types; NaN equals NaN."""
+    return a is b or (a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True))
+
+
 def _elsewhere(tensor: Tensor) -> str:
     """What to do about a parameter whose values lie somewhere else, as some trainers have it; "" where they don't."""
     if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,23 +17,12 @@ from .averages import Averages
 from .checks import check_tensor, dtype_name, storage_refusal, write_refusal
 from .exchange import Exchange, exchanging, hold_average
 from .pairing import Pairs, difference
-from .plan import Buffers, Call, OpName, Plan, watchable
+from .plan import Buffers, Call, OpName, Plan, one_at_a_time, watchable
 from .schedules import Schedule
 from .selection import Select, Selection, tensors_of
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
-
-_one_at_a_time = threading.RLock()  # of all managers: their work is one at a time anyway
-
-
-def _renew_lock() -> None:
-    global _one_at_a_time
-    _one_at_a_time = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class EMA:
@@ -168,7 +155,7 @@ class EMA:
 
     def _update_attached(self, skipped: Tensor | None) -> None:
         """`skipped`, where given: on the averages' device, not 0 where the optimizer's step was skipped."""
-        with _one_at_a_time:  # else two threads would make the same step
+        with one_at_a_time():  # else two threads would make the same step
             self._check_unswapped("update")
             step = self._step + 1
             after = step - self.update_after_step

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -216,12 +217,17 @@ def nth_average(first: Tensor, apart: int, k: int) -> Tensor:
     return first.detach().as_strided(first.shape, first.stride(), first.storage_offset() + k * apart)
 
 
-_one_at_a_time = threading.Lock()  # for the pure-PyTorch path; the extension has its own
+_one_at_a_time = threading.RLock()  # for managers and the pure-PyTorch path; the extension has its own
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """The lock of this process: a forked child has another."""
+    return _one_at_a_time
 
 
 def _renew_lock() -> None:
     global _one_at_a_time
-    _one_at_a_time = threading.Lock()
+    _one_at_a_time = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

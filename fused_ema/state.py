@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from . import schedules, shards
 from .arguments import shown, whole_number
-from .checks import WIDTH, dtype_name, storage_refusal
+from .checks import WIDTH, dtype_name, equal_values, storage_refusal
 from .pairing import difference
 
 if TYPE_CHECKING:
@@ -71,10 +71,6 @@ def load(ema: EMA, saved: Any) -> None:
     ema.seed = numbers["seed"]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
-
-
 def _storage(tensor: Tensor) -> int:
     return shards.local(tensor).untyped_storage().data_ptr()
 
@@ -122,7 +118,7 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
         for name, average in ours.items():
             mine = shards.local(average)
             tied = first.setdefault(mine.data_ptr(), name) if mine.numel() else name  # no memory to share
-            if not _equal(shards.local(theirs[tied]), shards.local(theirs[name])):
+            if not equal_values(shards.local(theirs[tied]), shards.local(theirs[name])):
                 problems.append(f"{name!r}: expected what {tied!r} has, which it is tied to, found other values")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
