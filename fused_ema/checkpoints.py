@@ -170,7 +170,7 @@ def load(path: File, map_location: str | torch.device = "cpu") -> dict[str, Any]
         if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
             raise ValueError(f"{path}: expected a checkpoint, found a file that can't be read: {error}") from error
         named = re.search(r"GLOBAL (\S+)", str(error))
-        found = named[1] if named else "a pickle of something else"
+        found = named[1] if named else "a damaged file, or a pickle of something else"
         raise ValueError(
             f"{path}: expected tensors, numbers, strings and containers, found {found}: "
             "refused, since to unpickle it could run code"

@@ -23,6 +23,7 @@ from .selection import Select, Selection, tensors_of
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
+_WHOLE = {"update_every": 1, "update_after_step": 0, "seed": 0}  # attributes → the least they may be
 
 
 class EMA:
@@ -100,9 +101,8 @@ class EMA:
         check_buffers(buffers)
         shards.reshard(model)
         self._model = model
-        self.update_every = whole_number("update_every", update_every, 1)
-        self.update_after_step = whole_number("update_after_step", update_after_step, 0)
-        self.rounding, self.seed = rounding, whole_number("seed", seed, 0)
+        self.update_every, self.update_after_step = update_every, update_after_step
+        self.rounding, self.seed = rounding, seed
         self.schedules = _schedules(decay)
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
@@ -114,6 +114,9 @@ class EMA:
         self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
         self._check_unswapped("__init__")
         self._run("copy", Call((0.0,) * len(self.schedules)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, whole_number(name, value, _WHOLE[name]) if name in _WHOLE else value)
 
     @property
     def model(self) -> nn.Module:

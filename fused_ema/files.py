@@ -28,11 +28,15 @@ def safetensors() -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write; it takes the place of `path` once it is on disk, and goes where there is an error."""
+    """A temporary file to write; it takes the place of `path` once it is on disk, and goes where there is an error.
+
+    As if `path` were opened and written: a link stays one, and who may read the file stays the same.
+    """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors may replace the file by one of mode 0600
+        temporary.touch()  # with the mode that the umask gives; safetensors may replace it by a file of mode 0600
+        mode = (path if path.exists() else temporary).stat().st_mode
         yield temporary
         temporary.chmod(mode)
         _sync(temporary)

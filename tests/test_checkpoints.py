@@ -793,7 +793,7 @@ def test_files_that_are_none(tmp_path):
     torch.manual_seed(0)
     for size in (10, 1000) * 20:
         path.write_bytes(bytes(torch.randint(256, (size,)).tolist()))
-        with pytest.raises(ValueError, match="junk") as caught:
+        with pytest.raises(ValueError, match=r"junk: expected .* damaged|junk: .* can't be read") as caught:
             load(path)
         assert caught.type is ValueError
     torch.save([1, 2], path)

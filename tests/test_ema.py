@@ -194,6 +194,18 @@ def test_options_refused(options):
         EMA(net(), 0.9, **options)
 
 
+@pytest.mark.parametrize("name", ["update_every", "update_after_step", "seed"])
+@pytest.mark.parametrize("value", [-1, 2.0, True, None, 2**64])
+def test_options_refused_when_set_later(name, value):
+    ema = EMA(net())
+    before = getattr(ema, name)
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number"):
+        setattr(ema, name, value)
+    assert getattr(ema, name) == before
+    setattr(ema, name, 3)
+    assert getattr(ema, name) == 3
+
+
 def test_model_refused():
     with pytest.raises(TypeError, match="model"):
         EMA(list(net().parameters()))

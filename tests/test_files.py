@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 from test_posthoc import Stub, both
+from torch import nn
 
-from fused_ema import posthoc
+from fused_ema import EMA, posthoc
+from fused_ema.checkpoints import save_safetensors
 from fused_ema.posthoc import reconstruct, save_snapshot
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -80,6 +82,23 @@ def test_readable_by_those_who_may_read_new_files(tmp_path):
     path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_overwritten_keeps_its_mode_and_its_links(tmp_path):
+    ema = EMA(nn.Linear(2, 2))
+    path, link = tmp_path / "run" / "weights.safetensors", tmp_path / "latest.safetensors"
+    path.parent.mkdir()
+    link.symlink_to(path)
+    save_safetensors(link, ema)  # which makes the file that it points to
+    assert link.is_symlink()
+    path.chmod(0o640)
+    nn.init.zeros_(ema.model.weight)
+    ema.update()
+    save_safetensors(link, ema)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(path.parent.iterdir()) == [path]
+    assert torch.equal(safetensors_torch.load_file(path)["weight"], ema.averaged_state_dict()["weight"])
 
 
 KILLS = max(20, settings.default.max_examples // 10)  # of each kind of file; 1000 in `make test-long`
