@@ -112,11 +112,14 @@ class StalePlans(RuleBasedStateMachine):
     @precondition(lambda self: self.tied())
     @rule()
     def untie(self):
+        tied = [name for name in "wv" if getattr(self.model.a, name) is getattr(self.model.b, name)]
         for module in (self.ema, self.model):
             for name in "wv":
                 if getattr(module.a, name) is getattr(module.b, name):
                     setattr(module.b, name, nn.Parameter(getattr(module.b, name).detach().clone()))
-        self.manage()  # an average that two names share has no two parameters to follow
+        if any(getattr(self.model.b, name).numel() for name in tied):
+            self.manager_refuses(ValueError)  # an average that two names share has no two parameters to follow
+        self.manage()
 
     @rule(place=places)
     def freeze(self, place):
@@ -151,29 +154,44 @@ class StalePlans(RuleBasedStateMachine):
     def cast_the_model(self, dtype):
         self.model.to(dtype)
 
-    @rule()
-    def move(self):
-        self.ema._apply(torch.clone)  # as .to() another device
+    @rule(what=st.sampled_from(["ema", "model", "manager"]))
+    def move(self, what):
+        if what == "manager":
+            self.manager._averages._move(torch.clone)
+            self.manager.to("cpu")
+        else:
+            getattr(self, what)._apply(torch.clone)  # as .to() another device
 
     @rule(way=st.sampled_from(["pickle", "deepcopy"]))
     def travel(self, way):
-        everything = (self.ema, self.model, self.handle)
-        self.ema, self.model, self.handle = (
+        everything = (self.ema, self.model, self.handle, self.manager)
+        self.ema, self.model, self.handle, self.manager = (
             copy.deepcopy(everything) if way == "deepcopy" else pickle.loads(pickle.dumps(everything))
         )
-        self.manage()
+        left = everything[-1]
+        assert self.manager is not left
+        assert self.manager.model is self.model
+        assert self.manager.step == left.step
+        assert all(map(same_bits, map(bits, left.state_dict()["averages"]), self.averages()))
 
     # ---- What must be refused, and then be mended
 
-    def all_refuse(self, error):
+    def all_refuse(self, error, side):
         for call in (lambda: self.handle.update(0.5), lambda: fused_ema.update(self.ema, self.model, 0.5)):
             refused(error, call, self.ema, self.model)
+        if side == "model":
+            self.manager_refuses(error)
+
+    def manager_refuses(self, error):
+        step = self.manager.step
+        refused(error, self.manager.update, self.model, *self.averages())
+        assert self.manager.step == step
 
     @rule(side=sides, place=places)
     def only_one_side_has_it(self, side, place):
         part = self.part(side, place)
         part.register_parameter("more", nn.Parameter(torch.ones(2)))
-        self.all_refuse(ValueError)
+        self.all_refuse(ValueError, side)
         del part.more
 
     @rule(side=sides, place=places)
@@ -182,7 +200,7 @@ class StalePlans(RuleBasedStateMachine):
             part = self.part(side, place)
             old = getattr(part, place[1])
             setattr(part, place[1], nn.Parameter(torch.ones(5, 3)))
-            self.all_refuse(ValueError)
+            self.all_refuse(ValueError, side)
             setattr(part, place[1], old)
 
     @rule(place=places)
@@ -192,7 +210,7 @@ class StalePlans(RuleBasedStateMachine):
             storage = tensor.untyped_storage()
             kept = storage.clone()
             storage.resize_(0)
-            self.all_refuse(RuntimeError)
+            self.all_refuse(RuntimeError, "model")
             storage.resize_(kept.nbytes())
             storage.copy_(kept)
 
