@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 import emulated_grid
 import oracle
@@ -20,6 +21,15 @@ settings.register_profile("long", max_examples=10_000, deadline=None, print_blob
 settings.load_profile("short")
 
 pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that their failures show values
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_folder(tmp_path_factory):
+    """What tests and their processes leave in the temporary folder goes when pytest's own does."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patched.setattr(tempfile, "tempdir", None)  # which it remembers
+        yield
 
 
 @pytest.fixture(params=["cpu", "torch"])
