@@ -111,6 +111,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
                 "in_cache": in_cache(size, count, device),
                 "device_us": device_us[name],
                 "host_us": spread([t.host for t in host[name]]) if name in host else None,
+                "host_warm_us": spread([t.warm for t in host[name]]) if name in host else None,
                 "rounds": len(times[name]),
                 "GBps": size / device_us[name]["median"] / 1e3,
                 "share_of_ceiling": longer / ratio(times[name], times[best]) if best else None,
@@ -144,12 +145,13 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     title = f"{first['case']}: {first['tensors']} tensors, {first['elements'] / 1e6:.1f}M elements, "
     title += f"{first['bytes'] / 1e9:.3f} GB" + (f", {first['sets']} sets in turns" if first["sets"] > 1 else "")
     title += ", found in the cache" if first["in_cache"] else ""
-    heads = ["ms", "p20", "p80", "host µs", "GB/s", "of ceiling", "ratio", "error", "extra MB"]
+    heads = ["ms", "p20", "p80", "host µs", "warm", "GB/s", "of ceiling", "ratio", "error", "extra MB"]
     table = columns(title, "method", [*heads, "launches"] if cuda else heads)
     for row in rows:
         cells = [f"{row['device_us'][key] / 1e3:.3f}" for key in ("median", "p20", "p80")]
         cells[0] = ("*" if waits(row["launches"]) else "") + cells[0]
-        cells += [f"{row['host_us']['median']:.0f}" if row["host_us"] else "-", f"{row['GBps']:.1f}"]
+        cells += [f"{row[key]['median']:.0f}" if row[key] else "-" for key in ("host_us", "host_warm_us")]
+        cells.append(f"{row['GBps']:.1f}")
         cells.append(f"{row['share_of_ceiling']:.0%}" if row["share_of_ceiling"] else "-")
         cells.append(f"{row['ratio']:.2f}" if row["ratio"] else "-")
         cells += [f"{row['max_err_over_bound']:.2f}"]
@@ -238,7 +240,8 @@ def main() -> int:
         f"{env['device']}, {env['cpu']}, {env['cores']} cores, {env['threads']} threads; torch {env['torch']}; "
         f"fused_ema {env['fused_ema']} {env['commit']}, backend {env['backend']!r}\n\n"
         "ms          of one update: the median, and the percentiles 20 and 80; on CUDA, the device's own time\n"
-        "host µs     on the CPU: the same with tensors of one element each; on CUDA: until the call returns\n"
+        "host µs     on the CPU: the same with tensors of one element each; on CUDA: until the call returns,\n"
+        "            after other calls; warm: right after the same\n"
         "GB/s        of the bytes that an update has to move, however many the method moves\n"
         "of ceiling  the time of a plain loop over the same memory (on CUDA: the best stream of as many bytes), which\n"
         "            checks nothing and leaves the buffers, over the method's: the median over the rounds\n"

@@ -42,10 +42,11 @@ SCRATCH = 4 << 30  # bytes at most, for the ceiling of a CUDA device
 
 
 class Times(NamedTuple):
-    """Seconds of one call. On the CPU the two are the same."""
+    """Seconds of one call. On the CPU all are the same."""
 
     device: float
-    host: float
+    host: float  # of a call after others, so that little of what it reads is in the host's caches
+    warm: float  # of the same call right after it
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,8 +94,12 @@ def in_turns(
         return steps[name][next(calls) % len(steps[name])]
 
     def call(name: str) -> Times:
-        host = host_seconds(next_step(name), device)
-        return Times(cuda_seconds(next_step(name), device, host) if device.type == "cuda" else host, host)
+        step = next_step(name)
+        host = host_seconds(step, device)
+        if device.type != "cuda":
+            return Times(host, host, host)
+        warm = host_seconds(step, device)
+        return Times(cuda_seconds(next_step(name), device, host), host, warm)
 
     end = time.perf_counter() + budget
     with _no_collection():

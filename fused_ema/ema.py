@@ -23,7 +23,15 @@ from .selection import Select, Selection, tensors_of
 
 Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
-_WHOLE = {"update_every": 1, "update_after_step": 0, "seed": 0}  # attributes → the least they may be
+
+
+def _whole(name: str, least: int) -> Any:
+    """An attribute that is checked whenever it is set."""
+
+    def put(ema: EMA, value: int) -> None:
+        ema.__dict__[name] = whole_number(name, value, least)
+
+    return property(lambda ema: ema.__dict__[name], put)
 
 
 class EMA:
@@ -76,6 +84,10 @@ class EMA:
         torch.save(ema.averaged_state_dict(), path)                                  # to use: a model's state
     """
 
+    update_every: int = _whole("update_every", 1)
+    update_after_step: int = _whole("update_after_step", 0)
+    seed: int = _whole("seed", 0)
+
     def __init__(
         self,
         model: nn.Module,
@@ -114,9 +126,6 @@ class EMA:
         self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
         self._check_unswapped("__init__")
         self._run("copy", Call((0.0,) * len(self.schedules)))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, whole_number(name, value, _WHOLE[name]) if name in _WHOLE else value)
 
     @property
     def model(self) -> nn.Module:

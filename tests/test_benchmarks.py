@@ -113,8 +113,10 @@ def test_a_line_is_found_and_so_is_where_the_gain_ends():
 
 
 def test_ratios_are_taken_within_rounds():
-    times = {name: [measure.Times(k * factor, 0.0) for k in (1, 50, 2)] for name, factor in (("a", 3.0), ("b", 1.0))}
-    times["a"][2] = measure.Times(100.0, 0.0)
+    times = {
+        name: [measure.Times(k * factor, 0.0, 0.0) for k in (1, 50, 2)] for name, factor in (("a", 3.0), ("b", 1.0))
+    }
+    times["a"][2] = measure.Times(100.0, 0.0, 0.0)
     assert measure.ratio(times["a"], times["b"]) == 3
 
 
