@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .averages import Averages
-from .checks import storage_refusal
+from .checks import address, memory, overlapping, storage_refusal
 from .plan import Call, Plan
 from .shards import local
 
@@ -35,6 +35,8 @@ class Exchange:
         self._memory = {name: local(tensor).detach() for name, tensor in self._tensors.items()}
         self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items()]
         self._versions: list[int] = []
+        self._sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in self._memory.items()}
+        self._freed: dict[str, bool] = {}  # by the block → whether the average was in that memory
         self._plan: Plan | None = None
         self._call = Call((0.0,))
         self._copies: dict[str, Tensor] = {}
@@ -65,7 +67,8 @@ class Exchange:
         """`current` gives the model's tensors as they are now, by name."""
         if self.over:
             return
-        written = self._written() if self._plan and self._plan.exchanged() else []
+        kept, gone = self._written()
+        self._bring_back_memory()
         if self._copies:
             _write(self._copies, self._memory)
             self.replaced = True  # or not: _follow sees
@@ -91,12 +94,36 @@ class Exchange:
                 "not averaged and keep it; to measure statistics for the averages, copy_to a copy of the model",
                 stacklevel=5,
             )
-        if written:
+        if kept:
             warnings.warn(
-                f"EMA.swapped: the block wrote to {', '.join(map(repr, written[:5]))} in the model, where the averages "
+                f"EMA.swapped: the block wrote to {', '.join(map(repr, kept[:5]))} in the model, where the averages "
                 "were: they keep what it wrote",
                 stacklevel=5,
             )
+        if gone:
+            warnings.warn(
+                f"EMA.swapped: the block wrote to {', '.join(map(repr, gone[:5]))} in the model, which is gone: they "
+                "hold the model's own values again",
+                stacklevel=5,
+            )
+        if lost := [name for name, average in self._freed.items() if average]:
+            raise RuntimeError(
+                f"EMA.swapped: expected the memory that the averages were in, found it freed for {lost[:5]}: their "
+                "averages begin anew with the model's values"
+            )
+
+    def _bring_back_memory(self) -> None:
+        """For tensors whose memory the block has freed. An average that was there begins anew."""
+        exchanged = self._plan is not None and self._plan.exchanged()
+        for name, tensor in self._memory.items():
+            if storage_refusal(name, tensor):
+                self._freed[name] = exchanged and self._same_type(name)
+        for name, average in self._freed.items():  # again, where an interrupt kept it from the copy
+            tensor = self._memory[name]
+            if tensor.untyped_storage().nbytes() < self._sizes[name]:
+                tensor.untyped_storage().resize_(self._sizes[name])
+            if exchanged and average:
+                _write({name: self._averages.get(name, self.index)}, {name: tensor})
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
         """A copy from the model, where the average is there; of sharded ones, what lies on this rank."""
@@ -113,20 +140,36 @@ class Exchange:
     def _versions_now(self) -> list[int]:
         return [_version(tensor) for tensor in self._memory.values()]
 
-    def _written(self) -> list[str]:
+    def _written(self) -> tuple[list[str], list[str]]:
+        """What the block wrote to, in place: what stays in an average, and what makes way for the model's own."""
+        exchanged = self._plan is not None and self._plan.exchanged()
         changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
-        return [name for name, before, now in changes if before != now and self._same_type(name)]
+        changed = [name for name, before, now in changes if before != now and name not in self._freed]
+        kept = [name for name in changed if exchanged and self._same_type(name)]
+        return kept, [name for name in changed if name not in kept] if exchanged or self._copies else []
 
     def _follow(self, current: dict[str, Tensor]) -> None:
         """The model's own values, into the tensors that the block put in the place of the first ones."""
-        lost = []
-        for name, values in self._memory.items():
-            tensor = local(current[name]) if name in current else None
+        here = {name: local(current[name]) for name in self._memory if name in current}
+        fits = {name: tensor for name, tensor in here.items() if _takes(tensor, self._memory[name])}
+        new = {name: tensor for name, tensor in fits.items() if self._is_new(name, tensor)}
+        lost = [name for name in self._memory if name not in fits]
+        owners = {memory(tensor): self._place(name) for name, tensor in fits.items() if name not in new}
+        shared = overlapping(fits) if new else set()
+        values = {}
+        for name, tensor in new.items():
+            own, place = memory(tensor), self._place(name)
+            if own in shared or owners.setdefault(own, place) != place:
+                lost.append(name)  # the block has put it where another one's values are
+            else:
+                values[name] = self._memory[name].clone()  # before any of them is written: they may have changed places
+        averages = {tensor.untyped_storage().data_ptr() for tensor in self._averages.shards().values()}
+        for name, value in values.items():
             try:
-                if tensor is None or tensor.shape != values.shape:
-                    lost.append(name)
-                elif self._is_new(name, tensor):
-                    _write({name: values}, {name: tensor})
+                if new[name].untyped_storage().data_ptr() in averages:  # not to be written to
+                    new[name].data = value.to(new[name])
+                else:
+                    _write({name: value}, {name: new[name]})
             except (RuntimeError, ValueError, TypeError, NotImplementedError):  # of a kind that takes no values
                 lost.append(name)
         if lost:
@@ -135,10 +178,23 @@ class Exchange:
                 "whole again, those tensors keep what the block gave them"
             )
 
+    def _place(self, name: str) -> int:
+        """The same for tied ones alone."""
+        return address(self._memory[name]) if self._memory[name].numel() else id(self._tensors[name])
+
     def _is_new(self, name: str, tensor: Tensor) -> bool:
-        memory = self._memory[name]
-        same = tensor is local(self._tensors[name]) and tensor.data_ptr() == memory.data_ptr()
-        return not (same and tensor.stride() == memory.stride())
+        before = self._memory[name]
+        same = tensor is local(self._tensors[name]) and tensor.data_ptr() == before.data_ptr()
+        return bool(tensor.numel()) and not (same and tensor.stride() == before.stride())
+
+    def holds_any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether any of these is, or lies in, what the model's tensors were."""
+        ids, places = set(map(id, self._tensors.values())), {self._place(name) for name in self._memory}
+        return any(id(t) in ids or (t.numel() and address(local(t)) in places) for t in tensors)
+
+
+def _takes(tensor: Tensor, values: Tensor) -> bool:
+    return tensor.shape == values.shape and not tensor.is_meta and not storage_refusal("", tensor)
 
 
 # Those under way, and at most one that is over, where an interrupt kept it here. (Not weak references: a Ctrl-C that
@@ -153,8 +209,8 @@ def exchanging() -> bool:
 
 def hold_average(tensors: Iterable[Tensor]) -> bool:
     """Whether any of a model's tensors holds an average now, of whichever manager."""
-    ids = set(map(id, tensors))
-    return any(not each.over and not ids.isdisjoint(map(id, each._tensors.values())) for each in list(_exchanges))
+    tensors = list(tensors)
+    return any(not each.over and each.holds_any(tensors) for each in list(_exchanges))
 
 
 def _version(tensor: Tensor) -> int:

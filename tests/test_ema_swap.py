@@ -5,7 +5,9 @@ import copy
 import re
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent import futures
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import EMA
 from fused_ema.averages import Averages
-from fused_ema.plan import Plan
+from fused_ema.plan import Plan, one_at_a_time
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 averages, but of float64
 
@@ -60,8 +62,11 @@ class Whole:
         return all(equal(averages(self.ema, k), true) for k, true in enumerate(self.true))
 
     def check(self):
-        assert equal(clones(parameters(self.ema.model)), self.raw), "the model was not restored"
+        self.check_values()
         assert addresses(self.ema.model) == self.where
+
+    def check_values(self):
+        assert equal(clones(parameters(self.ema.model)), self.raw), "the model was not restored"
         assert self.averages_are_true()
         assert self.ema.describe()["swapped"] is None
 
@@ -314,7 +319,10 @@ def test_written_to_in_the_block(backend, dtype, raises):
         warnings.simplefilter("always")
         block()
     exchanged = backend == "cpu" and dtype == torch.float32
-    assert [str(warning.message).count("wrote to '2.weight' in") for warning in caught] == [1] * exchanged
+    what = "they keep what it wrote" if exchanged else "hold the model's own values again"
+    (message,) = (str(warning.message) for warning in caught)
+    assert "wrote to '2.weight' in the model" in message
+    assert message.endswith(what)
     if exchanged:
         assert torch.equal(averages(ema, 1)["2.weight"], new)
         whole.true[1]["2.weight"] = new
@@ -382,14 +390,172 @@ def test_lost_in_the_block(backend, dtype, change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_strides_on_the_same_memory(backend, dtype):
-    # Its values are those of the memory, which is restored; as they were can't be told.
     ema = trained(net().to(dtype))
     whole = Whole(ema)
-    with pytest.raises(RuntimeError, match=r"0\.weight"), ema.swapped() as model:
+    with ema.swapped() as model:
         model[0].weight.data = model[0].weight.data.as_strided((4, 3), (1, 4))
+    assert model[0].weight.stride() == (1, 4)
+    whole.check_values()
+
+
+def square(dtype):
+    return nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in "ab"}).to(dtype)
+
+
+def change_places(model):
+    model["a"].weight, model["b"].weight = model["b"].weight, model["a"].weight
+
+
+def change_data(model):
+    model["a"].weight.data, model["b"].weight.data = model["b"].weight.data, model["a"].weight.data
+
+
+PLACES = {
+    "names": change_places,
+    "data": change_data,
+    "tensors": lambda m: torch.utils.swap_tensors(m["a"].weight, m["b"].weight),
+    "one name": lambda m: setattr(m["a"], "weight", nn.Parameter(m["b"].weight.detach().clone())),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("change", PLACES)
+def test_tensors_that_change_places_in_the_block(backend, dtype, change):
+    ema = trained(square(dtype))
+    whole = Whole(ema)
+    with ema.swapped() as model:
+        PLACES[change](model)
+    whole.check_values()
+
+
+SHARING = {
+    "tied": lambda m: setattr(m["a"], "weight", m["b"].weight),
+    "transposed": lambda m: setattr(m["a"].weight, "data", m["b"].weight.data.t()),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("change", SHARING)
+def test_put_in_the_block_where_another_one_is(backend, dtype, change):
+    ema = trained(square(dtype))
+    whole = Whole(ema)
+    with pytest.raises(RuntimeError, match=r"others for \['a.weight'\]"), ema.swapped() as model:
+        SHARING[change](model)
     assert whole.averages_are_true()
-    model[0].weight.data = model[0].weight.data.as_strided((4, 3), (3, 1))
+    assert same_bits(model["b"].weight.detach(), whole.raw["b.weight"])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("early", [False, True], ids=["", "taken before"])
+@pytest.mark.parametrize("which", ["averaged_state_dict", "state_dict"])
+def test_the_averages_themselves_put_into_the_model(backend, dtype, early, which):
+    def state():
+        return ema.averaged_state_dict() if which == "averaged_state_dict" else ema.state_dict()["averages"][0]
+
+    ema = trained(square(dtype))
+    whole, taken = Whole(ema), state()
+    with ema.swapped() as model:
+        model.load_state_dict(taken if early else state(), assign=True)
+    assert whole.averages_are_true()
+    for name, tensor in parameters(model).items():
+        assert torch.equal(tensor.to(dtype), whole.raw[name])
+    ema.update()  # the memory is apart again
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [0, 4], ids=["freed", "cut"])
+def test_memory_that_the_block_frees(backend, dtype, size):
+    ema = trained(net().to(dtype), [0.5, 0.9])
+    whole, model = Whole(ema), ema.model
+    exchanged = backend == "cpu" and model[0].weight.dtype == averages(ema)["0.weight"].dtype
+    with contextlib.ExitStack() as stack:
+        if exchanged:  # the average was there
+            stack.enter_context(
+                pytest.raises(RuntimeError, match=r"freed for \['0.weight'\]: their averages begin anew")
+            )
+            whole.true[1]["0.weight"] = whole.raw["0.weight"]
+        else:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("error")
+        with ema.swapped(1):
+            model[0].weight.untyped_storage().resize_(size)
+    whole.check_values()
+    ema.update()
+
+
+def freed_data(model):
+    new = torch.zeros_like(model[0].weight)
+    model[0].weight.data = new
+    new.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("change", [freed_data, lambda model: model[0].to("meta")], ids=["freed", "meta"])
+def test_tensors_without_memory_put_there_by_the_block(backend, dtype, change):
+    ema = trained(net().to(dtype))
+    whole = Whole(ema)
+    with pytest.raises(RuntimeError, match=r"others for \['0.weight'"), ema.swapped() as model:
+        change(model)
+    assert whole.averages_are_true()
+    assert same_bits(model[2].weight.detach(), whole.raw["2.weight"])
+
+
+def test_another_module_on_the_same_memory_counts_as_swapped(backend):
+    ema = trained(net())
+    other = copy.deepcopy(ema.model)
+    other.load_state_dict(ema.model.state_dict(), assign=True)
+    second = EMA(other)
+    whole = Whole(ema)
+    with ema.swapped():
+        for call in (second.update, second.swapped().__enter__, lambda: EMA(other)):
+            with pytest.raises(RuntimeError, match="another manager's averages"):
+                call()
     whole.check()
+    second.update()
+
+
+def test_a_swap_waits_for_the_update_of_another_thread(backend):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    begun = threading.Event()
+
+    def schedule(n):
+        begun.set()  # between the check and the launch
+        with pytest.raises(futures.TimeoutError):
+            evaluation.result(0.2)
+        return 0.5
+
+    def evaluate():
+        assert begun.wait(10)
+        with ema.swapped():
+            return model.weight.item()
+
+    ema = EMA(model, schedule)
+    nn.init.constant_(model.weight, 4.0)
+    with futures.ThreadPoolExecutor(1) as pool:
+        evaluation = pool.submit(evaluate)
+        ema.update()
+        assert evaluation.result(10) == 2.0
+    assert model.weight.item() == 4.0
+    assert averages(ema)["weight"].item() == 2.0
+
+
+@pytest.mark.parametrize("member", ["update", "load_state_dict", "copy_to", "to", "swapped"])
+def test_threads_take_turns(backend, member):
+    ema = trained(net())
+    whole, state = Whole(ema), copy.deepcopy(ema.state_dict())
+    calls = {
+        "load_state_dict": lambda: ema.load_state_dict(state),
+        "to": lambda: ema.to("cpu"),
+        "swapped": lambda: ema.swapped().__enter__(),
+    }
+    with futures.ThreadPoolExecutor(1) as pool:
+        with one_at_a_time():
+            running = pool.submit(calls.get(member, getattr(ema, member)))
+            with pytest.raises(futures.TimeoutError):
+                running.result(0.1)
+            whole.check()
+        running.result(10)
 
 
 @pytest.mark.parametrize("change", LOST)
