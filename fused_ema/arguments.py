@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import reprlib
 from typing import Any, SupportsFloat
 
@@ -46,10 +47,11 @@ def _as_float(decay: object) -> float:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**64:
-        limit = " and below 2**64" if isinstance(value, int) and value >= 2**64 else ""  # what a float can hold
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**64:
+        limit = " and below 2**64" if whole and value >= 2**64 else ""  # what a float can hold
         raise ValueError(f"{name}: expected a whole number, {least} or more{limit}, found {shown(value)}")
-    return value
+    return int(value)
 
 
 def shown(value: object) -> str:

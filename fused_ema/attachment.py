@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .plan import one_at_a_time
+
 if TYPE_CHECKING:
     from .ema import EMA
 
-Undo = Callable[[], None]
+Action = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
 
 
@@ -60,12 +62,13 @@ class Attachment:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
+        self._checked: Action | None = None  # what takes over the state that the optimizer is loading
         self._rehearsed = False  # the step that is under way trains nothing
         self._outside = 0  # calls of the outermost step() that are under way
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
         if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
             inner._patch_step_function()
-        self._undo: list[Undo] = [
+        self._undo: list[Action] = [
             inner.register_step_pre_hook(self._before_step).remove,
             inner.register_step_post_hook(self._after_step).remove,
         ]
@@ -78,7 +81,8 @@ class Attachment:
                 )
             self._undo += [
                 inner.register_state_dict_post_hook(self._save).remove,
-                inner.register_load_state_dict_pre_hook(self._load).remove,
+                inner.register_load_state_dict_pre_hook(self._check_loaded).remove,
+                inner.register_load_state_dict_post_hook(self._load).remove,
             ]
         if layers[0] is not inner:
             self._undo.append(_wrap_step(layers[0], self._around_outer))
@@ -107,9 +111,11 @@ class Attachment:
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, STATE: self._ema.state_dict()}
 
-    def _load(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def _check_loaded(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Before the optimizer checks its part: taken over is either both or none."""
+        self._checked = None
         if STATE in state:
-            self._ema.load_state_dict(state[STATE])
+            self._checked = self._ema._checked_state(state[STATE])
         else:
             warnings.warn(
                 f"EMA.attach: expected averages in the optimizer's state, under {STATE!r}, found none: the manager "
@@ -117,6 +123,12 @@ class Attachment:
                 stacklevel=4,
             )
         return {key: value for key, value in state.items() if key != STATE}
+
+    def _load(self, _: torch.optim.Optimizer) -> None:
+        take, self._checked = self._checked, None
+        if take:
+            with one_at_a_time():
+                take()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
@@ -180,7 +192,7 @@ class Attachment:
                 self._done = [(device, self._streams[device].record_event()) for device in devices]
 
 
-def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
+def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Action:
     """Runs every `optimizer.step()` within `around()`; returns what ends that."""
     original, of_the_object = optimizer.step, "step" in vars(optimizer)
     active = [True]

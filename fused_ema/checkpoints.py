@@ -143,7 +143,7 @@ def restore(
     new["averages"][index] = _averages(ema, layout, _given(layout, state), _places(ema, layout, parameters))
     if step is not None:
         count = ema._updates_at(step)
-        new.update(step=step, decays=list(ema._decays_at(ema._step_of(count))) if count else [])
+        new.update(step=step, updates=count, decays=list(ema._decays_at(ema._step_of(count))) if count else [])
     ema.load_state_dict(new)
 
 
@@ -157,7 +157,7 @@ def load(path: File, map_location: str | torch.device = "cpu") -> dict[str, Any]
         OSError: the file can't be opened.
         ImportError: safetensors is not installed.
     """
-    library = safetensors() if Path(path).suffix == ".safetensors" else None
+    library = safetensors() if Path(path).suffix.lower() == ".safetensors" else None
     try:
         if library:
             state = library.torch.load_file(path, device=str(map_location))
@@ -168,7 +168,7 @@ def load(path: File, map_location: str | torch.device = "cpu") -> dict[str, Any]
         raise
     except Exception as error:
         if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
-            raise ValueError(f"{path}: expected a checkpoint, found a file that can't be read: {error}") from error
+            raise ValueError(f"{path}: expected a checkpoint, found a file that can't be read: {error!r}") from error
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = named[1] if named else "a damaged file, or a pickle of something else"
         raise ValueError(

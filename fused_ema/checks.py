@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from bisect import bisect_right
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -103,10 +104,10 @@ def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
     for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
         if actions[i] is Action.NONE:
             continue
-        before = first.setdefault(_memory(ema), i)
+        before = first.setdefault(memory(ema), i)
         if before == i:
             continue
-        if _memory(pairs.model[before]) != _memory(model):
+        if memory(pairs.model[before]) != memory(model):
             one, other = pairs.labels[before], pairs.labels[i]
             raise ValueError(
                 f"ema{other}: expected one model tensor for each average, "
@@ -197,6 +198,31 @@ def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None
         raise refusal
 
 
+def check_targets(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Raises where to write `values` into the tensors of their names would write to some other of them, or to the
+    averages: of tensors that share memory, as tied ones do, all have to get the same."""
+    first: dict[tuple[object, ...], str] = {}
+    spans = []
+    for name, value in values.items():
+        target = shards.local(into[name])
+        if not target.numel():
+            continue
+        before = first.setdefault(memory(target), name)
+        if before == name:
+            spans.append(_span(f"model[{name!r}]", target))
+        elif not equal_values(shards.local(values[before]), shards.local(value)):
+            raise ValueError(
+                f"model[{name!r}]: expected memory of its own, found that of {before!r}, whose average is another"
+            )
+    if shared := _overlap(sorted(spans)):
+        raise shared
+    ours = {tensor.untyped_storage().data_ptr() for tensor in averages.values() if tensor.numel()}
+    for name, value in values.items():
+        target = shards.local(into[name])
+        if target.numel() and target.untyped_storage().data_ptr() in ours and memory(target) != memory(value):
+            raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")
+
+
 def _update_refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
     if WIDTH[ema.dtype] >= WIDTH[model.dtype]:
         return None
@@ -229,6 +255,19 @@ def _overlap(spans: list[_Span]) -> Exception | None:
     return None
 
 
+def overlapping(tensors: Mapping[str, Tensor]) -> set[tuple[object, ...]]:
+    """The memory of those that share some bytes with another, but are not the same elements."""
+    spans = {memory(tensor): _span(name, tensor) for name, tensor in tensors.items() if tensor.numel()}
+    found: set[tuple[object, ...]] = set()
+    widest = None
+    for key, span in sorted(spans.items(), key=lambda each: each[1]):
+        if widest and span.begin < widest[1].end:
+            found |= {key, widest[0]}
+        if widest is None or span.end > widest[1].end:
+            widest = (key, span)
+    return found
+
+
 def _check_apart(ema_spans: list[_Span], model_spans: list[_Span]) -> None:
     # The averages are disjoint by now, so the only ones that can reach into a model's span are the last one that
     # begins before it ends.
@@ -242,16 +281,18 @@ def _check_apart(ema_spans: list[_Span], model_spans: list[_Span]) -> None:
             )
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return (_address(tensor), tensor.dtype, tensor.shape, tensor.stride())
+def memory(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same elements."""
+    return (address(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _span(name: str, tensor: Tensor) -> _Span:
-    begin = _address(tensor)
+    begin = address(tensor)
     return _Span(begin, begin + _extent(tensor) * tensor.element_size(), name)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Where its memory begins; for kinds that have no address, a number of its own."""
     return tensor.data_ptr() if has_address(tensor) else id(tensor) << 64
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from . import schedules, shards, state, view
 from .arguments import check_buffers, decay_number, whole_number
 from .attachment import Attachment
 from .averages import Averages
-from .checks import check_tensor, dtype_name, storage_refusal, write_refusal
+from .checks import check_targets, check_tensor, dtype_name, write_refusal
 from .exchange import Exchange, exchanging, hold_average
 from .pairing import Pairs, difference
 from .plan import Buffers, Call, OpName, Plan, one_at_a_time, watchable
@@ -25,13 +25,13 @@ Rounding = Literal["nearest", "stochastic"]
 MAX_AVERAGES = 8
 
 
-def _whole(name: str, least: int) -> Any:
-    """An attribute that is checked whenever it is set."""
+def _fixed(name: str) -> Any:
+    """An attribute that __init__ and load_state_dict alone set, past this."""
 
-    def put(ema: EMA, value: int) -> None:
-        ema.__dict__[name] = whole_number(name, value, least)
+    def refuse(*_: Any) -> None:
+        raise AttributeError(f"EMA.{name}: expected to stay as it was made; make a new fused_ema.EMA")
 
-    return property(lambda ema: ema.__dict__[name], put)
+    return property(lambda ema: vars(ema)[name], refuse)
 
 
 class EMA:
@@ -84,9 +84,11 @@ class EMA:
         torch.save(ema.averaged_state_dict(), path)                                  # to use: a model's state
     """
 
-    update_every: int = _whole("update_every", 1)
-    update_after_step: int = _whole("update_after_step", 0)
-    seed: int = _whole("seed", 0)
+    update_every: int = _fixed("update_every")
+    update_after_step: int = _fixed("update_after_step")
+    rounding: Rounding = _fixed("rounding")
+    seed: int = _fixed("seed")
+    schedules: tuple[Schedule, ...] = _fixed("schedules")
 
     def __init__(
         self,
@@ -113,9 +115,15 @@ class EMA:
         check_buffers(buffers)
         shards.reshard(model)
         self._model = model
-        self.update_every, self.update_after_step = update_every, update_after_step
-        self.rounding, self.seed = rounding, seed
-        self.schedules = _schedules(decay)
+        vars(self).update(
+            update_every=whole_number("update_every", update_every, 1),
+            update_after_step=whole_number("update_after_step", update_after_step, 0),
+            rounding=rounding,
+            seed=whole_number("seed", seed, 0),
+            schedules=_schedules(decay),
+        )
+        self._loaded_updates = 0  # when its state was loaded,
+        self._snapshots: set[str] = set()  # and what it has written since
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
@@ -217,24 +225,27 @@ class EMA:
         """
         self._join()
         index = self._check_index(index)
-        self._check_unswapped("swapped")
-        current = self._current()
-        averaged = {id(tensor) for tensor in current.values()}
-        others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
-        swap = Exchange(self._averages, index, current, others)
-        self._swap = swap
+        swap: Exchange | None = None
         try:
-            self._keep(swap.enter(self._plan, self._new_plan))
+            with one_at_a_time():
+                self._check_unswapped("swapped")
+                current = self._current()
+                averaged = {id(tensor) for tensor in current.values()}
+                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
+                swap = Exchange(self._averages, index, current, others)
+                self._swap = swap
+                self._keep(swap.enter(self._plan, self._new_plan))
             yield self.model
         finally:
             problem: BaseException | None = None
             for _ in (1, 2, 3):  # no call here, after which Ctrl-C could come outside of the try
+                if swap is None or self._swap is not swap:
+                    break
                 try:
-                    self._leave(swap)
+                    with one_at_a_time():
+                        self._leave(swap)
                 except BaseException as found:
                     problem = found
-                if self._swap is None:
-                    break
             if problem:
                 raise problem
 
@@ -257,9 +268,16 @@ class EMA:
         Another model gets everything: what is not averaged comes from the averaged model, as it is now.
 
         Raises:
-            ValueError, TypeError: names, shapes or types differ. Nothing is written.
+            ValueError, TypeError: names, shapes or types differ, or tensors share memory that get different values.
+                Nothing is written.
             RuntimeError: into the averaged model while it is swapped.
         """
+        with one_at_a_time():
+            self._copy_to(model, index)
+
+    def _copy_to(self, model: nn.Module | None, index: int) -> None:
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         self._join()
         index = self._check_index(index)
         target = self.model if model is None else model
@@ -274,8 +292,7 @@ class EMA:
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
         for name, value in values.items():
-            if refusal := storage_refusal(f"the average or model[{name!r}]", shards.local(value)):
-                raise refusal
+            check_tensor(f"the average or averaged model[{name!r}]", value)
             check_tensor(f"model[{name!r}]", into[name])
             if refusal := write_refusal(f"model[{name!r}]", into[name]):
                 raise refusal
@@ -287,6 +304,7 @@ class EMA:
             if into[name].shape != value.shape:
                 wanted, found = tuple(value.shape), tuple(into[name].shape)
                 raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
+        check_targets(values, into, self._averages.shards())
         torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
         with torch.no_grad():
             for name, value in values.items():
@@ -346,16 +364,22 @@ class EMA:
                 averages: the differences. Nothing is changed.
             RuntimeError: while swapped.
         """
+        with one_at_a_time():
+            self._checked_state(saved)()
+
+    def _checked_state(self, saved: Any) -> Callable[[], None]:
+        """What takes it over, which can't fail."""
         self._check_unswapped("load_state_dict")
         self._join()
-        state.load(self, saved)
+        return state.checked(self, saved)
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
-        self._check_unswapped("to")
-        self._join()
-        self._averages.to(torch.device(device))
-        self._plan = None
+        with one_at_a_time():
+            self._check_unswapped("to")
+            self._join()
+            self._averages.to(torch.device(device))
+            self._plan = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

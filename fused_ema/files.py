@@ -6,7 +6,7 @@ import importlib
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,21 @@ def safetensors() -> Any:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write; it takes the place of `path` once it is on disk, and goes where there is an error.
 
-    As if `path` were opened and written: a link stays one, and who may read the file stays the same.
+    A symbolic link stays one, and a file that is replaced passes on its mode and, where that is allowed, its owner.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise ValueError(
+            f"{path}: expected a file or none, found {'a circle of links' if path.is_symlink() else 'a device or pipe'}"
+        )
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()  # with the mode that the umask gives; safetensors may replace it by a file of mode 0600
-        mode = (path if path.exists() else temporary).stat().st_mode
+        about = (path if path.exists() else temporary).stat()
         yield temporary
-        temporary.chmod(mode)
+        with suppress(PermissionError):
+            os.chown(temporary, about.st_uid, about.st_gid)
+        temporary.chmod(about.st_mode & 0o777)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -65,9 +71,9 @@ def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | N
     value = shards.whole(tensor.detach())
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     copy = value.to("cpu", dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
-    if dtype is not None and not torch.equal(copy.isfinite(), value.isfinite().cpu()):
+    if dtype is not None and not torch.equal(copy.isfinite(), value.to("cpu", torch.float64).isfinite()):
         raise ValueError(
-            f"ema['{name}']: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
+            f"ema[{name!r}]: expected values within {torch.finfo(dtype).max} for {dtype}, found larger ones"
         )
     return copy if shards.first_here(tensor) else None
 

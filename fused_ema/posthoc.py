@@ -98,12 +98,14 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
     tensors = {f"{k}/{x}": storable(x, each[x], dtype) for k, each in enumerate(averages) for x in first_of.values()}
     path = Path(folder, f"ema-{updates:010d}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if later := [
-        other.name for other in path.parent.iterdir() if _NAME.fullmatch(other.name) and other.name > path.name
-    ]:
+    ours = ema._snapshots
+    ours.add(str(path.resolve()))
+    files = [other for other in path.parent.iterdir() if _NAME.fullmatch(other.name)]
+    before = f"ema-{ema._loaded_updates:010d}.safetensors"  # up to there they are taken for this run's
+    if others := sorted(other.name for other in files if other.name > before and str(other.resolve()) not in ours):
         warnings.warn(
-            f"{folder}: holds snapshots of more than {updates} updates, of another run or of this one before it was "
-            f"resumed; until it comes there, reconstruct() would mix them: {later[:5]}",
+            f"{folder}: holds snapshots that this manager did not write, of another run or of this one before it was "
+            f"resumed: remove them, as reconstruct() would mix them with its own: {others[:5]}",
             stacklevel=2,
         )
     save(path, tensors, {_MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}})
@@ -195,11 +197,11 @@ def reconstruct(
                         value = value.to(torch.float64)
                         if name not in sums:
                             sums[name] = torch.zeros_like(value)
-                        wanted = sums[name].shape
+                        wanted = tuple(file.get_slice(f"0/{key}").get_shape())
                         if value.shape != wanted or (name in about["complex"] and wanted[-1:] != (2,)):
                             two = ", and 2 for complex numbers in the end" if name in about["complex"] else ""
                             raise ValueError(
-                                f"{snapshot.path}: '{k}/{key}': expected shape {tuple(wanted)}{two}, "
+                                f"{snapshot.path}: '{k}/{key}': expected shape {wanted}{two}, "
                                 f"found {tuple(value.shape)}"
                             )
                         sums[name].add_(value, alpha=weight)

@@ -55,7 +55,9 @@ class Selection:
         found = plain_tensors("model", model)
         if self._buffers != "average":
             return {name: tensor for name, (tensor, parameter) in found.items() if parameter}
-        fleeting = {id(child._buffers[name]) for child in model.modules() for name in child._non_persistent_buffers_set}
+        fleeting = {
+            id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set
+        }
         return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
 
 

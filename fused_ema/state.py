@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from . import schedules, shards
 from .arguments import shown, whole_number
-from .checks import WIDTH, dtype_name, equal_values, storage_refusal
+from .checks import PLAIN_TYPES, WIDTH, dtype_name, equal_values, storage_refusal
 from .pairing import difference
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def to_dict(ema: EMA) -> dict[str, Any]:
     }
 
 
-def load(ema: EMA, saved: Any) -> None:
+def checked(ema: EMA, saved: Any) -> Callable[[], None]:
+    """Raises where it does not fit; returns what takes it over."""
     ours = to_dict(ema)
     if not isinstance(saved, Mapping):
         raise ValueError(f"state: expected the keys {list(ours)}, found {type(saved).__name__}")
@@ -48,7 +49,7 @@ def load(ema: EMA, saved: Any) -> None:
     rounding = saved["rounding"]
     if not isinstance(rounding, str) or rounding != ours["rounding"]:
         raise ValueError(f"state: expected rounding {ours['rounding']!r}, found {shown(rounding)}")
-    least = {"step": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
+    least = {"step": 0, "updates": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
     numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
     count = len(ema.schedules)
     for key in ("averages", "schedules", "decays"):
@@ -63,12 +64,17 @@ def load(ema: EMA, saved: Any) -> None:
     pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
     own = {_storage(average) for average, _ in pairs}  # of which a state_dict() holds no copies
     pairs = [(average, theirs.clone() if _storage(theirs) in own else theirs) for average, theirs in pairs]
-    with torch.no_grad():
-        for average, theirs in pairs:
-            average.copy_(theirs)
-    ema.schedules, ema._decays, ema._step = taken, tuple(saved["decays"]), numbers["step"]
-    ema.update_every, ema.update_after_step = numbers["update_every"], numbers["update_after_step"]
-    ema.seed = numbers["seed"]
+    step, decays = numbers.pop("step"), tuple(saved["decays"])
+    del numbers["updates"]  # which follow from the others
+
+    def take() -> None:
+        with torch.no_grad():
+            for average, theirs in pairs:
+                average.copy_(theirs)
+        vars(ema).update(numbers, schedules=taken, _step=step, _decays=decays, _snapshots=set())
+        ema._loaded_updates = ema.updates
+
+    return take
 
 
 def _storage(tensor: Tensor) -> int:
@@ -100,6 +106,8 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor,
             problems.append(
                 f"{name!r}: expected a dense tensor, found {'a lazy' if is_lazy(found) else 'a nested'} one"
             )
+        elif type(shards.local(found)) not in PLAIN_TYPES:
+            problems.append(f"{name!r}: expected a plain tensor, found {type(found).__name__}")
         elif found.shape != average.shape:
             problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
         elif refusal := shards.refusal(repr(name), found, average):

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from emulated_grid import CAST_PAIRS, LERP_PAIRS, MAX_AVERAGES, RAW_PAIRS, STOCHASTIC_PAIRS, TYPES, Pair
+from emulated_grid import CAST_PAIRS, LERP_PAIRS, MAX_AVERAGES, STOCHASTIC_PAIRS, TYPES, Pair
 from grid_checks import in_copy, launch, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,13 +23,16 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-OPS = {  # the types, and whether floats are averaged
-    "update": (LERP_PAIRS, RAW_PAIRS + CAST_PAIRS),
-    "update_stochastic": (STOCHASTIC_PAIRS, RAW_PAIRS),
-    "copy": ([], CAST_PAIRS + RAW_PAIRS),
-    "swap": ([], [(dtype, dtype) for dtype in TYPES]),
+LIKE = {torch.uint8: torch.int8, torch.int16: torch.uint16, torch.int32: torch.uint32, torch.int64: torch.uint64}
+SAME_PAIRS = [(dtype, dtype) for dtype in TYPES]
+OPS = {  # the types of those that are averaged, and of those that are not
+    "update": (LERP_PAIRS, CAST_PAIRS + SAME_PAIRS),
+    "update_stochastic": (STOCHASTIC_PAIRS, CAST_PAIRS + SAME_PAIRS),
+    "copy": ([], CAST_PAIRS + SAME_PAIRS),
+    "swap": ([], SAME_PAIRS),
 }
-LAYOUTS = ["flat", "flat", "both permuted", "model permuted", "average permuted", "columns", "expanded model"]
+PERMUTED = [f"{which} {how}" for which in ("both", "model", "average") for how in ("transposed", "channels_last")]
+LAYOUTS = ["flat", "flat", "flat", *PERMUTED, "columns", "expanded model"]
 # Between 2**-150 and 2**-126 float32(decay) is coarse: docs/numerics.md.
 decays = st.sampled_from([*oracle.DECAYS, math.nextafter(0.5, 0), 1e-30]) | st.floats(2.0**-126, 1)
 
@@ -61,21 +64,35 @@ def cases(draw):
 def arranged(pair, layout, op):
     """The pair seen through other strides, where its size allows that."""
     n = len(pair.ema)
-    columns = next((divisor for divisor in (2, 3, 5, 7) if n and n % divisor == 0), 1)
-    shape = (n // columns, columns)
     if layout == "flat" or n == 0:
         return pair
     if layout == "expanded model" and op != "swap":
         return pair._replace(model=pair.model[:1].expand(n, *pair.model.shape[1:]))
-    ema, model = pair.ema.unflatten(0, shape), pair.model.unflatten(0, shape)
+    columns, rest = factor(n)
     if layout == "columns":
-        return pair._replace(ema=ema[:, :1], model=model[:, :1])
-    other = (columns, n // columns)
-    if layout in ("both permuted", "average permuted"):
-        ema = pair.ema.unflatten(0, other).transpose(0, 1)
-    if layout in ("both permuted", "model permuted"):
-        model = pair.model.unflatten(0, other).transpose(0, 1)
-    return pair._replace(ema=ema, model=model)
+        return pair._replace(**{side: getattr(pair, side).unflatten(0, (rest, columns))[:, :1] for side in SIDES})
+    which, _, how = layout.partition(" ")
+    height, rest = factor(rest)
+    shape, order = (columns, rest * height), (1, 0)  # as it lies in memory, and as it is seen
+    if how == "channels_last":
+        shape, order = (rest, height, 1, columns), (0, 3, 1, 2)
+    seen = [shape[d] for d in order]
+
+    def view(side, tensor):
+        if which not in ("both", side):
+            return tensor.unflatten(0, seen)
+        return tensor.unflatten(0, shape).permute(*order, *range(len(order), len(order) + tensor.ndim - 1))
+
+    return pair._replace(ema=view("average", pair.ema), model=view("model", pair.model))
+
+
+SIDES = ("ema", "model")
+
+
+def factor(n):
+    """The smallest, and what is left."""
+    first = next((divisor for divisor in (2, 3, 5, 7) if n % divisor == 0), 1)
+    return first, n // first
 
 
 def placed(rng, grid, op, rows, averages):
@@ -101,8 +118,11 @@ def placed(rng, grid, op, rows, averages):
 def run_on_cpu(pairs, complex_, ties, op, decays, keys):
     """As a manager does it: through all checks."""
     sides, apart = [], []
-    for pair, two in zip(pairs, complex_, strict=True):
-        sides.append([torch.view_as_complex(side) if two else side for side in pair[:2]])
+    for i, (pair, two) in enumerate(zip(pairs, complex_, strict=True)):
+        like = LIKE.get(pair.ema.dtype, pair.ema.dtype) if i % 2 else pair.ema.dtype  # another of the same size
+        kinds = (like, like if like != pair.ema.dtype else pair.model.dtype)
+        views = [side.view(kind) for side, kind in zip(pair[:2], kinds, strict=True)]
+        sides.append([torch.view_as_complex(side) if two else side for side in views])
         apart.append(pair.next_average // (1 + two))
     order = [*range(len(pairs)), *ties]
     ema, model = ([sides[i][side] for i in order] for side in (0, 1))
@@ -129,8 +149,8 @@ def test_all_runners_agree(grid, split, case):
     (other, others), (_, thirds) = in_copy(memory, pairs), in_copy(memory, pairs)
     keys = tuple(int(key) for key in rng.integers(0, 2**63, len(decays))) if op == "update_stochastic" else ()
     run_on_cpu(others, complex_, ties, op, decays, keys)
-    if op == "update":
-        check_pure_pytorch(others, thirds, decays)
+    if op != "update_stochastic":
+        check_pure_pytorch(op, others, thirds, decays)
     launch(grid, memory, pairs, op, decays, keys=keys)
     assert_same(pairs, memory, others, other, len(decays))
 
@@ -153,10 +173,15 @@ def test_small_tensors_are_split(split):
     assert started == [0, 1]
 
 
-def check_pure_pytorch(others, thirds, decays):
+def check_pure_pytorch(op, others, thirds, decays):
     for done, pair in zip(others, thirds, strict=True):
         for k, decay in enumerate(decays):
             ema, old = pair.nth(k), pair.nth(k).clone()
+            if op != "update":
+                (reference.copy_ if op == "copy" else reference.swap_)(ema, pair.model)
+                assert oracle.same_bits_but_nan(ema, done.nth(k))
+                assert oracle.same_bits_but_nan(pair.model, done.model)
+                continue
             reference.update_(ema, pair.model, decay, average=pair.average)
             if pair.average:
                 finite = done.nth(k).isfinite() & old.isfinite() & pair.model.isfinite()

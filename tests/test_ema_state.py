@@ -300,6 +300,7 @@ REFUSED = {
     "step": (changed(step=-1), ["step", "-1"]),
     "step a float": (changed(step=2.0), ["step", "2.0"]),
     "step None": (changed(step=None), ["step", "None"]),
+    "updates": (changed(updates="rubbish"), ["updates", "'rubbish'"]),
     "update_every": (changed(update_every=0), ["update_every", "0"]),
     "update_after_step": (changed(update_after_step="x"), ["update_after_step", "'x'"]),
     "seed": (changed(seed=-5), ["seed", "-5"]),

@@ -29,7 +29,8 @@ def test_memory_runs_out_at_each_allocation(tmp_path):
     subprocess.run(["g++", *flags, FAULTS / "allocations.cpp", "-o", library, "-ldl"], check=True)
     command = [sys.executable, FAULTS / "allocations.py"]
     done = subprocess.run(["env", f"LD_PRELOAD={library}", *command], capture_output=True, text=True, timeout=600)
-    assert done.stdout.endswith("done\n"), done.stdout + done.stderr[-5000:]
+    print(done.stdout)  # how many there were
+    assert done.stdout.endswith("done\n"), done.stderr[-5000:]
 
 
 class Step:
@@ -96,7 +97,7 @@ def test_interrupted_at_each_moment(backend, way):
             assert any(all(map(torch.equal, flat(now), flat(state))) for state in (start, end)), moment
         for each, before, after in zip(*map(flat, (now, start, end)), strict=True):
             assert torch.equal(each, before) or torch.equal(each, after), f"moment {moment}: half of a tensor"
-        assert step_now == 0 or step.is_manager
+        assert step_now == 0 or (step.is_manager and all(map(torch.equal, flat(now), flat(end)))), moment
         old = copies(now)
         step.call()
         step.check(old)

@@ -1,9 +1,11 @@
 """Post-hoc averages: the mathematics against other ways to compute it, reconstruction against direct averaging, and
 snapshots that are complete or not there."""
 
+import copy
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ class Stub:
     """As much of a manager as a snapshot needs."""
 
     def __init__(self, updates, *averages, schedules=BASE, step=None):
+        self._loaded_updates, self._snapshots = updates, set()
         self.state = {
             "step": updates if step is None else step,
             "updates": updates,
@@ -558,16 +561,34 @@ def test_end_to_end(tmp_path, options):
     model.load_state_dict(reconstruct(tmp_path, 0.15), strict=False)
 
 
-def test_snapshots_of_a_longer_run_are_named(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    ema = fused_ema.EMA(model, [fused_ema.schedules.power_function(0.05), fused_ema.schedules.power_function(0.1)])
-    for _ in range(2):
+def saved_after(folder, ema, updates):
+    while ema.updates < updates:
         ema.update()
-        fused_ema.posthoc.save_snapshot(tmp_path, ema)
-    again = fused_ema.EMA(model, ema.schedules)
-    again.update()
-    with pytest.warns(UserWarning, match="more than 1 updates.*ema-0000000002"):
-        fused_ema.posthoc.save_snapshot(tmp_path, again)
+    return save_snapshot(folder, ema)
+
+
+@pytest.mark.parametrize("restarted_at", [1, 3, 7])
+def test_snapshots_of_another_run_are_named(tmp_path, restarted_at):
+    ema = fused_ema.EMA(nn.Linear(2, 2), power_function(0.1))
+    saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 5)
+    again = fused_ema.EMA(ema.model, ema.schedules)
+    with pytest.warns(UserWarning, match="ema-0000000002.*ema-0000000005"):
+        saved_after(tmp_path, again, restarted_at)
+
+
+def test_snapshots_of_this_run_are_not(tmp_path):
+    ema = fused_ema.EMA(nn.Linear(2, 2), power_function(0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 5)
+        copied = copy.deepcopy(ema)
+        saved_after(tmp_path, copied, 6)
+        resumed = fused_ema.EMA(ema.model, ema.schedules)
+        resumed.load_state_dict(copied.state_dict())
+        saved_after(tmp_path, resumed, 8)
+    resumed.load_state_dict(ema.state_dict())  # of 5 updates
+    with pytest.warns(UserWarning, match=r"\['ema-0000000006.safetensors', 'ema-0000000008.safetensors'\]"):
+        saved_after(tmp_path, resumed, 7)
 
 
 def one_snapshot(folder, weight=1.0):

@@ -11,7 +11,7 @@ import torch
 from conftest import bits, refused, same_bits, tensors_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracle import check_step
 from oracle import same_bits as same_tensor
 from torch import nn
@@ -51,9 +51,18 @@ class StalePlans(RuleBasedStateMachine):
     @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=seeds)
     def make(self, dtype, seed):
         self.ema, self.model = tree(torch.float32, seed), tree(dtype, seed + 1)
-        self.added = 0
+        self.added = self.steps = 0
         self.bind()
         self.manage()
+
+    @invariant()
+    def updates_come_often(self):
+        """Whatever rules are chosen: after every other step, of other values than the averages have."""
+        self.steps += 1
+        if self.steps % 2 == 0:
+            self.train(self.steps)
+            self.update("bound", 0.9)
+            self.manager_updates()
 
     def bind(self):
         self.handle = fused_ema.bind(self.ema, self.model)
@@ -298,4 +307,8 @@ class StalePlans(RuleBasedStateMachine):
 
 
 TestStalePlans = StalePlans.TestCase
-TestStalePlans.settings = settings(stateful_step_count=30, suppress_health_check=list(HealthCheck))
+TestStalePlans.settings = settings(
+    stateful_step_count=30,
+    max_examples=max(100, settings.default.max_examples),
+    suppress_health_check=list(HealthCheck),
+)

@@ -88,9 +88,18 @@ void run_one(const uint8_t* data, size_t size) {
   Choices choose(data, size);
   const Op op = static_cast<Op>(choose.below(5));
   const int averages = static_cast<int>(writes_model(op) || choose.one_in(2) ? 1 : 1 + choose.below(kMaxAverages));
+  Call call;
+  call.last = averages;
+  int written = averages;
+  for (int k = 0; k < averages; ++k) {
+    const double decays[] = {0.9, 0.0, 0.5, 0.9999, 1.0};
+    call.decay[k] = decays[choose.below(5)];
+    call.key[k] = static_cast<uint64_t>(choose.below(1 << 16));
+    written -= is_update(op) && call.decay[k] == 1.0;
+  }
   Tables tables;
   std::vector<Tensors> all;
-  const int64_t pairs = choose.below(5);
+  const int64_t pairs = 1 + choose.below(4);
   int64_t number = 0, bytes = 0;
   for (int64_t i = 0; i < pairs; ++i) {
     Tensors each = tensors(choose, op == Op::restore ? Op::swap : op, averages, number);
@@ -99,21 +108,12 @@ void run_one(const uint8_t* data, size_t size) {
       number += 2 * each.numel;
       const int64_t ema = size_of(each.pair.ema_type), model = size_of(each.pair.model_type);
       const bool exchanges = each.pair.ema_type == each.pair.model_type;  // else the model's are set aside
-      bytes += each.numel * (!writes_model(op)   ? averages * ema
+      bytes += each.numel * (!writes_model(op)   ? written * ema
                              : exchanges         ? ema + model
                              : op == Op::restore ? model
                                                  : 2 * model);
     }
     all.push_back(std::move(each));
-  }
-  Call call;
-  call.last = averages;
-  bool writes = true;
-  for (int k = 0; k < averages; ++k) {
-    const double decays[] = {0.0, 0.5, 0.9, 0.9999, 1.0};
-    call.decay[k] = decays[choose.below(5)];
-    call.key[k] = static_cast<uint64_t>(choose.below(1 << 30));
-    writes = writes && call.decay[k] < 1.0;
   }
   std::unique_ptr<char[]> aside(new char[static_cast<size_t>(tables.aside_bytes + 1)]());
   call.aside = aside.get();
@@ -121,7 +121,7 @@ void run_one(const uint8_t* data, size_t size) {
   grid_run(&tables, int(op), &call, nullptr, 0, 1);
   int64_t stored = 0;
   for (const Store& each : stores) stored += static_cast<int64_t>(each.bytes);
-  if ((!is_update(op) || writes) && stored != bytes) {
+  if (stored != bytes) {
     std::fprintf(stderr, "op %d: %lld bytes stored, %lld expected\n", int(op), (long long)stored, (long long)bytes);
     std::abort();
   }
