@@ -65,8 +65,8 @@ def export(
     """The average as the state of another package: what its `load_state_dict` takes, in tensors and numbers.
 
     Averages keep their dtype, and are copies where the manager has several, or while they are in the model; what is not
-    averaged is the model's.
-    Names are those of `model.state_dict()`, for timm without what DDP and torch.compile put in front.
+    averaged is the model's. Names are those of `model.state_dict()`, for timm without what DDP and torch.compile put in
+    front.
 
     Of the schedule, diffusers' and torch_ema's state have a part. diffusers goes on as we would with `constant`,
     `half_life`, `inverse_power` and `tf_warmup`; torch_ema with the same but `inverse_power`, and it counts for
@@ -127,9 +127,9 @@ def restore(
         step: the manager's from now on; None: the state's.
 
     Raises:
-        ValueError, TypeError: no count of steps where the schedule would begin with a copy; an unknown layout, no whole
-            count, other names, shapes or number of tensors, or wider
-            types than the averages': the differences. Nothing is changed.
+        ValueError, TypeError: an unknown layout; no count of steps where the schedule would begin with a copy, or none
+            that is whole; other names, shapes or number of tensors, or wider types than the averages': the
+            differences. Nothing is changed.
         IndexError: there is no average of that index.
         RuntimeError: while swapped. Nothing is changed.
     """

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import schedules, shards, state, view
 from .arguments import check_buffers, decay_number, whole_number
@@ -214,14 +215,16 @@ class EMA:
         One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
         raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
         kept aside meanwhile. So the block may replace the model's tensors, but must not train them: what it writes to
-        those that exchanged values stays in the average, with a warning (not seen: writes through `.data`). So does
-        what it writes to buffers that are not averaged: for BatchNorm's statistics of the averages, copy the model,
-        `copy_to` the copy, and measure them there. A forward pass and its backward pass belong on one side of a swap;
-        autograd sees it otherwise, and raises. Gives the model.
+        those that exchanged values stays in the average, and what it writes to the others is gone afterwards, with a
+        warning each (not seen: writes through `.data`). What it writes to buffers that are not averaged stays there:
+        for BatchNorm's statistics of the averages, copy the model, `copy_to` the copy, and measure them there. A
+        forward pass and its backward pass belong on one side of a swap; autograd sees it otherwise, and raises. Gives
+        the model.
 
         Raises:
-            RuntimeError: already swapped, by this manager or another; or, at the end, the block replaced tensors by
-                others of other shapes, which keep their values. The averages are whole in any case.
+            RuntimeError: already swapped, by this manager or another. At the end: the block replaced tensors by some of
+                other shapes, or put them where others lie, and they keep its values; or it freed memory that averages
+                were in, which begin anew with the model's values. All other averages and tensors are what they were.
         """
         self._join()
         index = self._check_index(index)
@@ -328,7 +331,8 @@ class EMA:
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         for key, value in tensors.items():
-            found[key] = averages.get(id(value), value.detach())
+            if not is_lazy(value):  # which is left out, and has no values yet
+                found[key] = averages.get(id(value), value.detach())
         return found
 
     def _by_tensor(self, index: int) -> dict[int, Tensor]:
@@ -360,8 +364,8 @@ class EMA:
         ``saved["schedules"] = ema.state_dict()["schedules"]``.
 
         Raises:
-            ValueError: a schedule of your own was saved and is not there; other names, shapes, dtypes or number of
-                averages: the differences. Nothing is changed.
+            ValueError: a schedule of your own was saved and is not there; other names, shapes, wider types or another
+                number of averages: the differences. Nothing is changed.
             RuntimeError: while swapped.
         """
         with one_at_a_time():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .averages import Averages
 from .checks import address, memory, overlapping, storage_refusal
@@ -214,7 +215,7 @@ def hold_average(tensors: Iterable[Tensor]) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -514,6 +514,14 @@ def test_counts_where_not_every_step_is_an_update(layout, key, step):
         assert ema.step == export(ema, layout)[key] == 0
 
 
+@pytest.mark.parametrize(("step", "n_averaged"), [(1, 0), (2, 1), (3, 2)])
+def test_the_copy_that_averaged_model_begins_with_counts_from_its_step_on(step, n_averaged):
+    ema = fused_ema.EMA(net(), 0.9, update_after_step=2)
+    for _ in range(step):
+        ema.update()
+    assert export(ema, "averaged_model")["n_averaged"] == n_averaged
+
+
 def test_the_online_model_of_ema_pytorch():
     model = net()
     ema = fused_ema.EMA(model)
@@ -786,6 +794,20 @@ def test_truncated_files(kind, tmp_path):
         with pytest.raises(ValueError, match="cut") as caught:
             load(cut)
         assert caught.type is ValueError
+
+
+def test_suffixes_in_capitals(tmp_path):
+    ema, path = fused_ema.EMA(net()), tmp_path / "MODEL.SAFETENSORS"
+    save_safetensors(path, ema)
+    assert load(path).keys() == ema.averaged_state_dict().keys()
+
+
+def test_8_bit_types_beside_the_averages_are_cast_with_them(tmp_path):
+    model = net()
+    model.scale = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+    ema = fused_ema.EMA(model, select=lambda name, tensor: name != "scale")
+    save_safetensors(tmp_path / "w.safetensors", ema, dtype=torch.float16)
+    assert load(tmp_path / "w.safetensors")["scale"].tolist() == [1, 1, 1]
 
 
 def test_files_that_are_none(tmp_path):

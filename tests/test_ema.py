@@ -823,6 +823,75 @@ def test_copy_to_what_does_not_fit(backend, other, names):
     refused(ValueError, lambda: ema.copy_to(target), target := other(), ema.model, averages(ema), names=names)
 
 
+def test_lazy_tensors_may_be_left_out(backend):
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    ema = EMA(model, 0.5, select=lambda name, tensor: name.startswith("0."))
+    assert ema.averaged_state_dict().keys() == model.state_dict().keys()
+    with ema.swapped():
+        pass
+
+
+def tied(model):
+    model[2].bias = model[0].bias
+    return model
+
+
+def square():
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["", "equal averages"])
+def test_copy_to_tied_tensors(backend, same):
+    # That two averages can't both go there is an error, unless they are equal.
+    ema, target = EMA(square(), 0.5), tied(square())
+    if same:
+        with torch.no_grad():
+            ema.model[2].bias.copy_(ema.model[0].bias)
+        ema = EMA(ema.model, 0.5)
+        ema.copy_to(target)
+        assert torch.equal(target[2].bias, averages(ema)["2.bias"])
+    else:
+        names = ["model['2.bias']", "'0.bias'", "another"]
+        refused(ValueError, lambda: ema.copy_to(target), target, ema.model, averages(ema), names=names)
+
+
+def test_copy_to_what_shares_memory(backend):
+    ema, target = EMA(square(), 0.5), square()
+    target[2].bias.data = target[0].weight.data[1]
+    names = ["model['2.bias']", "shared with model['0.weight']"]
+    refused(ValueError, lambda: ema.copy_to(target), target, ema.model, averages(ema), names=names)
+    target[2].bias.data = torch.ones(1).expand(3)
+    refused(ValueError, lambda: ema.copy_to(target), target, ema.model, averages(ema), names=["'2.bias'", "strides"])
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_copy_to_the_averages_themselves(backend, swapped):
+    ema, target = EMA(square(), [0.5, 0.9]), square()
+    nudge(ema.model)
+    ema.update()
+    target.load_state_dict(ema.state_dict()["averages"][0], assign=True)
+    with ema.swapped() if swapped and backend == "cpu" else contextlib.nullcontext():
+        call = lambda: ema.copy_to(target, index=0 if swapped and backend == "cpu" else 1)  # noqa: E731
+        refused(ValueError, call, target, ema.model, averages(ema, 1), names=["that of the averages"])
+    before = clones(averages(ema))
+    if not swapped:
+        ema.copy_to(target)  # what it has
+    assert equal(averages(ema), before)
+
+
+@pytest.mark.parametrize("source", ["meta", "sparse"])
+def test_copy_to_of_what_can_not_be_copied(backend, source):
+    model, target = net(), net()
+    for each in (model, target):
+        each[2].register_buffer("last", torch.ones(2, device="meta") if source == "meta" else torch.eye(2).to_sparse())
+    ema = EMA(model, 0.5)
+    nudge(model)
+    error = ValueError if source == "meta" else TypeError
+    refused(error, lambda: ema.copy_to(target), target, names=["2.last"])
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, found dict"):
+        ema.copy_to({})
+
+
 @pytest.mark.parametrize("index", [-1, 2])
 def test_index_out_of_range(backend, index):
     ema = EMA(net(), [0.9, 0.5])

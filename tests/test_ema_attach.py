@@ -1,11 +1,14 @@
 """EMA.attach: one update for each step that an optimizer takes, none for those that were skipped, and nothing left."""
 
+import copy
+
 import pytest
 import torch
 from conftest import clones, net
 from oracle import same_bits
 from torch import nn
 
+import fused_ema
 from fused_ema import EMA
 
 OPTIMIZERS = {
@@ -541,6 +544,34 @@ def test_an_optimizers_state_without_averages_is_warned_of(backend):
     ema.attach(optimizer, save=True)
     with pytest.warns(UserWarning, match="expected averages in the optimizer's state, under 'fused_ema', found none"):
         optimizer.load_state_dict(plain)
+
+
+def test_optimizer_and_averages_are_taken_over_together(backend):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, save=True)
+    start = copy.deepcopy(optimizer.state_dict())
+    backward(model)
+    optimizer.step()
+    before = copy.deepcopy(ema.state_dict())
+    start["param_groups"] *= 2
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(start)
+    assert ema.step == 1
+    assert equal(averages(ema), before["averages"][0])
+    del start["param_groups"][1]
+    optimizer.load_state_dict(start)
+    assert ema.step == 0
+    assert equal(averages(ema), start["fused_ema"]["averages"][0])
+
+
+def test_decays_on_the_device_are_as_fine_as_the_numbers():
+    decays = (0.9, 1 - 2.0**-40)
+    for skipped, wanted in ((0.0, decays), (1.0, (1.0, 1.0))):
+        found = fused_ema.ema._unless(torch.tensor([skipped]), decays)
+        assert found.dtype == torch.float64
+        assert tuple(found.tolist()) == wanted
 
 
 def test_averages_in_an_optimizers_state_are_checked(backend):

@@ -13,6 +13,7 @@ import torch
 from conftest import net, refused
 from oracle import same_bits
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_ema import EMA, checkpoints
 from fused_ema.schedules import constant, exponential_ramp, inverse_power, power_function, tf_warmup
@@ -281,6 +282,11 @@ def reshaped(average):
     average["1.bias"] = torch.zeros(1)
 
 
+def fake(size):
+    with FakeTensorMode():
+        return torch.ones(size)
+
+
 def freed():
     tensor = torch.ones(3)
     tensor.untyped_storage().resize_(0)
@@ -322,6 +328,7 @@ REFUSED = {
     "complex": (with_averages(lambda a: a.update({"1.bias": a["1.bias"] + 0j})), ["'1.bias'", "complex64"]),
     "nested": (with_averages(lambda a: a.update({"1.bias": torch.nested.nested_tensor([a["1.bias"]])})), ["'1.bias'"]),
     "lazy": (with_averages(lambda a: a.update({"1.bias": nn.UninitializedParameter()})), ["'1.bias'", "lazy"]),
+    "fake": (with_averages(lambda a: a.update({"1.bias": fake(33)})), ["'1.bias'", "plain tensor", "FakeTensor"]),
     "freed": (with_averages(lambda a: a["1.bias"].untyped_storage().resize_(0)), ["'1.bias'", "132 bytes", "freed"]),
     "cut off": (with_averages(lambda a: a["1.bias"].untyped_storage().resize_(4)), ["'1.bias'", "of 4 bytes"]),
     "version of tensors": (changed(version=torch.ones(2)), ["version", "Tensor"]),

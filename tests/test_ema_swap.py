@@ -16,7 +16,7 @@ from oracle import same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_ema import EMA
+from fused_ema import EMA, exchange
 from fused_ema.averages import Averages
 from fused_ema.plan import Plan, one_at_a_time
 
@@ -538,6 +538,13 @@ def test_a_swap_waits_for_the_update_of_another_thread(backend):
         assert evaluation.result(10) == 2.0
     assert model.weight.item() == 4.0
     assert averages(ema)["weight"].item() == 2.0
+
+
+def test_nothing_is_kept_of_swaps_that_are_over(backend):
+    for _ in range(3):
+        with EMA(net()).swapped():
+            assert len(exchange._exchanges) == 1
+        assert not exchange._exchanges
 
 
 @pytest.mark.parametrize("member", ["update", "load_state_dict", "copy_to", "to", "swapped"])

@@ -358,6 +358,23 @@ def test_ties_are_stored_once_and_come_back_under_all_names(tmp_path):
     assert torch.equal(found["a"], found["c"])
 
 
+def test_empty_tensors_are_not_tied(tmp_path):
+    tensors = {"a": torch.ones(0, 3), "b": torch.ones(4, 0), "c": torch.ones(1)}
+    save_snapshot(tmp_path, Stub(3, tensors, tensors))
+    assert {name: each.shape for name, each in reconstruct(tmp_path, 0.1).items()} == {
+        name: each.shape for name, each in tensors.items()
+    }
+
+
+def test_averages_of_one_file_with_other_shapes_are_refused(tmp_path):
+    path = save_snapshot(tmp_path, Stub(3, *both(torch.ones(2))))
+    with posthoc.safetensors().safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"0/w": torch.ones(2), "1/w": torch.ones(3)}, path, metadata)
+    with pytest.raises(ValueError, match=r"'1/w': expected shape \(2,\), found \(3,\)"):
+        reconstruct(tmp_path, 0.10)
+
+
 def test_only_power_functions_are_kept(tmp_path):
     w = torch.ones(2)
     schedules = [to_state(constant(0.9)), to_state(power_function(0.07)), "<lambda>", to_state(power_function(0.2))]

@@ -190,7 +190,7 @@ MUTANTS = [
     Mutant(
         "one average of two parameters",
         "fused_ema/checks.py",
-        "if _memory(pairs.model[before]) != _memory(model):",
+        "if memory(pairs.model[before]) != memory(model):",
         "if False:",
     ),
     Mutant(
@@ -251,6 +251,54 @@ MUTANTS = [
         "        step = self._step + 1\n",
         "        step = self._step = self._step + 1\n",
     ),
+    Mutant(
+        "steps counted before they are made",
+        "fused_ema/ema.py",
+        """                self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+""",
+        """                self._step = step
+                try:
+                    self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+                except Exception:
+                    self._step = step - 1
+                    raise
+""",
+    ),
+    Mutant("made of another's averages", "fused_ema/ema.py", '        self._check_unswapped("__init__")\n', ""),
+    Mutant(
+        "moved, and written to where it was",
+        "fused_ema/ema.py",
+        "            self._averages.to(torch.device(device))\n            self._plan = None\n",
+        "            self._averages.to(torch.device(device))\n",
+    ),
+    Mutant(
+        "copied into what overlaps",
+        "fused_ema/ema.py",
+        '            if refusal := write_refusal(f"model[{name!r}]", into[name]):\n                raise refusal\n',
+        "",
+    ),
+    Mutant(
+        "copied into what is shared",
+        "fused_ema/ema.py",
+        "        check_targets(values, into, self._averages.shards())\n",
+        "",
+    ),
+    Mutant(
+        "decays on the device in float32",
+        "fused_ema/ema.py",
+        "d, dtype=torch.float64)) for d",
+        "d, dtype=torch.float32)) for d",
+    ),
+    Mutant(
+        "swaps without a lock",
+        "fused_ema/ema.py",
+        """            with one_at_a_time():
+                self._check_unswapped("swapped")
+""",
+        """            if True:
+                self._check_unswapped("swapped")
+""",
+    ),
     Mutant("update_every forgotten", "fused_ema/ema.py", "decay**self.update_every if", "decay if"),
     Mutant("one key for all averages", "fused_ema/ema.py", "step * MAX_AVERAGES + k)", "step * MAX_AVERAGES)"),
     Mutant(
@@ -258,6 +306,31 @@ MUTANTS = [
         "fused_ema/exchange.py",
         "        if self.replaced:\n",
         "        if False:\n",
+    ),
+    Mutant(
+        "values that change places",
+        "fused_ema/exchange.py",
+        "values[name] = self._memory[name].clone()  #",
+        "values[name] = self._memory[name]  #",
+    ),
+    Mutant(
+        "written to where another is",
+        "fused_ema/exchange.py",
+        "if own in shared or owners.setdefault(own, place) != place:",
+        "if False:",
+    ),
+    Mutant(
+        "written to the averages",
+        "fused_ema/exchange.py",
+        "if new[name].untyped_storage().data_ptr() in averages:",
+        "if False:",
+    ),
+    Mutant("freed memory stays so", "fused_ema/exchange.py", "        self._bring_back_memory()\n", ""),
+    Mutant(
+        "exchanges kept",
+        "fused_ema/exchange.py",
+        "        if self in _exchanges:\n            _exchanges.remove(self)\n",
+        "",
     ),
     Mutant(
         "autocast's copies stay",
@@ -272,7 +345,12 @@ MUTANTS = [
         "numel if count > 1",
     ),
     Mutant("tied names apart", "fused_ema/averages.py", "if id(tensor) not in tied:", "if True:"),
-    Mutant("seed not resumed", "fused_ema/state.py", '    ema.seed = numbers["seed"]\n', ""),
+    Mutant(
+        "seed not resumed",
+        "fused_ema/state.py",
+        '    del numbers["updates"]  #',
+        '    del numbers["updates"], numbers["seed"]  #',
+    ),
     Mutant("decays not resumed", "fused_ema/state.py", 'tuple(saved["decays"])', "ema._decays"),
     Mutant("averages half taken over", "fused_ema/state.py", "elif found.shape != average.shape:", "elif False:"),
     Mutant(
@@ -316,8 +394,29 @@ MUTANTS = [
     Mutant(
         "written in place",
         "fused_ema/files.py",
-        'temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")',
+        'temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")',
         "temporary = path",
+    ),
+    Mutant(
+        "removed, then renamed",
+        "fused_ema/files.py",
+        "        os.replace(temporary, path)\n",
+        "        path.unlink(missing_ok=True)\n        os.replace(temporary, path)\n",
+    ),
+    Mutant(
+        "one copy too few",
+        "fused_ema/checkpoints.py",
+        "copied = 0 < ema.update_after_step <= ema.step",
+        "copied = 0 < ema.update_after_step < ema.step",
+    ),
+    Mutant(
+        "empty ones tied",
+        "fused_ema/posthoc.py",
+        "(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)",
+        "(x.data_ptr(), x.dtype, x.device)",
+    ),
+    Mutant(
+        "another run's snapshots", "fused_ema/posthoc.py", "if other.name > before and", "if other.name > path.name and"
     ),
     Mutant("not yet on the disk", "fused_ema/files.py", "        _sync(temporary)\n", ""),
     Mutant("leftovers of failures", "fused_ema/files.py", "        temporary.unlink(missing_ok=True)\n", ""),
