@@ -43,7 +43,7 @@ _build.sources_digest = lambda: digest
 _build.cxx_flags = lambda: tuple(each + sys.argv[2:] for each in flags)
 _build.place(_build.compile_extension(pathlib.Path(sys.argv[1])), _build.PACKAGE)
 """
-COVERAGE = """
+COVERAGE = r"""
 [run]
 branch = true
 include =
