@@ -145,9 +145,9 @@ class Exchange:
         """What the block wrote to, in place: what stays in an average, and what makes way for the model's own."""
         exchanged = self._plan is not None and self._plan.exchanged()
         changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
-        changed = [name for name, before, now in changes if before != now and name not in self._freed]
-        kept = [name for name in changed if exchanged and self._same_type(name)]
-        return kept, [name for name in changed if name not in kept] if exchanged or self._copies else []
+        changed = [name for name, before, now in changes if before != now and (exchanged or self._copies)]
+        stays = {name: exchanged and self._same_type(name) for name in changed}
+        return [name for name in changed if stays[name]], [name for name in changed if not stays[name]]
 
     def _follow(self, current: dict[str, Tensor]) -> None:
         """The model's own values, into the tensors that the block put in the place of the first ones."""
