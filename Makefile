@@ -21,7 +21,7 @@ BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-sweep gpu-counters
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 setup: $(BUILD_STAMP)  ## environment and extension, for the torch and the compilers that are there
 
@@ -57,7 +57,7 @@ fuzz-plans:  ## that of plans, which needs clang with libFuzzer
 	@mkdir -p build && $(FUZZ_CXX) $(SANITIZERS) -fsanitize=fuzzer -DFUSED_EMA_LIBFUZZER tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer
 	@build/fuzz_plans_libfuzzer -runs=$$(($(RUNS) * 10)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 
-soak: setup  ## a million updates of models that change: a quarter of an hour
+soak: setup  ## a million updates of models that change: ten minutes
 	@$(PY) tests/soak.py $(ARGS)
 
 coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour; needs clang and llvm-cov
