@@ -6,7 +6,7 @@ import enum
 import itertools
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.nn.parameter import is_lazy
 from . import shards
 from .arguments import check_buffers
 from .pairing import Pairs
+
+if TYPE_CHECKING:
+    from .averages import Averages
 
 # Width in bits orders the real types an average may have; each complex type counts as its real part.
 WIDTH = {
@@ -198,28 +201,26 @@ def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None
         raise refusal
 
 
-def check_targets(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+def check_targets(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
     """Raises where to write `values` into the tensors of their names would write to some other of them, or to the
-    averages: of tensors that share memory, as tied ones do, all have to get the same."""
+    averages: of tensors that share memory, as tied ones do, all have to get the same. (Others than the averaged ones
+    may lie on one another, as in the model that they come from.)"""
+    targets = {name: tensor for name in values if (tensor := shards.local(into[name])).numel()}
     first: dict[tuple[object, ...], str] = {}
-    spans = []
-    for name, value in values.items():
-        target = shards.local(into[name])
-        if not target.numel():
-            continue
+    for name, target in targets.items():
         before = first.setdefault(memory(target), name)
-        if before == name:
-            spans.append(_span(f"model[{name!r}]", target))
-        elif not equal_values(shards.local(values[before]), shards.local(value)):
+        one, other = (shards.local(values[each]) for each in (before, name))
+        if memory(one) != memory(other) and not equal_values(one, other):
             raise ValueError(
                 f"model[{name!r}]: expected memory of its own, found that of {before!r}, whose average is another"
             )
-    if shared := _overlap(sorted(spans)):
-        raise shared
-    ours = {tensor.untyped_storage().data_ptr() for tensor in averages.values() if tensor.numel()}
-    for name, value in values.items():
-        target = shards.local(into[name])
-        if target.numel() and target.untyped_storage().data_ptr() in ours and memory(target) != memory(value):
+    shared = overlapping(targets)
+    both = [name for name, target in targets.items() if memory(target) in shared]
+    if any(name in averages for name in both):
+        raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
+    ours = {tensor.untyped_storage().data_ptr() for tensor in averages.shards().values() if tensor.numel()}
+    for name, target in targets.items():
+        if target.untyped_storage().data_ptr() in ours and memory(target) != memory(shards.local(values[name])):
             raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -123,8 +124,8 @@ class EMA:
             seed=whole_number("seed", seed, 0),
             schedules=_schedules(decay),
         )
-        self._loaded_updates = 0  # when its state was loaded,
-        self._snapshots: set[str] = set()  # and what it has written since
+        self._run_id = uuid.uuid4().hex  # in its snapshots, until a state is loaded,
+        self._loaded_updates = 0  # which was of so many updates
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
@@ -241,11 +242,11 @@ class EMA:
             yield self.model
         finally:
             problem: BaseException | None = None
-            for _ in (1, 2, 3):  # no call here, after which Ctrl-C could come outside of the try
-                if swap is None or self._swap is not swap:
-                    break
+            tries = 3
+            while swap is not None and self._swap is swap and tries:  # no call here, which Ctrl-C could interrupt
                 try:
                     with one_at_a_time():
+                        tries -= 1  # not where it is interrupted while it waits
                         self._leave(swap)
                 except BaseException as found:
                     problem = found
@@ -292,6 +293,8 @@ class EMA:
         else:
             values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
         into = tensors_of(target)
+        if target is not self.model and exchanging() and hold_average(into.values()):
+            raise RuntimeError("EMA.copy_to: expected a model with its own weights, found it swapped with averages")
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
         for name, value in values.items():
@@ -307,7 +310,7 @@ class EMA:
             if into[name].shape != value.shape:
                 wanted, found = tuple(value.shape), tuple(into[name].shape)
                 raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
-        check_targets(values, into, self._averages.shards())
+        check_targets(values, into, self._averages)
         torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
         with torch.no_grad():
             for name, value in values.items():
@@ -372,7 +375,7 @@ class EMA:
             self._checked_state(saved)()
 
     def _checked_state(self, saved: Any) -> Callable[[], None]:
-        """What takes it over, which can't fail."""
+        """What takes it over, which fails where it is swapped by then."""
         self._check_unswapped("load_state_dict")
         self._join()
         return state.checked(self, saved)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .averages import Averages
-from .checks import address, memory, overlapping, storage_refusal
+from .checks import PLAIN_TYPES, address, has_address, memory, overlapping, storage_refusal
 from .plan import Call, Plan
 from .shards import local
 
@@ -34,10 +34,14 @@ class Exchange:
         self._averages = averages
         self._tensors = current
         self._memory = {name: local(tensor).detach() for name, tensor in self._tensors.items()}
-        self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items()]
+        self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items() if not is_lazy(tensor)]
         self._versions: list[int] = []
-        self._sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in self._memory.items()}
+        storages = {name: tensor.untyped_storage() for name, tensor in self._memory.items()}
+        self._storages = {name: (storage, storage.nbytes()) for name, storage in storages.items()}
+        self._changes: tuple[list[str], list[str]] | None = None  # by the block, in place
+        self._values: dict[str, Tensor] | None = None  # for the tensors that it put in the place of the first ones
         self._freed: dict[str, bool] = {}  # by the block → whether the average was in that memory
+        self._known: set[int] = set()  # of which it was made, and where they lie
         self._plan: Plan | None = None
         self._call = Call((0.0,))
         self._copies: dict[str, Tensor] = {}
@@ -68,7 +72,7 @@ class Exchange:
         """`current` gives the model's tensors as they are now, by name."""
         if self.over:
             return
-        kept, gone = self._written()
+        kept, gone = self._changes = self._changes or self._written()
         self._bring_back_memory()
         if self._copies:
             _write(self._copies, self._memory)
@@ -116,15 +120,15 @@ class Exchange:
     def _bring_back_memory(self) -> None:
         """For tensors whose memory the block has freed. An average that was there begins anew."""
         exchanged = self._plan is not None and self._plan.exchanged()
-        for name, tensor in self._memory.items():
-            if storage_refusal(name, tensor):
+        for name, (storage, size) in self._storages.items():
+            if storage.nbytes() < size:
                 self._freed[name] = exchanged and self._same_type(name)
         for name, average in self._freed.items():  # again, where an interrupt kept it from the copy
-            tensor = self._memory[name]
-            if tensor.untyped_storage().nbytes() < self._sizes[name]:
-                tensor.untyped_storage().resize_(self._sizes[name])
+            storage, size = self._storages[name]
+            if storage.nbytes() < size:
+                storage.resize_(size)
             if exchanged and average:
-                _write({name: self._averages.get(name, self.index)}, {name: tensor})
+                _write({name: self._averages.get(name, self.index)}, {name: self._memory[name]})
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
         """A copy from the model, where the average is there; of sharded ones, what lies on this rank."""
@@ -154,23 +158,18 @@ class Exchange:
         here = {name: local(current[name]) for name in self._memory if name in current}
         fits = {name: tensor for name, tensor in here.items() if _takes(tensor, self._memory[name])}
         new = {name: tensor for name, tensor in fits.items() if self._is_new(name, tensor)}
-        lost = [name for name in self._memory if name not in fits]
-        owners = {memory(tensor): self._place(name) for name, tensor in fits.items() if name not in new}
-        shared = overlapping(fits) if new else set()
-        values = {}
-        for name, tensor in new.items():
-            own, place = memory(tensor), self._place(name)
-            if own in shared or owners.setdefault(own, place) != place:
-                lost.append(name)  # the block has put it where another one's values are
-            else:
-                values[name] = self._memory[name].clone()  # before any of them is written: they may have changed places
+        if self._values is None:
+            self._values = self._values_for(fits, new)
+        values = self._values  # as they were before any of them was written
+        lost = [name for name in self._memory if name not in fits or (name in new and name not in values)]
         averages = {tensor.untyped_storage().data_ptr() for tensor in self._averages.shards().values()}
-        for name, value in values.items():
+        for name in values.keys() & fits.keys():
+            value, tensor = values[name], fits[name]
             try:
-                if new[name].untyped_storage().data_ptr() in averages:  # not to be written to
-                    new[name].data = value.to(new[name])
+                if _plain(tensor) and tensor.untyped_storage().data_ptr() in averages:  # not to be written to
+                    tensor.data = value.to(tensor)
                 else:
-                    _write({name: value}, {name: new[name]})
+                    _write({name: value}, {name: tensor})
             except (RuntimeError, ValueError, TypeError, NotImplementedError):  # of a kind that takes no values
                 lost.append(name)
         if lost:
@@ -179,23 +178,49 @@ class Exchange:
                 "whole again, those tensors keep what the block gave them"
             )
 
+    def _values_for(self, fits: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own values for those that are new, without those that lie where other values belong."""
+        places = {name: tensor for name, tensor in fits.items() if new and _plain(tensor)}
+        owners = {memory(tensor): self._place(name) for name, tensor in places.items() if name not in new}
+        shared = overlapping(places)
+        written = {tensor.untyped_storage().data_ptr() for name, tensor in places.items() if name in new}
+        values = {}
+        for name, tensor in new.items():
+            place = self._place(name)
+            if name in places:
+                own = memory(tensor)
+                if own in shared or owners.setdefault(own, place) != place:
+                    continue
+            value = self._memory[name]
+            in_the_way = self._storages[name][0].data_ptr() in written  # they have changed places
+            values[name] = value.clone() if in_the_way else value
+        return values
+
     def _place(self, name: str) -> int:
         """The same for tied ones alone."""
         return address(self._memory[name]) if self._memory[name].numel() else id(self._tensors[name])
 
     def _is_new(self, name: str, tensor: Tensor) -> bool:
+        if tensor is not local(self._tensors[name]):
+            return bool(tensor.numel())
         before = self._memory[name]
-        same = tensor is local(self._tensors[name]) and tensor.data_ptr() == before.data_ptr()
-        return bool(tensor.numel()) and not (same and tensor.stride() == before.stride())
+        return bool(tensor.numel()) and (tensor.data_ptr(), tensor.stride()) != (before.data_ptr(), before.stride())
 
     def holds_any(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether any of these is, or lies in, what the model's tensors were."""
-        ids, places = set(map(id, self._tensors.values())), {self._place(name) for name in self._memory}
-        return any(id(t) in ids or (t.numel() and address(local(t)) in places) for t in tensors)
+        """Whether any of these is, or lies in, what the model's tensors were, or the averages that changed places."""
+        if not self._known:
+            averages = [self._averages.get(name, self.index) for name in self._averages]
+            places = {address(tensor) for tensor in (*self._memory.values(), *averages) if tensor.numel()}
+            self._known = (places - {0}) | set(map(id, self._tensors.values()))
+        return any(id(t) in self._known or (t.numel() and address(local(t)) in self._known) for t in tensors)
 
 
 def _takes(tensor: Tensor, values: Tensor) -> bool:
     return tensor.shape == values.shape and not tensor.is_meta and not storage_refusal("", tensor)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN_TYPES and has_address(tensor)
 
 
 # Those under way, and at most one that is over, where an interrupt kept it here. (Not weak references: a Ctrl-C that
@@ -215,7 +240,7 @@ def hold_average(tensors: Iterable[Tensor]) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.touch()  # with the mode that the umask gives; safetensors may replace it by a file of mode 0600
         about = (path if path.exists() else temporary).stat()
         yield temporary
-        with suppress(PermissionError):
+        with suppress(OSError):  # where that is not allowed, or nothing has owners
             os.chown(temporary, about.st_uid, about.st_gid)
         temporary.chmod(about.st_mode & 0o777)
         _sync(temporary)

@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -46,7 +46,7 @@ Folder: TypeAlias = "str | os.PathLike[str]"
 Numbers: TypeAlias = Sequence[float] | Tensor
 
 _NAME = re.compile(r"ema-\d{10,}\.safetensors")
-_MARK, _FORMAT = "fused_ema.posthoc", "1"
+_MARK, _FORMAT, _RUN = "fused_ema.posthoc", "1", "run"
 _KEYS = ("step", "updates", "sigma_rels", "tensors", "complex")  # of the metadata; values are JSON
 
 
@@ -98,18 +98,25 @@ def save_snapshot(folder: Folder, ema: EMA, *, dtype: torch.dtype | None = None)
     tensors = {f"{k}/{x}": storable(x, each[x], dtype) for k, each in enumerate(averages) for x in first_of.values()}
     path = Path(folder, f"ema-{updates:010d}.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    ours = ema._snapshots
-    ours.add(str(path.resolve()))
-    files = [other for other in path.parent.iterdir() if _NAME.fullmatch(other.name)]
-    before = f"ema-{ema._loaded_updates:010d}.safetensors"  # up to there they are taken for this run's
-    if others := sorted(other.name for other in files if other.name > before and str(other.resolve()) not in ours):
+    save(path, tensors, {_MARK: _FORMAT, _RUN: ema._run_id, **{key: json.dumps(about[key]) for key in _KEYS}})
+    if not any(tensor is None for tensor in tensors.values()) and (others := _of_other_runs(path.parent, ema)):
         warnings.warn(
-            f"{folder}: holds snapshots that this manager did not write, of another run or of this one before it was "
-            f"resumed: remove them, as reconstruct() would mix them with its own: {others[:5]}",
+            f"{folder}: holds snapshots of another run, or of this one before it was resumed: reconstruct() would mix "
+            f"them with its own; keep those of one run in a folder: {others[:5]}",
             stacklevel=2,
         )
-    save(path, tensors, {_MARK: _FORMAT, **{key: json.dumps(about[key]) for key in _KEYS}})
     return path
+
+
+def _of_other_runs(folder: Path, ema: EMA) -> list[str]:
+    """Names of snapshots that a manager has not written; those up to the state that it was loaded with are its own."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if _NAME.fullmatch(path.name) and path.is_file() and int(path.stem[4:]) > ema._loaded_updates:
+            with suppress(safetensors().SafetensorError), safetensors().safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get(_RUN, ema._run_id) != ema._run_id:
+                    found.append(path.name)
+    return found
 
 
 def snapshots(folder: Folder) -> list[Snapshot]:

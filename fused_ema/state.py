@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +68,12 @@ def checked(ema: EMA, saved: Any) -> Callable[[], None]:
     step, decays = numbers.pop("step"), tuple(saved["decays"])
     del numbers["updates"]  # which follow from the others
 
+    @torch.no_grad()
     def take() -> None:
-        with torch.no_grad():
-            for average, theirs in pairs:
-                average.copy_(theirs)
-        vars(ema).update(numbers, schedules=taken, _step=step, _decays=decays, _snapshots=set())
+        ema._check_unswapped("load_state_dict")  # another thread may have swapped since
+        for average, theirs in pairs:
+            average.copy_(theirs)
+        vars(ema).update(numbers, schedules=taken, _step=step, _decays=decays, _run_id=uuid.uuid4().hex)
         ema._loaded_updates = ema.updates
 
     return take

@@ -1,6 +1,7 @@
 """EMA: the averages against the formula, whatever the types, the layouts, the wrappers and the changes in between."""
 
 import contextlib
+import copy
 import math
 from itertools import pairwise
 
@@ -858,25 +859,46 @@ def test_copy_to_tied_tensors(backend, same):
 def test_copy_to_what_shares_memory(backend):
     ema, target = EMA(square(), 0.5), square()
     target[2].bias.data = target[0].weight.data[1]
-    names = ["model['2.bias']", "shared with model['0.weight']"]
+    names = ["shared by ['0.weight', '2.bias']"]
     refused(ValueError, lambda: ema.copy_to(target), target, ema.model, averages(ema), names=names)
     target[2].bias.data = torch.ones(1).expand(3)
     refused(ValueError, lambda: ema.copy_to(target), target, ema.model, averages(ema), names=["'2.bias'", "strides"])
 
 
-@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
-def test_copy_to_the_averages_themselves(backend, swapped):
+def test_copy_to_the_averages_themselves(backend):
     ema, target = EMA(square(), [0.5, 0.9]), square()
     nudge(ema.model)
     ema.update()
     target.load_state_dict(ema.state_dict()["averages"][0], assign=True)
-    with ema.swapped() if swapped and backend == "cpu" else contextlib.nullcontext():
-        call = lambda: ema.copy_to(target, index=0 if swapped and backend == "cpu" else 1)  # noqa: E731
-        refused(ValueError, call, target, ema.model, averages(ema, 1), names=["that of the averages"])
+    both = [averages(ema, k) for k in range(2)]
+    refused(ValueError, lambda: ema.copy_to(target, 1), target, ema.model, *both, names=["that of the averages"])
+    with ema.swapped():
+        refused(RuntimeError, lambda: ema.copy_to(target), target, ema.model, averages(ema, 1), names=["swapped"])
     before = clones(averages(ema))
-    if not swapped:
-        ema.copy_to(target)  # what it has
+    ema.copy_to(target)  # what it has
     assert equal(averages(ema), before)
+
+
+def test_copy_to_what_is_laid_out_in_the_same_way(backend):
+    model = square()
+    table = torch.randn(4, 2)
+    for name, view in {"cos": table[:, 0], "sin": table[:, 1], "all": table[None], "last": table[1:, 0]}.items():
+        model.register_buffer(name, view)
+    ema, target = EMA(model, 0.5), copy.deepcopy(model)
+    nudge(model)
+    ema.update()
+    ema.copy_to(target)
+    assert torch.equal(target[2].bias, averages(ema)["2.bias"])
+    assert torch.equal(target.all[0], table)
+
+
+def test_copy_to_a_wrapper_of_the_swapped_model(backend):
+    ema = EMA(square(), [0.5, 0.9])
+    nudge(ema.model)
+    ema.update()
+    wrapped = nn.DataParallel(ema.model)
+    with ema.swapped():
+        refused(RuntimeError, lambda: ema.copy_to(wrapped, 1), ema.model, averages(ema), names=["swapped"])
 
 
 @pytest.mark.parametrize("source", ["meta", "sparse"])

@@ -566,6 +566,28 @@ def test_optimizer_and_averages_are_taken_over_together(backend):
     assert equal(averages(ema), start["fused_ema"]["averages"][0])
 
 
+def test_a_swap_between_the_two_parts_of_a_load_is_seen(backend):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, save=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    backward(model)
+    optimizer.step()
+    own, true, swaps = clones(dict(model.named_parameters())), clones(averages(ema)), []
+
+    def swap(*_):
+        swaps.append(ema.swapped())
+        swaps[0].__enter__()
+
+    optimizer.register_load_state_dict_pre_hook(swap)
+    with pytest.raises(RuntimeError, match="load_state_dict: expected the model's own weights"):
+        optimizer.load_state_dict(saved)
+    swaps[0].__exit__(None, None, None)
+    assert equal(dict(model.named_parameters()), own)
+    assert equal(averages(ema), true)
+
+
 def test_decays_on_the_device_are_as_fine_as_the_numbers():
     decays = (0.9, 1 - 2.0**-40)
     for skipped, wanted in ((0.0, decays), (1.0, (1.0, 1.0))):

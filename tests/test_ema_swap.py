@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import warnings
 from concurrent import futures
@@ -14,6 +16,7 @@ import torch
 from conftest import clones, interrupted_at, net, refused
 from oracle import same_bits
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import EMA, exchange
@@ -498,6 +501,89 @@ def test_tensors_without_memory_put_there_by_the_block(backend, dtype, change):
         change(model)
     assert whole.averages_are_true()
     assert same_bits(model[2].weight.detach(), whole.raw["2.weight"])
+
+
+def test_a_kind_of_tensor_that_takes_no_values_is_lost_alone(backend):
+    ema = trained(square(torch.float32))
+    whole = Whole(ema)
+    model = ema.model
+
+    @ema.swapped()
+    def block():
+        model["a"].weight = nn.Parameter(model["a"].weight.detach().to_sparse_csr())
+        model["b"].weight = nn.Parameter(model["b"].weight.detach().clone())
+
+    with pytest.raises(RuntimeError, match=r"others for \['a.weight'\]"):
+        block()
+    assert whole.averages_are_true()
+    assert same_bits(model["b"].weight.detach(), whole.raw["b.weight"])
+
+
+def test_wrappers_of_tensors_put_there_by_the_block(backend):
+    ema = trained(square(torch.float32))
+    whole = Whole(ema)
+    with ema.swapped() as model:
+        for child in model.values():
+            child.weight = nn.Parameter(TwoTensor(child.weight.detach().clone(), child.weight.detach().clone()))
+    assert whole.averages_are_true()
+    for name, tensor in parameters(model).items():
+        assert same_bits(tensor.detach().b, whole.raw[name])
+
+
+@pytest.mark.parametrize("write", range(1, 7))
+def test_interrupted_while_values_follow(backend, write, monkeypatch):
+    ema = trained(nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in "abc"}))
+    whole, original, calls = Whole(ema), exchange._write, []
+
+    def interrupted(values, into):
+        calls.append(into)
+        if len(calls) == write:
+            raise KeyboardInterrupt
+        original(values, into)
+
+    with contextlib.suppress(KeyboardInterrupt), ema.swapped() as model:
+        model["a"].weight, model["b"].weight, model["c"].weight = (model[name].weight for name in "bca")
+        monkeypatch.setattr(exchange, "_write", interrupted)
+    assert calls
+    whole.check_values()
+
+
+def test_interrupted_while_it_waits_for_another_thread(backend):
+    code = """
+        import signal, threading, time, torch
+        from torch import nn
+        from fused_ema import EMA
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        ema = EMA(nn.Linear(3, 3), 0.5)
+        nn.init.ones_(ema.model.weight)
+        ema.update()
+        slow = EMA(nn.Linear(2, 2), lambda n: time.sleep(1.5) or 0.5)
+        thread = threading.Thread(target=slow.update)
+        try:
+            with ema.swapped():
+                thread.start()
+                time.sleep(0.1)
+                signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+        except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            print("interrupted")
+        thread.join()
+        ema.update()
+        assert torch.equal(ema.model.weight, torch.ones(3, 3))
+    """
+    environment = {**os.environ, "FUSED_EMA_EXT": "0" if backend == "torch" else os.environ.get("FUSED_EMA_EXT", "")}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def test_averages_that_are_averaged_count_as_swapped(backend):
+    ema, target = trained(square(torch.float32)), square(torch.float32)
+    target.load_state_dict(ema.averaged_state_dict(), assign=True)
+    second = EMA(target)
+    with ema.swapped(), pytest.raises(RuntimeError, match="another manager's averages"):
+        second.update()
+    second.update()
 
 
 def test_another_module_on_the_same_memory_counts_as_swapped(backend):

@@ -114,6 +114,12 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     assert path.is_fifo() if kind == "pipe" else path.is_symlink()
 
 
+def test_where_nothing_has_owners(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chown", failing(OSError(errno.EOPNOTSUPP, "not supported")))
+    save_safetensors(tmp_path / "w.safetensors", EMA(nn.Linear(2, 2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
 def test_the_longest_name(tmp_path):
     path = tmp_path / ("w" * (255 - len(".safetensors")) + ".safetensors")
     save_safetensors(path, EMA(nn.Linear(2, 2)))
@@ -160,19 +166,25 @@ KILLED = """
         while True:
             n += 1
             for place in (1, n):
+                os.write(begins, b".")
                 save(n, place)
 
     newest, leftovers = 1, 0
     save(1, 1)
     for _ in range({kills}):
+        begun, begins = os.pipe()
         child = os.fork()
         if not child:
             try:
                 save_all_the_time(newest)
             finally:
                 os._exit(1)
-        time.sleep(random.uniform(0.0, 0.08))
+        os.close(begins)
+        for _ in range(random.randint(1, 6)):
+            os.read(begun, 1)
+        time.sleep(random.uniform(0.0, 0.01))  # into a save
         os.kill(child, signal.SIGKILL)
+        os.close(begun)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the child failed"
         assert saved() and int(saved()[0][0].stem.removeprefix("ema-")) == 1, "gone, and no new one there"
         for path, step in saved():

@@ -31,7 +31,7 @@ class Stub:
     """As much of a manager as a snapshot needs."""
 
     def __init__(self, updates, *averages, schedules=BASE, step=None):
-        self._loaded_updates, self._snapshots = updates, set()
+        self._loaded_updates, self._run_id = 0, "stub"
         self.state = {
             "step": updates if step is None else step,
             "updates": updates,
@@ -598,14 +598,15 @@ def test_snapshots_of_this_run_are_not(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 5)
-        copied = copy.deepcopy(ema)
-        saved_after(tmp_path, copied, 6)
+        for updates in (6, 7):
+            copied = copy.deepcopy(ema)
+            saved_after(tmp_path, copied, updates)
         resumed = fused_ema.EMA(ema.model, ema.schedules)
         resumed.load_state_dict(copied.state_dict())
         saved_after(tmp_path, resumed, 8)
     resumed.load_state_dict(ema.state_dict())  # of 5 updates
     with pytest.warns(UserWarning, match=r"\['ema-0000000006.safetensors', 'ema-0000000008.safetensors'\]"):
-        saved_after(tmp_path, resumed, 7)
+        saved_after(tmp_path, resumed, 7)  # in the place of the other
 
 
 def one_snapshot(folder, weight=1.0):

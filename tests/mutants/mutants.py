@@ -280,7 +280,7 @@ MUTANTS = [
     Mutant(
         "copied into what is shared",
         "fused_ema/ema.py",
-        "        check_targets(values, into, self._averages.shards())\n",
+        "        check_targets(values, into, self._averages)\n",
         "",
     ),
     Mutant(
@@ -310,8 +310,8 @@ MUTANTS = [
     Mutant(
         "values that change places",
         "fused_ema/exchange.py",
-        "values[name] = self._memory[name].clone()  #",
-        "values[name] = self._memory[name]  #",
+        "values[name] = value.clone() if in_the_way else value",
+        "values[name] = value",
     ),
     Mutant(
         "written to where another is",
@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         "written to the averages",
         "fused_ema/exchange.py",
-        "if new[name].untyped_storage().data_ptr() in averages:",
+        "if _plain(tensor) and tensor.untyped_storage().data_ptr() in averages:",
         "if False:",
     ),
     Mutant("freed memory stays so", "fused_ema/exchange.py", "        self._bring_back_memory()\n", ""),
@@ -416,7 +416,10 @@ MUTANTS = [
         "(x.data_ptr(), x.dtype, x.device)",
     ),
     Mutant(
-        "another run's snapshots", "fused_ema/posthoc.py", "if other.name > before and", "if other.name > path.name and"
+        "another run's snapshots",
+        "fused_ema/posthoc.py",
+        ".get(_RUN, ema._run_id) != ema._run_id:",
+        ".get(_RUN, ema._run_id) == 0:",
     ),
     Mutant("not yet on the disk", "fused_ema/files.py", "        _sync(temporary)\n", ""),
     Mutant("leftovers of failures", "fused_ema/files.py", "        temporary.unlink(missing_ok=True)\n", ""),
