@@ -36,7 +36,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/averages.py": "ema ema_state",
     "fused_ema/checkpoints.py": "security checkpoints",
     "fused_ema/checks.py": "hazards_memory hazards_dtypes",
-    "fused_ema/ema.py": "ema ema_rounding",
+    "fused_ema/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/exchange.py": "ema_swap",
     "fused_ema/files.py": "files",
     "fused_ema/functional.py": "hazards_process hazards_calls",
