@@ -18,7 +18,7 @@ from .plan import one_at_a_time
 if TYPE_CHECKING:
     from .ema import EMA
 
-Action = Callable[[], None]
+Undo = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
 
 
@@ -62,13 +62,13 @@ class Attachment:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
-        self._checked: Action | None = None  # what takes over the state that the optimizer is loading
+        self._checked: Callable[[], None] | None = None  # what takes over the state that the optimizer is loading
         self._rehearsed = False  # the step that is under way trains nothing
         self._outside = 0  # calls of the outermost step() that are under way
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
         if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
             inner._patch_step_function()
-        self._undo: list[Action] = [
+        self._undo: list[Undo] = [
             inner.register_step_pre_hook(self._before_step).remove,
             inner.register_step_post_hook(self._after_step).remove,
         ]
@@ -192,7 +192,7 @@ class Attachment:
                 self._done = [(device, self._streams[device].record_event()) for device in devices]
 
 
-def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Action:
+def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
     """Runs every `optimizer.step()` within `around()`; returns what ends that."""
     original, of_the_object = optimizer.step, "step" in vars(optimizer)
     active = [True]

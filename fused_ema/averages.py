@@ -50,9 +50,9 @@ class Averages:
         """The first average of each tensor, under one of its names."""
         return {name: self._first[name] for name in {id(tensor): name for name, tensor in self._first.items()}.values()}
 
-    def shards(self) -> dict[str, Tensor]:
-        """The first average of each name, in the memory of all: what lies on this rank."""
-        return dict(self._first)
+    def storages(self) -> set[int]:
+        """Where the memory begins that they lie in, on this rank."""
+        return {tensor.untyped_storage().data_ptr() for tensor in self._first.values() if tensor.numel()}
 
     def firsts(self) -> list[Tensor]:
         return [self.spread(name, tensor) for name, tensor in self._first.items()]

@@ -218,7 +218,7 @@ def check_targets(values: Mapping[str, Tensor], into: Mapping[str, Tensor], aver
     both = [name for name, target in targets.items() if memory(target) in shared]
     if any(name in averages for name in both):
         raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
-    ours = {tensor.untyped_storage().data_ptr() for tensor in averages.shards().values() if tensor.numel()}
+    ours = averages.storages()
     for name, target in targets.items():
         if target.untyped_storage().data_ptr() in ours and memory(target) != memory(shards.local(values[name])):
             raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")

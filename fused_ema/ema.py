@@ -293,7 +293,7 @@ class EMA:
         else:
             values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
         into = tensors_of(target)
-        if target is not self.model and exchanging() and hold_average(into.values()):
+        if target is not self.model and hold_average(into.values()):
             raise RuntimeError("EMA.copy_to: expected a model with its own weights, found it swapped with averages")
         if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
             raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")

@@ -162,7 +162,7 @@ class Exchange:
             self._values = self._values_for(fits, new)
         values = self._values  # as they were before any of them was written
         lost = [name for name in self._memory if name not in fits or (name in new and name not in values)]
-        averages = {tensor.untyped_storage().data_ptr() for tensor in self._averages.shards().values()}
+        averages = self._averages.storages()
         for name in values.keys() & fits.keys():
             value, tensor = values[name], fits[name]
             try:

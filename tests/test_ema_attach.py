@@ -546,7 +546,8 @@ def test_an_optimizers_state_without_averages_is_warned_of(backend):
         optimizer.load_state_dict(plain)
 
 
-def test_optimizer_and_averages_are_taken_over_together(backend):
+def stepped():
+    """A manager that is saved with its optimizer, after a step, and what both were before it."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.5)
@@ -554,6 +555,11 @@ def test_optimizer_and_averages_are_taken_over_together(backend):
     start = copy.deepcopy(optimizer.state_dict())
     backward(model)
     optimizer.step()
+    return ema, optimizer, start
+
+
+def test_optimizer_and_averages_are_taken_over_together(backend):
+    ema, optimizer, start = stepped()
     before = copy.deepcopy(ema.state_dict())
     start["param_groups"] *= 2
     with pytest.raises(ValueError, match="different number of parameter groups"):
@@ -567,14 +573,8 @@ def test_optimizer_and_averages_are_taken_over_together(backend):
 
 
 def test_a_swap_between_the_two_parts_of_a_load_is_seen(backend):
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    ema = EMA(model, 0.5)
-    ema.attach(optimizer, save=True)
-    saved = copy.deepcopy(optimizer.state_dict())
-    backward(model)
-    optimizer.step()
-    own, true, swaps = clones(dict(model.named_parameters())), clones(averages(ema)), []
+    ema, optimizer, start = stepped()
+    own, true, swaps = clones(dict(ema.model.named_parameters())), clones(averages(ema)), []
 
     def swap(*_):
         swaps.append(ema.swapped())
@@ -582,9 +582,9 @@ def test_a_swap_between_the_two_parts_of_a_load_is_seen(backend):
 
     optimizer.register_load_state_dict_pre_hook(swap)
     with pytest.raises(RuntimeError, match="load_state_dict: expected the model's own weights"):
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(start)
     swaps[0].__exit__(None, None, None)
-    assert equal(dict(model.named_parameters()), own)
+    assert equal(dict(ema.model.named_parameters()), own)
     assert equal(averages(ema), true)
 
 
