@@ -34,7 +34,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
 // The address of the first element. As the tensor's own accessors, it makes a copy-on-write storage its own where the
 // tensor will be written; unlike them it takes no branch for tensors without elements.
-const void* data_of(const at::TensorImpl* impl, bool written) {
+C10_ALWAYS_INLINE const void* data_of(const at::TensorImpl* impl, bool written) {
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const void* base = written ? storage->mutable_data() : storage->data();
   return static_cast<const char*>(base) + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
@@ -178,7 +178,7 @@ void Snapshot::add(const at::TensorImpl* impl, bool written) {
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
 
-bool Snapshot::Cursor::next_matches(const at::TensorImpl* impl, bool written) {
+C10_ALWAYS_INLINE bool Snapshot::Cursor::next_matches(const at::TensorImpl* impl, bool written) {
   const Seen& seen = *seen_++;
   if (impl->key_set() != seen.keys) return false;  // first: other kinds of tensors may have no storage to look at
   // data_of() would make a copy, here on one of several threads that may share the storage: a new plan does it on one.

@@ -125,6 +125,30 @@ def test_12_a_conjugate_at_the_same_address_is_refused(backend):
     refused(ValueError, lambda: fused_ema.update([ema], [model.conj()], 0.5), [ema, model], names=["model[0]", "lazy"])
 
 
+def test_12_another_module_at_the_same_address(stepper):
+    """What is compared is what the modules hold, so that it does not matter which ones they are."""
+    ema, model = (nn.Sequential(nn.Sequential(nn.Linear(3, 4))) for _ in range(2))
+    step = stepper(ema, model)
+    old = id(model[0][0])
+    del model[0][0]
+    others = []  # keep their addresses, so that what is left is the old one's
+    while len(others) < 1000 and not any(id(other) == old for other in others):
+        others.append(nn.Linear(3, 4))
+    assert id(others[-1]) == old, "another module never got that address"
+    model[0].append(others[-1])
+    follows(ema, model, step)
+
+
+def test_12_what_is_no_module_among_the_children(stepper):
+    ema, model = net(), net()
+    step = stepper(ema, model)
+    model._modules["1"] = object()
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        step(0.5)
+    model._modules["1"] = net()[1]
+    follows(ema, model, step)
+
+
 @pytest.mark.parametrize("side", ["ema", "model"])
 @pytest.mark.parametrize("at", [0, 999, 1000, 1999])
 def test_12_one_changed_among_many(backend, side, at):

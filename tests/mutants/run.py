@@ -30,6 +30,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
     "csrc/plan.cpp": "native hazards_sources hazards_calls ema_rounding",
     "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
+    "csrc/watch.h": "hazards_sources hazards_calls ema_swap hazards_process distributed",
     "fused_ema/_build.py": "build",
     "fused_ema/arguments.py": "hazards_values",
     "fused_ema/attachment.py": "ema_attach",

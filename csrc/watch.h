@@ -1,0 +1,205 @@
+// What modules, dicts and lists held when a plan was made, and whether they still do: any tensor that was added,
+// removed, replaced, reordered or tied since shows, by a look at each slot that needs no call into Python.
+#pragma once
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <unordered_set>
+#include <vector>
+
+#include "table.h"
+
+namespace fused_ema {
+
+namespace py = pybind11;
+using Tensors = std::vector<at::Tensor>;
+
+// The part of a DTensor that lies on this rank, null for other tensors. A reference that is held elsewhere.
+inline const at::TensorImpl* shard_of(PyObject* tensor) {
+  static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+  const auto shard = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, attribute));
+  if (!shard) PyErr_Clear();
+  return shard && THPVariable_Check(shard.ptr()) ? THPVariable_Unpack(shard.ptr()).unsafeGetTensorImpl() : nullptr;
+}
+
+class Watch {
+ public:
+  // Modules are held weakly: a plan that outlives them, in a cache, must not keep them alive.
+  Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
+    for (const auto& module : modules) add_module(module);
+    for (const auto& container : containers) {
+      add_slots(container, /*keep=*/true);
+      containers_.push_back({container, slots_.size()});
+    }
+    std::unordered_set<const PyObject*> watched{Py_None};
+    for (const auto& module : modules) watched.insert(module.ptr());
+    complete_ = std::all_of(children_.begin(), children_.end(), [&](auto* child) { return watched.count(child) != 0; });
+  }
+
+  bool current() const {
+    constexpr size_t kAhead = 4;  // modules
+    size_t line = 0, slot = 0;
+    for (size_t i = 0; i < modules_.size(); ++i) {
+      const size_t lines = modules_[std::min(i + kAhead, modules_.size() - 1)].lines;
+      for (; line < lines; ++line) prefetch(lines_[line], 1);
+      if (!current(modules_[i], slot)) return false;
+    }
+    return std::all_of(containers_.begin(), containers_.end(),
+                       [&](auto& container) { return current(container.object.ptr(), slot, container.end); });
+  }
+
+  // Whether it holds these tensors, or the tensors whose shards they are, and so keeps them alive. Not so where another
+  // thread put something else there while Python was pairing.
+  bool holds(const Tensors& tensors) const {
+    std::unordered_set<const at::TensorImpl*> held;
+    for (const auto& slot : slots_) held.insert(slot.shard ? slot.shard : slot.tensor);
+    return complete_ && std::all_of(tensors.begin(), tensors.end(),
+                                    [&](auto& tensor) { return held.count(tensor.unsafeGetTensorImpl()) != 0; });
+  }
+
+  // The DTensors whose shards are among these tensors.
+  std::vector<at::TensorImpl*> whole_of(const Tensors& tensors) const {
+    std::unordered_set<const at::TensorImpl*> shards;
+    for (const auto& tensor : tensors) shards.insert(tensor.unsafeGetTensorImpl());
+    std::vector<at::TensorImpl*> found;
+    for (const auto& slot : slots_)
+      if (slot.shard && shards.count(slot.shard)) found.push_back(slot.tensor);
+    return found;
+  }
+
+ private:
+  // One value of a container.
+  struct Slot {
+    PyObject* key;                // of a dict
+    PyObject* value;              // compared by identity
+    at::TensorImpl* tensor;       // what it held, if a tensor: torch.utils.swap_tensors changes that
+    const at::TensorImpl* shard;  // of a DTensor
+  };
+  static constexpr size_t kRegistries = 3;
+  // Its registries are found through its __dict__ at each call, since code in the wild replaces them.
+  struct Module {
+    PyObject* object;
+    py::object weak;                // to an outermost one: those inside are alive where their slot is current
+    Py_ssize_t place[kRegistries];  // from where PyDict_Next() found each in the __dict__
+    size_t end[kRegistries];        // of its slots
+    size_t lines;                   // to prefetch up to here
+  };
+  struct Container {
+    py::object object;
+    size_t end;
+  };
+
+  static PyObject* name(size_t registry) {
+    static PyObject* const names[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers"),
+                                      PyUnicode_InternFromString("_modules")};
+    return names[registry];
+  }
+
+  void add_module(const py::object& object) {
+    const py::dict attributes = object.attr("__dict__");
+    Module module{object.ptr(), {}, {}, {}, 0};
+    if (!children_.count(object.ptr())) module.weak = py::weakref(object);
+    add_lines(reinterpret_cast<const char*>(object.ptr()) - 32, 64);  // its __dict__ is found before or behind it
+    add_lines(attributes.ptr(), 17);                                  // entries, up to the last registry
+    for (size_t i = 0; i < kRegistries; ++i) {
+      Py_ssize_t next = 0;
+      for (PyObject *key, *value; PyDict_Next(attributes.ptr(), &next, &key, &value) && key != name(i);)
+        module.place[i] = next;
+      const py::object registry = attributes[name(i)];
+      add_lines(registry.ptr(), py::len(registry));
+      const size_t begin = slots_.size();
+      add_slots(registry, /*keep=*/i < 2);
+      module.end[i] = slots_.size();
+      for (size_t slot = begin; i == 2 && slot < slots_.size(); ++slot) children_.insert(slots_[slot].value);
+    }
+    module.lines = lines_.size();
+    modules_.push_back(std::move(module));
+  }
+
+  void add_slots(const py::object& container, bool keep) {
+    const auto add = [&](py::handle key, py::handle value) {
+      Slot slot{key.ptr(), value.ptr(), nullptr, nullptr};
+      if (THPVariable_Check(value.ptr())) {
+        slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+        if (slot.tensor->key_set().has(c10::DispatchKey::Python)) slot.shard = shard_of(value.ptr());
+      }
+      slots_.push_back(slot);
+      // So that no other object gets its address.
+      if (key) kept_.push_back(py::reinterpret_borrow<py::object>(key));
+      if (keep) kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    };
+    if (PyDict_Check(container.ptr())) {
+      for (auto item : py::reinterpret_borrow<py::dict>(container)) add(item.first, item.second);
+    } else {
+      for (auto item : container) add({}, item);
+    }
+  }
+
+  bool current(const Module& module, size_t& slot) const {
+    if (module.weak && PyWeakref_GET_OBJECT(module.weak.ptr()) == Py_None) return false;
+    PyObject** const attributes = _PyObject_GetDictPtr(module.object);
+    if (!attributes || !*attributes) return false;
+    for (size_t i = 0; i < kRegistries; ++i) {
+      PyObject *key, *registry;
+      Py_ssize_t at = module.place[i];  // quicker than to look it up
+      if (!PyDict_Next(*attributes, &at, &key, &registry) || key != name(i))
+        registry = PyDict_GetItemWithError(*attributes, name(i));
+      if (!registry || !PyDict_Check(registry) || !current(registry, slot, module.end[i])) return false;
+    }
+    return true;
+  }
+
+  bool current(PyObject* container, size_t& slot, size_t end) const {
+    if (PyDict_Check(container)) {
+      if (static_cast<size_t>(PyDict_GET_SIZE(container)) != end - slot) return false;
+      PyObject *key, *value;
+      for (Py_ssize_t at = 0; slot < end; ++slot)
+        if (!PyDict_Next(container, &at, &key, &value) || key != slots_[slot].key || !current(slot, value))
+          return false;
+      return true;
+    }
+    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(container)) != end - slot) return false;
+    for (PyObject* const* value = PySequence_Fast_ITEMS(container); slot < end; ++slot, ++value)
+      if (!current(slot, *value)) return false;
+    return true;
+  }
+
+  bool current(size_t number, PyObject* found) const {
+    constexpr size_t kAhead = 16;
+    if (number + kAhead < slots_.size())
+      prefetch(slots_[number + kAhead].value + 1, 1);  // what it holds lies behind it
+    const Slot& slot = slots_[number];
+    return found == slot.value && (!slot.tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == slot.tensor) &&
+           (!slot.shard || shard_of(found) == slot.shard);
+  }
+
+  // Where a look at the modules goes, to prefetch it: between two updates the caches go cold, and each step of a walk
+  // over modules would wait for memory. Addresses that went stale cost nothing but their prefetch.
+  void add_lines(const void* address, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
+  }
+  // Of a dict: its table has a header, about a byte per entry, and the entries. Objects of one class may share theirs,
+  // beside which each has its values.
+  void add_lines(PyObject* dict, size_t entries) {
+    const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
+    add_lines(static_cast<const void*>(fields), sizeof(PyDictObject));
+    if (!PyDict_Check(dict) || fields->ma_used == 0) return;
+    if (fields->ma_values) {
+      add_lines(static_cast<const void*>(fields->ma_values), 8 * entries);
+    } else {
+      add_lines(static_cast<const void*>(fields->ma_keys), 32 + 17 * entries);
+    }
+  }
+
+  std::vector<Slot> slots_;
+  std::vector<py::object> kept_;
+  std::vector<Module> modules_;
+  std::unordered_set<const PyObject*> children_;
+  std::vector<Container> containers_;
+  std::vector<const void*> lines_;
+  bool complete_;
+};
+
+}  // namespace fused_ema
