@@ -9,7 +9,12 @@ import oracle
 import pytest
 import torch
 from hypothesis import settings
-from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
+from summary import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 from torch import nn
 
 import fused_ema

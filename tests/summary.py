@@ -1,8 +1,10 @@
-"""What pytest prints at the end: the table of hazards, and skips that nobody expected. conftest.py takes its hooks."""
+"""What pytest prints at the end: the table of hazards, and skips that nobody expected; and the marker of the tests in
+that table. conftest.py takes its hooks."""
 
 import re
 from collections import defaultdict
 
+import pytest
 from hazards import ROWS
 
 EXPECTED_SKIPS = [  # what can't be tested in some place, or is nothing to test; anything else hides a gap
@@ -18,6 +20,13 @@ EXPECTED_SKIPS = [  # what can't be tested in some place, or is nothing to test;
 
 def pytest_addoption(parser):
     parser.addoption("--only-expected-skips", action="store_true", help="any other skip is a failure")
+
+
+@pytest.hookimpl(tryfirst=True)  # before what -m leaves out is chosen
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if re.match(r"test_\d\d_", item.name):
+            item.add_marker("hazard")
 
 
 def pytest_terminal_summary(terminalreporter):

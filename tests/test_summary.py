@@ -10,7 +10,7 @@ from hazards import ROWS
 pytest_plugins = ["pytester"]
 FOLDER = Path(__file__).parent
 CONFTEST = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n" + (
-    "from summary import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary"
+    "from summary import pytest_addoption, pytest_collection_modifyitems, pytest_sessionfinish, pytest_terminal_summary"
 )
 
 
@@ -53,8 +53,10 @@ def test_the_table_is_printed_with_what_became_of_the_tests(pytester):
     names = sorted({name for _, *pair in ROWS.values() for name in pair})
     body = {"31_decays_out_of_range_are_refused": "assert 0", "27_graph_with_a_decay_that_changes": "pytest.skip('')"}
     code = [f"def test_{name}(): {body.get(name, 'pass')}" for name in names]
-    pytester.makepyfile("\n".join(["import pytest", *code]))
-    lines = pytester.runpytest_subprocess("-p", "no:cacheprovider").stdout.str().splitlines()
+    pytester.makepyfile("\n".join(["import pytest", *code, "def test_of_no_row(): assert 0"]))
+    ran = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-m", "hazard")
+    ran.assert_outcomes(passed=len(names) - 2, failed=1, skipped=1, deselected=1)
+    lines = ran.stdout.str().splitlines()
     rows = {int(line[:2]): line for line in lines if re.match(r"[ \d]\d .* good: ", line)}
     assert list(rows) == list(ROWS)
     assert "guarded: failed (1)" in rows[31]
