@@ -103,7 +103,7 @@ GPU_PYTEST = $(GPU) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytes
 gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 	@set -o pipefail; { $(GPU_PYTEST) -m 'gpu or hazard' $(call XDIST,4 --dist loadfile) $(ARGS); gpu=$$?; \
 	$(GPU_PYTEST) -m 'not gpu and not hazard' $(call XDIST,auto) $(ARGS) && exit $$gpu; } \
-	    2>&1 | tee $(OUT)/tests.txt | grep -v PASSED
+	    2>&1 | tee $(OUT)/tests.txt | grep -E '^(=|FAILED|ERROR|SKIPPED|[ 0-9][0-9] .* good: |[0-9]+ of )'
 
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
 	@$(GPU) PYTHON=$(PYTHON) tests/sanitize_gpu.sh $(OUT)/sanitizer.txt

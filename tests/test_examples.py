@@ -116,6 +116,8 @@ def test_the_loop_of_accelerate_resumes_with_the_same_weights(tmp_path):
 
 def test_accelerated_on_two_processes(tmp_path):
     """Replicas (DDP): one process reports, and both go on from its checkpoint."""
+    for module in ("accelerate", "sklearn", "safetensors"):
+        pytest.importorskip(module)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     reports = []
     for steps in (20, 40):
