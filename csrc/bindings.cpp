@@ -89,6 +89,9 @@ class PyPlan {
   bool run_if(const Fits& fits, Op op, const Call& call, const std::optional<at::Tensor>& device_decay,
               const Tensors& aside) {
     if (plan_.forked()) return false;
+    // Of what other threads may replace meanwhile. They end after the lock, since Python may run where they do.
+    Tensors alive;
+    std::vector<c10::Storage> storages;
     std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
     if (!lock.owns_lock()) {
       const py::gil_scoped_release unlocked;
@@ -103,8 +106,10 @@ class PyPlan {
       throw py::value_error("expected a decay on the device for each average");
     const at::Tensor device = device_decay.value_or(at::Tensor());
     if (plan_.large()) {
-      const auto tensors = plan_.tensors();
-      const auto storages = plan_.storages();  // other threads may replace what the tensors hold meanwhile
+      alive = plan_.tensors();
+      for (auto* whole : {&sharded_ema_, &sharded_model_})
+        for (auto* tensor : *whole) alive.push_back(reference(tensor));
+      storages = plan_.storages();
       const py::gil_scoped_release unlocked;
       plan_.run(op, call, device, aside);
     } else {

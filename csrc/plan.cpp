@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/core/impl/COW.h>
 #include <pthread.h>
 
@@ -257,7 +256,7 @@ bool Plan::current(Op op, size_t begin, size_t end) const {
   return true;
 }
 
-bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op) {
+bool Plan::adopt(const Tensors& ema, const Tensors& model, Op op) {
   if (ema.size() != entries_.size() || model.size() != entries_.size()) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {
     entries_[i].ema = ema[i].unsafeGetTensorImpl();
@@ -266,7 +265,7 @@ bool Plan::adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tenso
   return current(op);
 }
 
-void Plan::run(Op op, Call call, const at::Tensor& device_decay, const std::vector<at::Tensor>& aside) {
+void Plan::run(Op op, Call call, const at::Tensor& device_decay, const Tensors& aside) {
   if (device_decay.defined()) {
     call.device_decay = device_decay.const_data_ptr();
     call.device_decay_is_f64 = device_decay.scalar_type() == at::kDouble;
@@ -309,12 +308,11 @@ bool Plan::large() const {
   return !devices_.empty() && devices_.back()->device.is_cpu() && devices_.back()->tables.elements >= kLarge;
 }
 
-std::vector<at::Tensor> Plan::tensors() const {
-  std::vector<at::Tensor> tensors;
+Tensors Plan::tensors() const {
+  Tensors tensors;
   tensors.reserve(2 * entries_.size());
   for (const auto& entry : entries_)
-    for (auto* impl : {entry.ema, entry.model})
-      tensors.emplace_back(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(impl));
+    for (auto* impl : {entry.ema, entry.model}) tensors.push_back(reference(impl));
   return tensors;
 }
 

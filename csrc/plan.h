@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/UndefinedTensorImpl.h>
 
 #include <memory>
 #include <string>
@@ -12,6 +13,11 @@
 namespace fused_ema {
 
 enum class Action : uint8_t { none, copy, average };  // none: an empty pair, or a repeated one
+
+using Tensors = std::vector<at::Tensor>;
+inline at::Tensor reference(at::TensorImpl* tensor) {
+  return at::Tensor(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(tensor));
+}
 
 struct Entry {
   std::string name;
@@ -70,16 +76,16 @@ class Plan {
   // freed and swapped: the caller has made sure that they are alive.
   bool current(Op op) const;
   // The same for other tensor objects, which then take the place of the plan's own.
-  bool adopt(const std::vector<at::Tensor>& ema, const std::vector<at::Tensor>& model, Op op);
+  bool adopt(const Tensors& ema, const Tensors& model, Op op);
 
   // One launch per CUDA device, one parallel loop for the CPU. `device_decay` (one for each average, on the model's
   // device) takes the place of the call's decays where it is defined. `aside` is needed by an exchange between types:
   // bytes, for each device as many as `aside_bytes` says.
-  void run(Op op, Call call, const at::Tensor& device_decay, const std::vector<at::Tensor>& aside);
+  void run(Op op, Call call, const at::Tensor& device_decay, const Tensors& aside);
   void bump_versions(Op op) const;
 
-  bool large() const;                       // worth giving other threads the interpreter meanwhile
-  std::vector<at::Tensor> tensors() const;  // references, for as long as other threads run
+  bool large() const;       // worth giving other threads the interpreter meanwhile
+  Tensors tensors() const;  // references, for as long as other threads run
   std::vector<c10::Storage> storages() const;
   std::vector<std::pair<c10::Device, int64_t>> aside_bytes() const;
   int averages() const { return averages_; }

@@ -9,12 +9,11 @@
 #include <unordered_set>
 #include <vector>
 
-#include "table.h"
+#include "plan.h"
 
 namespace fused_ema {
 
 namespace py = pybind11;
-using Tensors = std::vector<at::Tensor>;
 
 // The part of a DTensor that lies on this rank, null for other tensors. A reference that is held elsewhere.
 inline const at::TensorImpl* shard_of(PyObject* tensor) {
@@ -24,30 +23,38 @@ inline const at::TensorImpl* shard_of(PyObject* tensor) {
   return shard && THPVariable_Check(shard.ptr()) ? THPVariable_Unpack(shard.ptr()).unsafeGetTensorImpl() : nullptr;
 }
 
+// Python 3.11 may collect garbage, and run whatever that runs, where it is asked for a __dict__.
+struct NoCollection {
+  const bool on = PyGC_Disable() != 0;
+  ~NoCollection() {
+    if (on) PyGC_Enable();
+  }
+};
+
 class Watch {
  public:
-  // Modules are held weakly: a plan that outlives them, in a cache, must not keep them alive.
+  // Modules, with those inside of them, are held weakly: a plan that outlives them, in a cache, must not keep them
+  // alive. The caller has seen to it that their registries are dicts.
   Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
-    for (const auto& module : modules) add_module(module);
+    std::unordered_set<const PyObject*> added{Py_None};
+    for (const auto& module : modules) add_module(module, added, /*outermost=*/true);
     for (const auto& container : containers) {
       add_slots(container, /*keep=*/true);
       containers_.push_back({container, slots_.size()});
     }
-    std::unordered_set<const PyObject*> watched{Py_None};
-    for (const auto& module : modules) watched.insert(module.ptr());
-    complete_ = std::all_of(children_.begin(), children_.end(), [&](auto* child) { return watched.count(child) != 0; });
   }
 
   bool current() const {
     constexpr size_t kAhead = 4;  // modules
+    const NoCollection meanwhile;
     size_t line = 0, slot = 0;
     for (size_t i = 0; i < modules_.size(); ++i) {
       const size_t lines = modules_[std::min(i + kAhead, modules_.size() - 1)].lines;
       for (; line < lines; ++line) prefetch(lines_[line], 1);
-      if (!current(modules_[i], slot)) return false;
+      if (!same_registries(modules_[i], slot)) return false;
     }
     return std::all_of(containers_.begin(), containers_.end(),
-                       [&](auto& container) { return current(container.object.ptr(), slot, container.end); });
+                       [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
   }
 
   // Whether it holds these tensors, or the tensors whose shards they are, and so keeps them alive. Not so where another
@@ -55,8 +62,8 @@ class Watch {
   bool holds(const Tensors& tensors) const {
     std::unordered_set<const at::TensorImpl*> held;
     for (const auto& slot : slots_) held.insert(slot.shard ? slot.shard : slot.tensor);
-    return complete_ && std::all_of(tensors.begin(), tensors.end(),
-                                    [&](auto& tensor) { return held.count(tensor.unsafeGetTensorImpl()) != 0; });
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [&](auto& tensor) { return held.count(tensor.unsafeGetTensorImpl()) != 0; });
   }
 
   // The DTensors whose shards are among these tensors.
@@ -80,9 +87,12 @@ class Watch {
   static constexpr size_t kRegistries = 3;
   // Its registries are found through its __dict__ at each call, since code in the wild replaces them.
   struct Module {
+    // Alive where it is asked for: one that holds it comes before, and in between no Python runs. Another object may
+    // have its address by then; what that holds is compared.
     PyObject* object;
-    py::object weak;                // to an outermost one: those inside are alive where their slot is current
-    Py_ssize_t place[kRegistries];  // from where PyDict_Next() found each in the __dict__
+    py::object weak;                // to an outermost one, which none holds
+    PyObject* key[kRegistries];     // names as they are in its __dict__, where those of unpickled ones are others
+    Py_ssize_t place[kRegistries];  // from where PyDict_Next() finds them there
     size_t end[kRegistries];        // of its slots
     size_t lines;                   // to prefetch up to here
   };
@@ -97,38 +107,48 @@ class Watch {
     return names[registry];
   }
 
-  void add_module(const py::object& object) {
+  static bool equal(PyObject* key, PyObject* name) {
+    return key == name || (PyUnicode_Check(key) && PyUnicode_Compare(key, name) == 0);
+  }
+
+  void add_module(const py::object& object, std::unordered_set<const PyObject*>& added, bool outermost) {
+    if (!added.insert(object.ptr()).second) return;
     const py::dict attributes = object.attr("__dict__");
-    Module module{object.ptr(), {}, {}, {}, 0};
-    if (!children_.count(object.ptr())) module.weak = py::weakref(object);
-    add_lines(reinterpret_cast<const char*>(object.ptr()) - 32, 64);  // its __dict__ is found before or behind it
+    Module module{object.ptr(), {}, {}, {}, {}, 0};
+    if (outermost) module.weak = py::weakref(object);
+    add_lines(reinterpret_cast<const char*>(object.ptr()) - 32, 64);  // where its __dict__ is lies before or behind it
     add_lines(attributes.ptr(), 17);                                  // entries, up to the last registry
+    size_t begin = 0;
     for (size_t i = 0; i < kRegistries; ++i) {
       Py_ssize_t next = 0;
-      for (PyObject *key, *value; PyDict_Next(attributes.ptr(), &next, &key, &value) && key != name(i);)
-        module.place[i] = next;
       const py::object registry = attributes[name(i)];
-      add_lines(registry.ptr(), py::len(registry));
-      const size_t begin = slots_.size();
+      for (PyObject* value;
+           PyDict_Next(attributes.ptr(), &next, &module.key[i], &value) && !equal(module.key[i], name(i));)
+        module.place[i] = next;
+      kept_.push_back(py::reinterpret_borrow<py::object>(module.key[i]));
+      begin = slots_.size();
       add_slots(registry, /*keep=*/i < 2);
       module.end[i] = slots_.size();
-      for (size_t slot = begin; i == 2 && slot < slots_.size(); ++slot) children_.insert(slots_[slot].value);
+      add_lines(registry.ptr(), module.end[i] - begin);
     }
+    const size_t end = slots_.size();
     module.lines = lines_.size();
     modules_.push_back(std::move(module));
+    for (; begin < end; ++begin)
+      add_module(py::reinterpret_borrow<py::object>(slots_[begin].value), added, /*outermost=*/false);
   }
 
   void add_slots(const py::object& container, bool keep) {
     const auto add = [&](py::handle key, py::handle value) {
+      // So that no other object gets its address.
+      if (key) kept_.push_back(py::reinterpret_borrow<py::object>(key));
+      if (keep) kept_.push_back(py::reinterpret_borrow<py::object>(value));
       Slot slot{key.ptr(), value.ptr(), nullptr, nullptr};
       if (THPVariable_Check(value.ptr())) {
         slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
         if (slot.tensor->key_set().has(c10::DispatchKey::Python)) slot.shard = shard_of(value.ptr());
       }
       slots_.push_back(slot);
-      // So that no other object gets its address.
-      if (key) kept_.push_back(py::reinterpret_borrow<py::object>(key));
-      if (keep) kept_.push_back(py::reinterpret_borrow<py::object>(value));
     };
     if (PyDict_Check(container.ptr())) {
       for (auto item : py::reinterpret_borrow<py::dict>(container)) add(item.first, item.second);
@@ -137,36 +157,36 @@ class Watch {
     }
   }
 
-  bool current(const Module& module, size_t& slot) const {
+  bool same_registries(const Module& module, size_t& slot) const {
     if (module.weak && PyWeakref_GET_OBJECT(module.weak.ptr()) == Py_None) return false;
     PyObject** const attributes = _PyObject_GetDictPtr(module.object);
     if (!attributes || !*attributes) return false;
     for (size_t i = 0; i < kRegistries; ++i) {
       PyObject *key, *registry;
       Py_ssize_t at = module.place[i];  // quicker than to look it up
-      if (!PyDict_Next(*attributes, &at, &key, &registry) || key != name(i))
+      if (!PyDict_Next(*attributes, &at, &key, &registry) || key != module.key[i])
         registry = PyDict_GetItemWithError(*attributes, name(i));
-      if (!registry || !PyDict_Check(registry) || !current(registry, slot, module.end[i])) return false;
+      if (!registry || !PyDict_Check(registry) || !same_items(registry, slot, module.end[i])) return false;
     }
     return true;
   }
 
-  bool current(PyObject* container, size_t& slot, size_t end) const {
+  bool same_items(PyObject* container, size_t& slot, size_t end) const {
     if (PyDict_Check(container)) {
       if (static_cast<size_t>(PyDict_GET_SIZE(container)) != end - slot) return false;
       PyObject *key, *value;
       for (Py_ssize_t at = 0; slot < end; ++slot)
-        if (!PyDict_Next(container, &at, &key, &value) || key != slots_[slot].key || !current(slot, value))
+        if (!PyDict_Next(container, &at, &key, &value) || key != slots_[slot].key || !same_value(slot, value))
           return false;
       return true;
     }
     if (static_cast<size_t>(PySequence_Fast_GET_SIZE(container)) != end - slot) return false;
     for (PyObject* const* value = PySequence_Fast_ITEMS(container); slot < end; ++slot, ++value)
-      if (!current(slot, *value)) return false;
+      if (!same_value(slot, *value)) return false;
     return true;
   }
 
-  bool current(size_t number, PyObject* found) const {
+  bool same_value(size_t number, PyObject* found) const {
     constexpr size_t kAhead = 16;
     if (number + kAhead < slots_.size())
       prefetch(slots_[number + kAhead].value + 1, 1);  // what it holds lies behind it
@@ -180,12 +200,12 @@ class Watch {
   void add_lines(const void* address, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
   }
-  // Of a dict: its table has a header, about a byte per entry, and the entries. Objects of one class may share theirs,
-  // beside which each has its values.
+  // Of a dict: its table has a header, about a byte per entry, and entries of 16 bytes. Objects of one class may share
+  // theirs, beside which each has its values.
   void add_lines(PyObject* dict, size_t entries) {
     const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
     add_lines(static_cast<const void*>(fields), sizeof(PyDictObject));
-    if (!PyDict_Check(dict) || fields->ma_used == 0) return;
+    if (fields->ma_used == 0) return;
     if (fields->ma_values) {
       add_lines(static_cast<const void*>(fields->ma_values), 8 * entries);
     } else {
@@ -196,10 +216,8 @@ class Watch {
   std::vector<Slot> slots_;
   std::vector<py::object> kept_;
   std::vector<Module> modules_;
-  std::unordered_set<const PyObject*> children_;
   std::vector<Container> containers_;
   std::vector<const void*> lines_;
-  bool complete_;
 };
 
 }  // namespace fused_ema

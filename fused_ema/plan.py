@@ -76,7 +76,7 @@ class Plan:
             self._native = extension.Plan(
                 *checked.pairs[:3],
                 checked.actions,
-                [child for source in sources if isinstance(source, nn.Module) for child in source.modules()],
+                [source for source in sources if isinstance(source, nn.Module)],
                 [source for source in sources if not isinstance(source, nn.Module)],
                 averages,
                 self._next_averages,
@@ -236,8 +236,17 @@ if hasattr(os, "register_at_fork"):
 
 def watchable(source: Source) -> bool:
     """Whether C++ can see by itself that a source holds something else than before."""
-    if isinstance(source, nn.Module):  # the registries of a ScriptModule are no dicts
-        return not any(isinstance(child, torch.jit.ScriptModule) for child in source.modules())
+    if isinstance(
+        source, nn.Module
+    ):  # its registries are dicts, and modules() names what they hold, no more and no less
+        modules = [source, *source.modules()]
+        registries: list[Any] = [
+            vars(each).get(name) for each in modules for name in ("_parameters", "_buffers", "_modules")
+        ]
+        if not all(isinstance(registry, dict) for registry in registries):
+            return False  # those of a ScriptModule are not
+        children = {id(child) for registry in registries[2::3] for child in registry.values()}
+        return {id(source), *children} - {id(None)} == set(map(id, modules))
     return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may hand out other tensors than it holds
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import pickle
 from collections import UserDict, UserList, deque
 from types import MappingProxyType
 
@@ -461,6 +463,94 @@ def test_script_modules(update, sides):
             next(theirs.parameters()).add_(1)
         update(ours, theirs, 0.0)
         assert same_bits(bits(theirs), ours)
+
+
+class Leaving(nn.Sequential):
+    """Names less than it holds."""
+
+    def modules(self):
+        yield from self[0].modules()
+
+
+class Hiding(nn.Module):
+    """Names more than it holds."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.__dict__["hidden"] = [inner]
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield prefix, self
+        yield from self.hidden[0].named_modules(memo, prefix + "hidden", remove_duplicate)
+
+    def __getitem__(self, _):
+        return self.hidden[0]
+
+    def __setitem__(self, _, inner):
+        self.hidden[0] = inner
+
+
+class WithoutADict(nn.Sequential):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.__dict__["_parameters"] = UserDict()
+
+
+@pytest.mark.parametrize("kind", [Leaving, Hiding, WithoutADict])
+def test_12_modules_that_hold_their_tensors_in_other_ways(stepper, kind):
+    ema, model = kind(net()), kind(net())
+    step = stepper(ema, model)
+    follows(ema, model, step)
+    kept = [model[0], net(), net()]  # what is replaced lives on
+    for other in kept[1:]:
+        model[0] = other
+        follows(ema, model, step)
+        assert same_bits(bits(other), ema[0])
+
+
+def test_12_unpickled_modules(stepper):
+    """Whose names are other strings than those of modules that were made here."""
+    ema, model = (pickle.loads(pickle.dumps(net())) for _ in range(2))
+    step = stepper(ema, model)
+    replace_registry(model)
+    follows(ema, model, step)
+    move_registry(model)
+    follows(ema, model, step)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_12_nothing_runs_while_modules_are_compared(backend):
+    """Python 3.11 may collect garbage where a new module is asked for its __dict__, and whatever that runs may end the
+    module that is looked at next."""
+    ema, model = nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity())
+    binding = fused_ema.bind(ema, model)
+    old = id(model[0])
+    model._modules["0"] = None
+    others = []  # keep their addresses, so that what is left is the old one's
+    while len(others) < 10_000 and (not others or id(others[-1]) != old):
+        others.append(nn.Identity.__new__(nn.Identity))
+    if id(others[-1]) != old:
+        pytest.skip("no other module got that address")
+    model._modules["0"] = others[-1]
+    nn.Identity.__init__(others[-1])
+    collections = []
+    threshold = gc.get_threshold()
+    gc.callbacks.append(lambda phase, _: collections.append(phase))
+    try:
+        current = binding._plan._native.current
+        gc.disable()
+        due = [{} for _ in range(500)]
+        gc.set_threshold(1)
+        gc.enable()
+        fits = current()
+        seen = len(collections)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.pop()
+    assert len(due) == 500
+    assert fits
+    assert not seen
+    assert gc.isenabled()
 
 
 def test_12_a_dict_that_hands_out_other_tensors_than_it_holds(backend):

@@ -8,6 +8,7 @@ import copy
 import os
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -333,6 +334,36 @@ def check_stale(folder):
 
         for change in (replace, put_shard, set_data, assign):
             follows(change)
+
+
+def check_threads(folder):
+    """Another thread replaces shards while an update runs without the interpreter's lock."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def tensor(value):
+        return DTensor.from_local(torch.full((2_000_000,), value), mesh, [Replicate()], run_check=False)
+
+    ema, model = (nn.ParameterList([nn.Parameter(tensor(value), requires_grad=False)]) for value in (0.0, 1.0))
+    binding = fused_ema.bind(ema, model)
+    binding.update(0.5)
+    replaced, stop = 0, threading.Event()
+
+    def replace():
+        nonlocal replaced
+        while not stop.is_set():
+            ema[0]._local_tensor = tensor(2.0)._local_tensor
+            replaced += 1
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    while replaced < 30 and thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # where it was replaced once more while it was paired
+            binding.update(0.5)
+    stop.set()
+    thread.join()
+    assert replaced >= 30
+    binding.update(0.0)
+    assert local(ema[0]).eq(1).all()
 
 
 def check_compiled(folder):

@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "children not watched",
         "csrc/watch.h",
-        "!current(registry, slot, module.end[i])) return false;",
-        "(i < 2 && !current(registry, slot, module.end[i]))) return false;\n      slot = module.end[i];",
+        "!same_items(registry, slot, module.end[i])) return false;",
+        "(i < 2 && !same_items(registry, slot, module.end[i]))) return false;\n      slot = module.end[i];",
     ),
     Mutant("names not watched", "csrc/watch.h", "key != slots_[slot].key || ", ""),
     Mutant(
@@ -180,6 +180,9 @@ MUTANTS = [
         "true",
     ),
     Mutant("shards not watched", "csrc/watch.h", "(!slot.shard || shard_of(found) == slot.shard)", "true"),
+    Mutant("garbage collected in between", "csrc/watch.h", "PyGC_Disable() != 0", "false"),
+    Mutant("versions of tensors that ended", "csrc/bindings.cpp", "alive.push_back(reference(tensor));", ";"),
+    Mutant("modules that name others", "fused_ema/plan.py", "{id(source), *children} - {id(None)} == ", "source and "),
     Mutant("always complete", "csrc/bindings.cpp", "return complete_ && ", "return "),
     Mutant("exchanged for good", "csrc/bindings.cpp", "exchanged_ = op == Op::swap;", "exchanged_ = true;"),
     Mutant("version at decay 1", "csrc/bindings.cpp", "return decay == 1.0; };", "return decay == 2.0; };"),
