@@ -234,20 +234,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
 def watchable(source: Source) -> bool:
     """Whether C++ can see by itself that a source holds something else than before."""
-    if isinstance(
-        source, nn.Module
-    ):  # its registries are dicts, and modules() names what they hold, no more and no less
-        modules = [source, *source.modules()]
-        registries: list[Any] = [
-            vars(each).get(name) for each in modules for name in ("_parameters", "_buffers", "_modules")
-        ]
-        if not all(isinstance(registry, dict) for registry in registries):
-            return False  # those of a ScriptModule are not
-        children = {id(child) for registry in registries[2::3] for child in registry.values()}
-        return {id(source), *children} - {id(None)} == set(map(id, modules))
-    return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may hand out other tensors than it holds
+    if not isinstance(source, nn.Module):
+        return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may hand out other tensors than it holds
+    modules = [source, *source.modules()]
+    registries: list[Any] = [vars(module).get(name) for module in modules for name in _REGISTRIES]
+    if not all(isinstance(registry, dict) for registry in registries):
+        return False  # those of a ScriptModule are not
+    children = {id(child) for registry in registries[2::3] for child in registry.values()}
+    return {id(source), *children} - {id(None)} == set(map(id, modules))  # no more and no less than it names
 
 
 def backend_on(device_type: str) -> str:
