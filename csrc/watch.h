@@ -33,13 +33,13 @@ struct NoCollection {
 
 class Watch {
  public:
-  // Modules, with those inside of them, are held weakly: a plan that outlives them, in a cache, must not keep them
-  // alive. The caller has seen to it that their registries are dicts.
+  // Neither modules, with those inside of them, nor tensors are held: a plan that outlives them, in a cache, must not
+  // keep them alive. The caller has seen to it that the modules' registries are dicts.
   Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
     std::unordered_set<const PyObject*> added{Py_None};
     for (const auto& module : modules) add_module(module, added, /*outermost=*/true);
     for (const auto& container : containers) {
-      add_slots(container, /*keep=*/true);
+      add_slots(container);
       containers_.push_back({container, slots_.size()});
     }
   }
@@ -77,7 +77,8 @@ class Watch {
   }
 
  private:
-  // One value of a container.
+  // One value of a container. Another may have its address by then: a module, then what it holds is compared too; a
+  // tensor, then the plan compares all that it knows of one.
   struct Slot {
     PyObject* key;                // of a dict
     PyObject* value;              // compared by identity
@@ -87,9 +88,7 @@ class Watch {
   static constexpr size_t kRegistries = 3;
   // Its registries are found through its __dict__ at each call, since code in the wild replaces them.
   struct Module {
-    // Alive where it is asked for: one that holds it comes before, and in between no Python runs. Another object may
-    // have its address by then; what that holds is compared.
-    PyObject* object;
+    PyObject* object;               // alive where it is asked for: one that holds it comes before, and no Python runs
     py::object weak;                // to an outermost one, which none holds
     PyObject* key[kRegistries];     // names as they are in its __dict__, where those of unpickled ones are others
     Py_ssize_t place[kRegistries];  // from where PyDict_Next() finds them there
@@ -125,9 +124,9 @@ class Watch {
       for (PyObject* value;
            PyDict_Next(attributes.ptr(), &next, &module.key[i], &value) && !equal(module.key[i], name(i));)
         module.place[i] = next;
-      kept_.push_back(py::reinterpret_borrow<py::object>(module.key[i]));
+      keys_.push_back(py::reinterpret_borrow<py::object>(module.key[i]));
       begin = slots_.size();
-      add_slots(registry, /*keep=*/i < 2);
+      add_slots(registry);
       module.end[i] = slots_.size();
       add_lines(registry.ptr(), module.end[i] - begin);
     }
@@ -138,11 +137,9 @@ class Watch {
       add_module(py::reinterpret_borrow<py::object>(slots_[begin].value), added, /*outermost=*/false);
   }
 
-  void add_slots(const py::object& container, bool keep) {
+  void add_slots(const py::object& container) {
     const auto add = [&](py::handle key, py::handle value) {
-      // So that no other object gets its address.
-      if (key) kept_.push_back(py::reinterpret_borrow<py::object>(key));
-      if (keep) kept_.push_back(py::reinterpret_borrow<py::object>(value));
+      if (key) keys_.push_back(py::reinterpret_borrow<py::object>(key));
       Slot slot{key.ptr(), value.ptr(), nullptr, nullptr};
       if (THPVariable_Check(value.ptr())) {
         slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
@@ -214,7 +211,7 @@ class Watch {
   }
 
   std::vector<Slot> slots_;
-  std::vector<py::object> kept_;
+  std::vector<py::object> keys_;  // so that no other gets its address
   std::vector<Module> modules_;
   std::vector<Container> containers_;
   std::vector<const void*> lines_;

@@ -1,6 +1,7 @@
 """HAZARDS 29 and 30, and what must not stay in memory: threads, forks, copies, garbage."""
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -317,14 +318,35 @@ def test_garbage_a_binding_kept_by_its_own_model(backend):
     assert dead() is None
 
 
-def test_garbage_replaced_tensors_are_freed_by_the_next_update(backend):
+WAYS = {
+    "update": lambda ema, model: functools.partial(fused_ema.update, ema, model, 0.5),
+    "bind": lambda ema, model: functools.partial(fused_ema.bind(ema, model).update, 0.5),
+    "manager": lambda _, model: fused_ema.EMA(model).update,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_garbage_replaced_tensors_are_freed_at_once(backend, way):
     ema, model = net(), net()
-    fused_ema.update(ema, model, 0.5)
-    dead = weakref.ref(model[0].weight)
+    step = WAYS[way](ema, model)
+    step()
+    dead = weakref.ref(model[0].weight), weakref.ref(model[0].weight.untyped_storage())
     model[0].weight = nn.Parameter(torch.ones(4, 3))
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
+    step()
+
+
+def test_garbage_a_model_that_its_own_tensors_refer_to(backend):
+    ema, model = net(), net()
+    model[0].weight.owner = model
+    model[0].bias.register_hook(lambda _, owner=model: owner.training)
     fused_ema.update(ema, model, 0.5)
+    dead = weakref.ref(model)
+    del model
     gc.collect()
     assert dead() is None
+    assert not functional._module_plans
 
 
 def test_garbage_a_new_model_at_an_old_address(backend):
