@@ -97,12 +97,13 @@ gpu-build:  ## the extension, in place, for the GPU that is there
 	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch}; \
 	$(GPU) $(PYTHON) -m fused_ema build --into fused_ema >$(OUT)/build.txt 2>&1 || { cat $(OUT)/build.txt; exit 1; }
 
-# Those on the GPU by few at a time, file by file: some measure how the host and the device overlap. With them the
-# numbered ones, so that the table of hazards is whole. By several processes where pytest-xdist is there.
+# Those on the GPU by few at a time, file by file: some measure how the host and the device overlap. With them those of
+# the rows of tests/hazards.py, so that the table is whole. By several processes where pytest-xdist is there, of few
+# threads that do not spin, or they hold each other up. With ARGS, one of the two runs may have no test (status 5).
 GPU_PYTEST = $(GPU) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -v tests
 gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 	@set -o pipefail; { $(GPU_PYTEST) -m 'gpu or hazard' $(call XDIST,4 --dist loadfile) $(ARGS); gpu=$$?; \
-	$(GPU_PYTEST) -m 'not gpu and not hazard' $(call XDIST,auto) $(ARGS) && exit $$gpu; } \
+	$(GPU_PYTEST) -m 'not gpu and not hazard' $(call XDIST,auto) $(ARGS); [[ "$$gpu $$?" =~ ^(0 0|0 5|5 0)$$ ]]; } \
 	    2>&1 | tee $(OUT)/tests.txt | grep -E '^(=|FAILED|ERROR|SKIPPED|[ 0-9][0-9] .* good: |[0-9]+ of )'
 
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases

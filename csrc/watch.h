@@ -57,7 +57,7 @@ class Watch {
                        [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
   }
 
-  // Whether it holds these tensors, or the tensors whose shards they are, and so keeps them alive. Not so where another
+  // Whether these tensors, or those whose shards they are, are in slots, which keep them alive. Not so where another
   // thread put something else there while Python was pairing.
   bool holds(const Tensors& tensors) const {
     std::unordered_set<const at::TensorImpl*> held;
