@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <mutex>
 
 #include "ema_cpu.h"
@@ -36,13 +37,13 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
 class PyPlan {
  public:
   PyPlan(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
-         const std::vector<int>& actions, const std::vector<py::object>& modules,
-         const std::vector<py::object>& containers, int averages, const std::vector<int64_t>& next_averages)
-      : plan_(make_entries(names, ema, model, actions, next_averages), averages),
-        watch_(modules, containers),
-        complete_(watch_.holds(ema) && watch_.holds(model)),
-        sharded_ema_(watch_.whole_of(ema)),
-        sharded_model_(watch_.whole_of(model)) {}
+         const std::vector<int>& actions, std::shared_ptr<const Watch> watch, int averages,
+         const std::vector<int64_t>& next_averages)
+      : plan_(make_entries(names, ema, model, actions, next_averages), averages), watch_(std::move(watch)) {
+    if (!watch_) return;
+    complete_ = watch_->holds(ema) && watch_->holds(model);
+    sharded_ema_ = watch_->whole_of(ema), sharded_model_ = watch_->whole_of(model);
+  }
 
   // Both return false, and have written nothing, where the plan no longer fits what it was made from.
   bool run(Op op, const std::vector<double>& decay, const std::optional<at::Tensor>& device_decay,
@@ -69,7 +70,7 @@ class PyPlan {
   }
 
  private:
-  bool watched_current(Op op) const { return complete_ && watch_.current() && plan_.current(op); }
+  bool watched_current(Op op) const { return complete_ && watch_->current() && plan_.current(op); }
 
   // Of all averages, or, where it is not negative, of one.
   Call make_call(const std::vector<double>& decay, const std::vector<uint64_t>& keys, int average) const {
@@ -139,7 +140,7 @@ class PyPlan {
   }
 
   Plan plan_;
-  Watch watch_;
+  std::shared_ptr<const Watch> watch_;
   bool complete_;                                             // what is watched holds every tensor of the plan
   std::vector<at::TensorImpl*> sharded_ema_, sharded_model_;  // the tables know their shards
   bool exchanged_ = false;
@@ -155,11 +156,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("swap", Op::swap)
       .value("restore", Op::restore)
       .value("update_stochastic", Op::update_stochastic);
+  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
+      .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>(), py::arg("modules"),
+           py::arg("containers"));
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
-                    const std::vector<py::object>&, const std::vector<py::object>&, int, const std::vector<int64_t>&>(),
-           py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("modules"),
-           py::arg("containers"), py::arg("averages"), py::arg("next_averages"))
+                    std::shared_ptr<const Watch>, int, const std::vector<int64_t>&>(),
+           py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("watch").none(true),
+           py::arg("averages"), py::arg("next_averages"))
       .def("run", &PyPlan::run, py::arg("op"), py::arg("decay"), py::arg("device_decay") = py::none(),
            py::arg("keys") = std::vector<uint64_t>(), py::arg("average") = -1, py::arg("aside") = Tensors())
       .def("run_with", &PyPlan::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decay"),

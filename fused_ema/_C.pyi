@@ -16,6 +16,9 @@ class Op(Enum):
     restore = ...
     update_stochastic = ...
 
+class Watch:
+    def __init__(self, modules: Sequence[nn.Module], containers: Sequence[object]) -> None: ...
+
 class Plan:
     def __init__(
         self,
@@ -23,8 +26,7 @@ class Plan:
         ema: Sequence[Tensor],
         model: Sequence[Tensor],
         actions: Sequence[int],
-        modules: Sequence[nn.Module],
-        containers: Sequence[object],
+        watch: Watch | None,
         averages: int,
         next_averages: Sequence[int],
     ) -> None: ...

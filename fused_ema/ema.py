@@ -19,7 +19,7 @@ from .averages import Averages
 from .checks import check_targets, check_tensor, dtype_name, write_refusal
 from .exchange import Exchange, exchanging, hold_average
 from .pairing import Pairs, difference
-from .plan import Buffers, Call, OpName, Plan, one_at_a_time, watchable
+from .plan import Buffers, Call, OpName, Plan, one_at_a_time, watch, watchable
 from .schedules import Schedule
 from .selection import Select, Selection, tensors_of
 
@@ -497,21 +497,21 @@ class EMA:
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
         """For the model, or for `tensors` (of sharded ones, what lies on this rank) in the place of its own."""
         names, firsts = list(self._averages), self._averages.firsts()
-        # A script module can't be watched: its tensors are, for the one run that such a plan is good for.
-        watched: nn.Module | list[Tensor] = self.model
+        watched = None
         if tensors is None:
+            self._current()  # so that parameters which FSDP2 kept whole are shards before they are looked at
+            watched = watch(self.model, firsts)
             current = self._current()
             tensors = [current[name] for name in names]
-            if not watchable(self.model):
-                watched = list(tensors)
         else:
             tensors = [self._averages.spread(name, shard) for name, shard in zip(names, tensors, strict=True)]
-            watched = list(tensors)
+        if watched is None:  # as for a script module: its tensors are, for the one run that such a plan is good for
+            watched = watch(list(tensors), firsts)
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
         return Plan(
             pairs,
             "average",
-            (watched, firsts),
+            watched,
             averages=self._averages.count,
             next_averages=self._averages.apart(),
             free_types=True,

@@ -14,7 +14,7 @@ from . import ops, shards
 from .arguments import check_buffers, decay_number
 from .checks import PLAIN_TYPES, has_address
 from .pairing import Pairs, Source, pair
-from .plan import Buffers, OpName, Plan, backend_on
+from .plan import Buffers, OpName, Plan, backend_on, watch
 
 
 def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy") -> None:
@@ -89,12 +89,13 @@ class Binding:
 
     def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
         self._sources = (ema, model, buffers)
-        self._plan = Plan(_pairs(ema, model, buffers), buffers, (ema, model))
+        self._plan = _new_plan(ema, model, buffers)
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
         if _recorded():
-            return ops.trace_update(_pairs(*self._sources), decay, self._sources[2])
+            _, pairs = _watched_pairs(*self._sources)
+            return ops.trace_update(pairs, decay, self._sources[2])
         self._plan = _run(self._plan, "update", decay, *self._sources)
 
     def copy_(self) -> None:
@@ -109,7 +110,7 @@ class Binding:
         """Makes ready for a CUDA graph capture: pairs anew what was replaced since, and uploads its addresses. Call it
         right before; within a capture a plan that no longer fits raises RuntimeError."""
         if not self._plan.current():
-            self._plan = Plan(_pairs(*self._sources), self._sources[2], self._sources[:2])
+            self._plan = _new_plan(*self._sources)
 
     def describe(self) -> dict[str, Any]:
         """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
@@ -178,21 +179,27 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
     return EMAMultiAvgFn(decay)
 
 
-def _pairs(ema: Source, model: Source, buffers: Buffers) -> Pairs:
+def _watched_pairs(ema: Source, model: Source, buffers: Buffers) -> tuple[Any, Pairs]:
+    """In this order: what another thread changes while they are paired is seen when the plan runs."""
     for side in (ema, model):
         if isinstance(side, nn.Module):
             shards.reshard(side)  # else an update would go into what FSDP2 throws away
-    return pair(ema, model, buffers)
+    return watch(ema, model), pair(ema, model, buffers)
+
+
+def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
+    watched, pairs = _watched_pairs(ema, model, buffers)
+    return Plan(pairs, buffers, watched)
 
 
 def _run(plan: Plan | None, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> Plan:
     """Runs `plan` if it still fits what the sources hold, else a new one; returns the one that ran."""
     if plan and plan.watches and plan.run(op, decay):
         return plan
-    pairs = _pairs(ema, model, buffers)
+    watched, pairs = _watched_pairs(ema, model, buffers)
     if plan and not plan.watches and plan.run(op, decay, pairs):
         return plan
-    plan = Plan(pairs, buffers, (ema, model))
+    plan = Plan(pairs, buffers, watched)
     plan.run(op, decay, None if plan.watches else pairs, fresh=True)
     return plan
 

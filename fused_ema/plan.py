@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 
 class Plan:
-    """Checked pairs, and what runs them.
+    """Checked pairs, and what runs them; `watched`: what their sources held (`watch`) before they were paired.
 
     A manager's plan has `averages` of them for each pair, `next_averages` elements apart, and `free_types`: its
     averages may be narrower than the model.
@@ -45,15 +45,14 @@ class Plan:
         self,
         pairs: Pairs,
         buffers: Buffers,
-        watched: Sequence[Source] = (),
+        watched: Any = None,
         *,
         averages: int = 1,
         next_averages: Sequence[int] = (),
         free_types: bool = False,
     ) -> None:
         checked = check(pairs, buffers, free_types=free_types)
-        # Sees by itself when the sources hold something else.
-        self.watches = bool(watched) and all(map(watchable, watched))
+        self.watches = watched is not None  # sees by itself when the sources hold something else
         self._about = _describe(checked, averages)
         self._devices: tuple[str, ...] = tuple(self._about["devices"])
         no_update, no_swap = checked.no_update, checked.no_swap
@@ -72,15 +71,7 @@ class Plan:
         extension = _native.load()
         if extension and self._about["backend"] != "torch":
             self._ops = extension.Op.__members__
-            sources = watched if self.watches else ()
-            self._native = extension.Plan(
-                *checked.pairs[:3],
-                checked.actions,
-                [source for source in sources if isinstance(source, nn.Module)],
-                [source for source in sources if not isinstance(source, nn.Module)],
-                averages,
-                self._next_averages,
-            )
+            self._native = extension.Plan(*checked.pairs[:3], checked.actions, watched, averages, self._next_averages)
             self._about["launches_per_update"] = self._native.launches()
         else:
             self._once = checked
@@ -232,6 +223,15 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+def watch(*sources: Source) -> Any:
+    """What the sources hold now, for C++ to see by itself whether they still do; None where it can't."""
+    extension = _native.load()
+    if extension is None or not all(map(watchable, sources)):
+        return None
+    modules = [source for source in sources if isinstance(source, nn.Module)]
+    return extension.Watch(modules, [source for source in sources if not isinstance(source, nn.Module)])
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")

@@ -130,7 +130,7 @@ def run_on_cpu(pairs, complex_, ties, op, decays, keys):
     ours = plan.Plan(
         checked,
         "copy",
-        [ema, model],
+        plan.watch(ema, model),
         averages=len(decays),
         next_averages=[apart[i] for i in order],
         free_types=True,

@@ -28,7 +28,8 @@ def run_on_cpu(pairs, averages, op, decays, device_decay=None, keys=(), average=
     ema, model = [pair.ema for pair in pairs], [pair.model for pair in pairs]
     actions = [Action.NONE if len(p.ema) == 0 else Action.AVERAGE if p.average else Action.COPY for p in pairs]
     names, apart = [f"[{i}]" for i in range(len(pairs))], [pair.next_average for pair in pairs]
-    plan = extension.Plan(names, ema, model, actions, [], [ema, model], averages, apart)
+    watch = extension.Watch([], [ema, model])
+    plan = extension.Plan(names, ema, model, actions, watch, averages, apart)
     assert plan.run(extension.Op.__members__[op], decays, device_decay, keys, average, aside)
     return plan
 

@@ -566,7 +566,7 @@ def test_12_a_dict_that_hands_out_other_tensors_than_it_holds(backend):
     assert ema["a"].tolist() == [0.75] * 4
 
 
-@pytest.mark.parametrize("replaced", ["parameter", "module"])
+@pytest.mark.parametrize("replaced", ["parameter", "module", "both"])
 def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
     """As another thread may do. The call that meets it either raises or uses what is there now; so does the next."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -577,6 +577,10 @@ def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
         checked = check(*arguments, **options)
         if replaced == "parameter":
             model[1].weight = nn.Parameter(torch.full((3, 3), 5.0))
+        elif replaced == "both":  # each gets one more of a name that the other has too
+            for module in (ema, model):
+                module.append(nn.Linear(3, 3))
+            model[1].weight.data.fill_(5.0)
         else:
             model[1] = nn.Linear(3, 3).requires_grad_(False)
             model[1].weight.fill_(5.0)
@@ -588,6 +592,7 @@ def test_12_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
             fused_ema.update(ema, model, 0.0)
     fused_ema.update(ema, model, 0.0)
     assert ema[1].weight.eq(5.0).all()
+    assert all(map(torch.equal, ema.parameters(), model.parameters()))
 
 
 def test_prepare_pairs_anew_and_writes_nothing(backend):
