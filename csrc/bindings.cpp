@@ -141,7 +141,7 @@ class PyPlan {
 
   Plan plan_;
   std::shared_ptr<const Watch> watch_;
-  bool complete_;                                             // what is watched holds every tensor of the plan
+  bool complete_ = false;                                     // what is watched holds every tensor of the plan
   std::vector<at::TensorImpl*> sharded_ema_, sharded_model_;  // the tables know their shards
   bool exchanged_ = false;
 };

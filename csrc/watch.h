@@ -15,12 +15,20 @@ namespace fused_ema {
 
 namespace py = pybind11;
 
-// The part of a DTensor that lies on this rank, null for other tensors. A reference that is held elsewhere.
+// The part of a DTensor that lies on this rank. A reference that is held elsewhere.
 inline const at::TensorImpl* shard_of(PyObject* tensor) {
   static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
   const auto shard = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, attribute));
   if (!shard) PyErr_Clear();
   return shard && THPVariable_Check(shard.ptr()) ? THPVariable_Unpack(shard.ptr()).unsafeGetTensorImpl() : nullptr;
+}
+
+// Whether its class has a slot for that, or C++ behind it, so that no Python runs where it is asked for.
+inline bool has_shard(PyObject* tensor) {
+  const auto type = py::type::handle_of(tensor);
+  if (!py::hasattr(type, "_local_tensor")) return false;
+  const PyTypeObject* const kind = Py_TYPE(type.attr("_local_tensor").ptr());
+  return kind == &PyMemberDescr_Type || kind == &PyGetSetDescr_Type;
 }
 
 // Python 3.11 may collect garbage, and run whatever that runs, where it is asked for a __dict__.
@@ -33,8 +41,8 @@ struct NoCollection {
 
 class Watch {
  public:
-  // Neither modules, with those inside of them, nor tensors are held: a plan that outlives them, in a cache, must not
-  // keep them alive. The caller has seen to it that the modules' registries are dicts.
+  // Neither modules, with those inside of them, nor their tensors are held: a plan that outlives them, in a cache, must
+  // not keep them alive. (But for DTensors; and a list or dict is held, with what is in it.)
   Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
     std::unordered_set<const PyObject*> added{Py_None};
     for (const auto& module : modules) add_module(module, added, /*outermost=*/true);
@@ -77,11 +85,13 @@ class Watch {
   }
 
  private:
-  // One value of a container. Another may have its address by then: a module, then what it holds is compared too; a
-  // tensor, then the plan compares all that it knows of one.
+  // One value of a container. Another of its type may have its address by then: a module, then what it holds is
+  // compared too; a tensor, then the plan compares all that it knows of one. The layout of a DTensor it does not know:
+  // those are held, so that no other gets the address.
   struct Slot {
     PyObject* key;                // of a dict
     PyObject* value;              // compared by identity
+    PyTypeObject* type;           // of the value
     at::TensorImpl* tensor;       // what it held, if a tensor: torch.utils.swap_tensors changes that
     const at::TensorImpl* shard;  // of a DTensor
   };
@@ -117,41 +127,50 @@ class Watch {
     if (outermost) module.weak = py::weakref(object);
     add_lines(reinterpret_cast<const char*>(object.ptr()) - 32, 64);  // where its __dict__ is lies before or behind it
     add_lines(attributes.ptr(), 17);                                  // entries, up to the last registry
-    size_t begin = 0;
+    std::vector<py::object> children;
     for (size_t i = 0; i < kRegistries; ++i) {
       Py_ssize_t next = 0;
       const py::object registry = attributes[name(i)];
+      if (!PyDict_Check(registry.ptr())) throw py::type_error("expected registries that are dicts");
       for (PyObject* value;
            PyDict_Next(attributes.ptr(), &next, &module.key[i], &value) && !equal(module.key[i], name(i));)
         module.place[i] = next;
-      keys_.push_back(py::reinterpret_borrow<py::object>(module.key[i]));
-      begin = slots_.size();
-      add_slots(registry);
+      held_.push_back(py::reinterpret_borrow<py::object>(module.key[i]));
+      children = add_slots(registry);  // in the end, those of the last registry
       module.end[i] = slots_.size();
-      add_lines(registry.ptr(), module.end[i] - begin);
+      add_lines(registry.ptr(), children.size());
     }
-    const size_t end = slots_.size();
     module.lines = lines_.size();
     modules_.push_back(std::move(module));
-    for (; begin < end; ++begin)
-      add_module(py::reinterpret_borrow<py::object>(slots_[begin].value), added, /*outermost=*/false);
+    for (const auto& child : children) add_module(child, added, /*outermost=*/false);
   }
 
-  void add_slots(const py::object& container) {
-    const auto add = [&](py::handle key, py::handle value) {
-      if (key) keys_.push_back(py::reinterpret_borrow<py::object>(key));
-      Slot slot{key.ptr(), value.ptr(), nullptr, nullptr};
-      if (THPVariable_Check(value.ptr())) {
-        slot.tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
-        if (slot.tensor->key_set().has(c10::DispatchKey::Python)) slot.shard = shard_of(value.ptr());
+  // Returns the values, held: Python may run where one is asked whether it is a tensor.
+  std::vector<py::object> add_slots(const py::object& container) {
+    std::vector<py::object> keys, values;
+    if (PyDict_Check(container.ptr())) {
+      for (auto item : py::reinterpret_borrow<py::dict>(container)) {
+        keys.push_back(py::reinterpret_borrow<py::object>(item.first));
+        values.push_back(py::reinterpret_borrow<py::object>(item.second));
+      }
+    } else {
+      for (auto item : container) values.push_back(py::reinterpret_borrow<py::object>(item));
+    }
+    for (size_t i = 0; i < values.size(); ++i) {
+      PyObject* const value = values[i].ptr();
+      Slot slot{keys.empty() ? nullptr : keys[i].ptr(), value, Py_TYPE(value), nullptr, nullptr};
+      if (slots_.empty() || slots_.back().type != slot.type) held_.push_back(py::type::of(values[i]));
+      if (THPVariable_Check(value)) {
+        slot.tensor = THPVariable_Unpack(value).unsafeGetTensorImpl();
+        if (slot.tensor->key_set().has(c10::DispatchKey::Python)) {
+          held_.push_back(values[i]);
+          if (has_shard(value)) slot.shard = shard_of(value);
+        }
       }
       slots_.push_back(slot);
-    };
-    if (PyDict_Check(container.ptr())) {
-      for (auto item : py::reinterpret_borrow<py::dict>(container)) add(item.first, item.second);
-    } else {
-      for (auto item : container) add({}, item);
     }
+    held_.insert(held_.end(), keys.begin(), keys.end());
+    return values;
   }
 
   bool same_registries(const Module& module, size_t& slot) const {
@@ -188,7 +207,8 @@ class Watch {
     if (number + kAhead < slots_.size())
       prefetch(slots_[number + kAhead].value + 1, 1);  // what it holds lies behind it
     const Slot& slot = slots_[number];
-    return found == slot.value && (!slot.tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == slot.tensor) &&
+    return found == slot.value && Py_TYPE(found) == slot.type &&
+           (!slot.tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == slot.tensor) &&
            (!slot.shard || shard_of(found) == slot.shard);
   }
 
@@ -211,7 +231,7 @@ class Watch {
   }
 
   std::vector<Slot> slots_;
-  std::vector<py::object> keys_;  // so that no other gets its address
+  std::vector<py::object> held_;  // keys, types and DTensors, so that no other gets the address
   std::vector<Module> modules_;
   std::vector<Container> containers_;
   std::vector<const void*> lines_;

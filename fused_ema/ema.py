@@ -499,7 +499,8 @@ class EMA:
         names, firsts = list(self._averages), self._averages.firsts()
         watched = None
         if tensors is None:
-            self._current()  # so that parameters which FSDP2 kept whole are shards before they are looked at
+            if self._averages.sharded():
+                self._current()  # makes shards of what FSDP2 kept whole, before it is looked at
             watched = watch(self.model, firsts)
             current = self._current()
             tensors = [current[name] for name in names]

@@ -89,13 +89,13 @@ class Binding:
 
     def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
         self._sources = (ema, model, buffers)
-        self._plan = _new_plan(ema, model, buffers)
+        self._plan: Plan | None = _new_plan(ema, model, buffers)
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
         if _recorded():
-            _, pairs = _watched_pairs(*self._sources)
-            return ops.trace_update(pairs, decay, self._sources[2])
+            _reshard(*self._sources[:2])
+            return ops.trace_update(pair(*self._sources), decay, self._sources[2])
         self._plan = _run(self._plan, "update", decay, *self._sources)
 
     def copy_(self) -> None:
@@ -109,16 +109,19 @@ class Binding:
     def prepare(self) -> None:
         """Makes ready for a CUDA graph capture: pairs anew what was replaced since, and uploads its addresses. Call it
         right before; within a capture a plan that no longer fits raises RuntimeError."""
-        if not self._plan.current():
+        self._prepared()
+
+    def _prepared(self) -> Plan:
+        if self._plan is None or not self._plan.current():
             self._plan = _new_plan(*self._sources)
+        return self._plan
 
     def describe(self) -> dict[str, Any]:
         """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
         (empty and repeated ones left out), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
         written), `launches_per_update` (of kernels; on the CPU, of parallel loops) and `dtypes` (pairs of tensors per
         "average←model")."""
-        self.prepare()
-        return self._plan.describe()
+        return self._prepared().describe()
 
     def __repr__(self) -> str:
         about = self.describe()
@@ -132,7 +135,10 @@ class Binding:
 
 
 def _rebind(ema: Source, model: Source, buffers: Buffers) -> Binding:
-    return Binding(ema, model, buffers=buffers)
+    binding = Binding.__new__(Binding)
+    binding._sources = (ema, model, buffers)
+    binding._plan = None  # not yet: a module that holds its binding is copied before what it holds
+    return binding
 
 
 def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
@@ -179,11 +185,16 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
     return EMAMultiAvgFn(decay)
 
 
+def _reshard(*sides: Source) -> None:
+    """Else an update would go into what FSDP2 throws away."""
+    for side in sides:
+        if isinstance(side, nn.Module):
+            shards.reshard(side)
+
+
 def _watched_pairs(ema: Source, model: Source, buffers: Buffers) -> tuple[Any, Pairs]:
     """In this order: what another thread changes while they are paired is seen when the plan runs."""
-    for side in (ema, model):
-        if isinstance(side, nn.Module):
-            shards.reshard(side)  # else an update would go into what FSDP2 throws away
+    _reshard(ema, model)
     return watch(ema, model), pair(ema, model, buffers)
 
 

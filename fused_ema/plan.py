@@ -243,7 +243,7 @@ def watchable(source: Source) -> bool:
         return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may hand out other tensors than it holds
     modules = [source, *source.modules()]
     registries: list[Any] = [vars(module).get(name) for module in modules for name in _REGISTRIES]
-    if not all(isinstance(registry, dict) for registry in registries):
+    if not all(type(registry) in (dict, OrderedDict) for registry in registries):
         return False  # those of a ScriptModule are not
     children = {id(child) for registry in registries[2::3] for child in registry.values()}
     return {id(source), *children} - {id(None)} == set(map(id, modules))  # no more and no less than it names

@@ -31,7 +31,7 @@ def run(ranks, folder, *checks):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_14_sharded(ranks, tmp_path):
-    checks = "update manager training evaluation ddp refusals stale threads compiled files"
+    checks = "update manager training evaluation ddp refusals stale layouts threads compiled files"
     run(ranks, tmp_path, *checks.split())
 
 

@@ -318,6 +318,21 @@ def test_garbage_a_binding_kept_by_its_own_model(backend):
     assert dead() is None
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_30_copies_of_a_model_that_holds_its_binding(backend, copied):
+    ema, model = net(), net()
+    model.handle = fused_ema.bind(ema, model)
+    other = copied(model)
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    before = bits(ema)
+    other.handle.update(0.0)
+    average, averaged = other.handle._sources[:2]
+    assert averaged is other
+    assert torch.equal(average[0].weight, other[0].weight)
+    assert same_bits(before, ema)
+
+
 WAYS = {
     "update": lambda ema, model: functools.partial(fused_ema.update, ema, model, 0.5),
     "bind": lambda ema, model: functools.partial(fused_ema.bind(ema, model).update, 0.5),

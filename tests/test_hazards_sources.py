@@ -553,6 +553,49 @@ def test_12_nothing_runs_while_modules_are_compared(backend):
     assert gc.isenabled()
 
 
+def test_12_another_kind_of_tensor_at_the_same_address_is_refused(stepper):
+    class Other(torch.Tensor):
+        pass
+
+    memory = torch.ones(8)
+    ema, model = [torch.zeros(8)], [memory.detach()]
+    step = stepper(ema, model)
+    for _ in range(20):
+        model[0] = None
+        model[0] = memory.detach()
+        step(0.5)
+        model[0] = None
+        model[0] = memory.as_subclass(Other)
+        with pytest.raises(TypeError, match="plain tensor"):
+            step(0.5)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_12_what_is_removed_while_it_is_looked_at(stepper, left):
+    """By Python code that runs there, as it may anywhere."""
+
+    class Removing(nn.Linear):
+        left = 0
+
+        def __getattribute__(self, name):
+            if name == "__dict__" and Removing.left:
+                Removing.left -= 1
+                if Removing.left == 0:
+                    for module in (ema, model):
+                        module._modules.pop("2", None)
+                    gc.collect()
+            return super().__getattribute__(name)
+
+    ema, model = (nn.Sequential(Removing(2, 2), nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))) for _ in range(2))
+    Removing.left = left
+    with contextlib.suppress(RuntimeError, ValueError):
+        step = stepper(ema, model)
+        follows(ema, model, step)
+    Removing.left = 0
+    step = stepper(ema, model)
+    follows(ema, model, step)
+
+
 def test_12_a_dict_that_hands_out_other_tensors_than_it_holds(backend):
     class Widening(dict):
         def __getitem__(self, name):

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,20 @@ def check_stale(folder):
 
         for change in (replace, put_shard, set_data, assign):
             follows(change)
+
+
+def check_layouts(folder):
+    """One of another layout, at the address of one that died, with the same shard."""
+    mesh, here = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(8, 8)
+    other = [Shard(1)] if dist.get_world_size() > 1 else [Replicate()]
+    ema = [DTensor.from_local(torch.zeros(8, 8), mesh, [Shard(0)], run_check=False)]
+    model = [DTensor.from_local(here, mesh, [Shard(0)], run_check=False)]
+    for step in (fused_ema.bind(ema, model).update, partial(fused_ema.update, ema, model)):
+        for placements in [[Shard(0)], other] * 10:
+            model[0] = None
+            model[0] = DTensor.from_local(here, mesh, placements, run_check=False)
+            with contextlib.nullcontext() if placements == [Shard(0)] else pytest.raises(ValueError, match="expected"):
+                step(0.5)
 
 
 def check_threads(folder):
