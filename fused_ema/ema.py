@@ -405,7 +405,8 @@ class EMA:
                 warning says where it has none of the model's parameters.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
                 the next optimizer step waits for it; always so for averages in host memory. Everything here waits for
-                it too; what else writes to the parameters between steps has to read `step` first, which does.
+                it too; what else writes to the parameters between steps, or replaces them, has to read `step` first,
+                which does.
             save: the state of the manager is part of `optimizer.state_dict()`, under "fused_ema", and is loaded with
                 it. Attach first: an optimizer by itself ignores that part. It warns of a state without it, and raises
                 what `load_state_dict` does. Not with `torch.distributed.checkpoint.state_dict`, which drops it.
