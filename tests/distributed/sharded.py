@@ -352,7 +352,7 @@ def check_layouts(folder):
 
 
 def check_threads(folder):
-    """Another thread replaces shards while an update runs without the interpreter's lock."""
+    """Another thread replaces shards, and whole tensors, while an update runs without the interpreter's lock."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def tensor(value):
@@ -366,7 +366,12 @@ def check_threads(folder):
     def replace():
         nonlocal replaced
         while not stop.is_set():
-            ema[0]._local_tensor = tensor(2.0)._local_tensor
+            new = nn.Parameter(tensor(2.0), requires_grad=False)
+            try:
+                torch.utils.swap_tensors(ema[0], new)
+            except RuntimeError:  # where an update holds it
+                ema[0]._local_tensor = new._local_tensor
+            del new
             replaced += 1
 
     thread = threading.Thread(target=replace)

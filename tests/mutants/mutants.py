@@ -181,6 +181,7 @@ MUTANTS = [
     ),
     Mutant("shards not watched", "csrc/watch.h", "(!slot.shard || shard_of(found) == slot.shard)", "true"),
     Mutant("garbage collected in between", "csrc/watch.h", "PyGC_Disable() != 0", "false"),
+    Mutant("versions of shards that ended", "csrc/bindings.cpp", "alive = plan_.tensors();", ""),
     Mutant("versions of tensors that ended", "csrc/bindings.cpp", "alive.push_back(reference(tensor));", ";"),
     Mutant("modules that name others", "fused_ema/plan.py", "{id(source), *children} - {id(None)} == ", "source and "),
     Mutant("always complete", "csrc/bindings.cpp", "return complete_ && ", "return "),
