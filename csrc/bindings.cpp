@@ -1,4 +1,4 @@
-// The class `Plan` of fused_ema._C.
+// The classes `Plan` and `Watch` of fused_ema._C.
 #include <pthread.h>
 #include <torch/csrc/utils/pybind.h>
 

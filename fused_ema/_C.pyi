@@ -1,4 +1,4 @@
-# The compiled extension: csrc/bindings.cpp.
+# The compiled extension: csrc/bindings.cpp and csrc/watch.h.
 from collections.abc import Sequence
 from enum import Enum
 
