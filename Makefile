@@ -8,7 +8,7 @@ ARGS ?=
 OUT ?= build/bench
 
 PY := $(VENV)/bin/python
-BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml $(addprefix fused_ema/,_build.py _switch.py _toolkit.py _version.py)
+BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml fused_ema/_version.py $(wildcard fused_ema/_build/*.py)
 
 # Stamps carry what they were made for in their names. The extension lies in the checkout, which can hold one: its
 # stamp lies there too, so that two environments rebuild it in turns rather than find the other's. The .json is

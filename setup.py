@@ -1,6 +1,6 @@
 """Builds the extension for the torch that is installed; without one, a pure-Python install that says so.
 
-All else is in pyproject.toml and fused_ema/_build.py.
+All else is in pyproject.toml and fused_ema/_build/compile.py.
 """
 
 import importlib
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 package = types.ModuleType("fused_ema")
 package.__path__ = [str(ROOT / "fused_ema")]
 sys.modules["fused_ema"] = package
-_build = importlib.import_module("fused_ema._build")
+_build = importlib.import_module("fused_ema._build.compile")
 
 
 def give_up(reason):

@@ -27,7 +27,7 @@ from models import CASES, Case, filled_pair
 from report import AS_BUILT, columns, console, parts_of, progress
 
 import fused_ema
-from fused_ema._toolkit import find_cuda_home
+from fused_ema._build.toolkit import find_cuda_home
 
 FOLDER = HERE.parent / "build" / "sweep"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Type

@@ -2,8 +2,8 @@
 
 from . import checkpoints, posthoc, schedules
 from ._version import __version__
-from .ema import EMA
-from .functional import Binding, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
+from .functional import Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
+from .manager.ema import EMA
 
 __all__ = [
     "EMA",
@@ -20,6 +20,5 @@ __all__ = [
     "update",
 ]
 
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+for _public in (EMA, Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update):
+    _public.__module__ = __name__  # so that pickles and errors name this package, not its rooms

@@ -13,7 +13,10 @@ import torch
 
 import fused_ema
 
-from . import _build, _cost, _native, _toolkit
+from . import _cost
+from ._build import compile as _build
+from ._build import toolkit as _toolkit
+from .runners import extension as _native
 
 
 def _built_for(record: dict[str, object]) -> str:

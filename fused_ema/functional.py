@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, shards
-from .arguments import check_buffers, decay_number
-from .checks import PLAIN_TYPES, has_address
-from .pairing import Pairs, Source, pair
+from . import ops
+from .pairs import shards
+from .pairs.arguments import check_buffers, decay_number
+from .pairs.checks import PLAIN_TYPES, has_address
+from .pairs.pairing import Pairs, Source, pair
 from .plan import Buffers, OpName, Plan, backend_on, watch
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import shards
-from .pairing import Pairs
+from .pairs import shards
+from .pairs.pairing import Pairs
 
 torch.library.define(
     "fused_ema::lerp_",

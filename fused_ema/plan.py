@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _native, reference, shards
-from .arguments import check_decay
-from .checks import Action, Checked, check, dtype_name
-from .pairing import Pairs, Source
+from .pairs import shards
+from .pairs.arguments import check_decay
+from .pairs.checks import Action, Checked, check, dtype_name
+from .pairs.pairing import Pairs, Source
+from .runners import extension as _native
+from .runners import reference
 
 Buffers = Literal["copy", "average", "ignore"]
 OpName = Literal["update", "copy", "swap", "restore", "update_stochastic"]

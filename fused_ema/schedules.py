@@ -19,7 +19,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
-from .arguments import shown
+from .pairs.arguments import shown
 
 __all__ = [
     "Schedule",

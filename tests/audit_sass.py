@@ -229,7 +229,7 @@ def main():
     arguments = parser.parse_args()
     file = arguments.file
     if file is None:
-        from fused_ema import _native
+        from fused_ema.runners import extension as _native
 
         file = _native.path()
         if file is None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fused_ema import _build
+from fused_ema._build import compile as _build
 
 CPU_TORCH = SimpleNamespace(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None, hip=None))
 CUDA_TORCH = SimpleNamespace(__version__="2.13.0+cu130", version=SimpleNamespace(cuda="13.0", hip=None))

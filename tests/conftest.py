@@ -18,7 +18,9 @@ from summary import (  # noqa: F401
 from torch import nn
 
 import fused_ema
-from fused_ema import _native, _toolkit, functional
+from fused_ema import functional
+from fused_ema._build import toolkit as _toolkit
+from fused_ema.runners import extension as _native
 
 # Of the tests that set none themselves; `make test-long` takes the other.
 settings.register_profile("short", derandomize=True, max_examples=30, deadline=None, database=None)

@@ -12,7 +12,7 @@ from oracle import PAIRS, reals, value_pair
 from torch import nn
 
 import fused_ema
-from fused_ema import _native
+from fused_ema.runners import extension as _native
 
 DEVICE = "cuda"
 MARKS = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")]

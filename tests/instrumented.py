@@ -37,7 +37,7 @@ ENVIRONMENT = {
 # The library's record says what it is with the flags that users get: else it would not be loaded.
 BUILD = """
 import pathlib, sys
-from fused_ema import _build
+from fused_ema._build import compile as _build
 digest, flags = _build.sources_digest(), _build.cxx_flags()
 _build.sources_digest = lambda: digest
 _build.cxx_flags = lambda: tuple(each + sys.argv[2:] for each in flags)

@@ -14,7 +14,7 @@ import pytest
 from build_fakes import CPU_TORCH, CUDA_TORCH, toolkit
 
 import fused_ema
-from fused_ema import _build
+from fused_ema._build import compile as _build
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 

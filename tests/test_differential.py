@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_grid_manager_vs_cpu import assert_same, threads  # noqa: F401
 
-from fused_ema import _native, plan, reference
-from fused_ema.pairing import Pairs
+from fused_ema import plan
+from fused_ema.pairs.pairing import Pairs
+from fused_ema.runners import extension as _native
+from fused_ema.runners import reference
 
 many = settings(
     max_examples=5 * settings.default.max_examples,  # each with one thread and with two

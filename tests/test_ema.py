@@ -1045,4 +1045,4 @@ def test_device_of_the_host_makes_no_difference(backend):
 
 def test_public_name():
     assert fused_ema.EMA is EMA
-    assert EMA.__module__ == "fused_ema.ema"
+    assert EMA.__module__ == "fused_ema"

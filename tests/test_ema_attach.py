@@ -591,7 +591,7 @@ def test_a_swap_between_the_two_parts_of_a_load_is_seen(backend):
 def test_decays_on_the_device_are_as_fine_as_the_numbers():
     decays = (0.9, 1 - 2.0**-40)
     for skipped, wanted in ((0.0, decays), (1.0, (1.0, 1.0))):
-        found = fused_ema.ema._unless(torch.tensor([skipped]), decays)
+        found = fused_ema.manager.ema._unless(torch.tensor([skipped]), decays)
         assert found.dtype == torch.float64
         assert tuple(found.tolist()) == wanted
 

@@ -7,7 +7,9 @@ import torch
 from oracle import HALF, same_bits
 from torch import nn
 
-from fused_ema import EMA, _native, reference
+from fused_ema import EMA
+from fused_ema.runners import extension as _native
+from fused_ema.runners import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
 

@@ -19,8 +19,9 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_ema import EMA, exchange
-from fused_ema.averages import Averages
+from fused_ema import EMA
+from fused_ema.manager import swap as exchange
+from fused_ema.manager.averages import Averages
 from fused_ema.plan import Plan, one_at_a_time
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 averages, but of float64
@@ -923,7 +924,8 @@ INTERRUPTS = """
 import random, signal, sys
 import torch
 from torch import nn
-from fused_ema import EMA, _native
+from fused_ema import EMA
+from fused_ema.runners import extension as _native
 
 torch.manual_seed(0)
 random.seed(0)

@@ -8,8 +8,8 @@ from emulated_grid import CAST_PAIRS, TYPES, Pair
 from grid_checks import in_copy, place
 from test_grid_manager import ALL, DECAYS, KEYS, place_strided
 
-from fused_ema import _native
-from fused_ema.checks import Action
+from fused_ema.pairs.checks import Action
+from fused_ema.runners import extension as _native
 
 
 @pytest.fixture(params=[1, 2])

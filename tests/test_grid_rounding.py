@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from fused_ema import reference
+from fused_ema.runners import reference
 
 SIXTEEN_BITS = pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 CUT = {torch.bfloat16: 16, torch.float16: 13}  # bits that a normal value loses

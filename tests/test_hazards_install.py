@@ -12,13 +12,14 @@ import torch
 from conftest import refused
 
 import fused_ema
-from fused_ema import _build, _native
+from fused_ema._build import compile as _build
+from fused_ema.runners import extension as _native
 
 # ---- 35: where there is no extension, or a broken one
 
 SCRIPT = """
 import torch, fused_ema
-from fused_ema import _native
+from fused_ema.runners import extension as _native
 e, p = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 e.load_state_dict({name: torch.ones_like(t) for name, t in e.state_dict().items()})
 p.load_state_dict({name: torch.zeros_like(t) for name, t in p.state_dict().items()})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from build_fakes import install
 
-from fused_ema import _build
+from fused_ema._build import compile as _build
 
 ROOT = Path(__file__).resolve().parent.parent
 

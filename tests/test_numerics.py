@@ -38,7 +38,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import fused_ema
-from fused_ema import reference
+from fused_ema.runners import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
 

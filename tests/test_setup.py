@@ -13,7 +13,8 @@ from build_fakes import install
 
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
-from fused_ema import _build, _cost
+from fused_ema import _cost
+from fused_ema._build import compile as _build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,7 +161,7 @@ def test_wheel_without_torch(checkout, no_torch):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {path.name for path in (ROOT / "csrc").iterdir()}
     assert {f"fused_ema/_csrc/{name}" for name in sources} <= names
-    assert {"fused_ema/py.typed", "fused_ema/_C.pyi", "fused_ema/_build.py", "fused_ema/__main__.py"} <= names
+    assert {"fused_ema/py.typed", "fused_ema/_C.pyi", "fused_ema/_build/compile.py", "fused_ema/__main__.py"} <= names
     assert {"fused_ema/integrations/lightning.py", "fused_ema/integrations/transformers.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
@@ -205,7 +206,7 @@ def test_setup_where_nothing_compiles(checkout, required):
 def test_the_description_needs_no_torch():
     code = (
         "import sys, types; package = sys.modules['fused_ema'] = types.ModuleType('fused_ema'); "
-        "package.__path__ = [sys.argv[1]]; import fused_ema._build; "
+        "package.__path__ = [sys.argv[1]]; import fused_ema._build.compile; "
         "assert not {'torch', 'setuptools'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT / "fused_ema")], check=True)

@@ -3,8 +3,8 @@
 import pytest
 from build_fakes import CPU_TORCH, CUDA_TORCH, ROCM_TORCH, script, toolkit
 
-from fused_ema import _toolkit
-from fused_ema._switch import switch
+from fused_ema._build import toolkit as _toolkit
+from fused_ema._build.switch import switch
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 

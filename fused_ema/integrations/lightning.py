@@ -15,7 +15,7 @@ except ImportError:  # its older name
 import torch
 
 from .. import checkpoints
-from ..ema import EMA
+from ..manager.ema import EMA
 
 
 class EMACallback(Callback):

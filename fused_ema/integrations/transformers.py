@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..ema import EMA
-from ..shards import is_sharded
+from ..manager.ema import EMA
+from ..pairs.shards import is_sharded
 
 FOLDER, STATE = "ema", "ema.pt"  # in a checkpoint's folder
 

@@ -215,7 +215,7 @@ def check_evaluation(folder):
             model(batch(0))
         same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
         with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError), ema.swapped():
-            patch.setattr("fused_ema.shards.reshard", lambda _: (_ for _ in ()).throw(MemoryError))
+            patch.setattr("fused_ema.pairs.shards.reshard", lambda _: (_ for _ in ()).throw(MemoryError))
         same(model.state_dict(), before)
         ema.distance(), ema.describe()
         model(batch(0))

@@ -20,7 +20,8 @@ import oracle
 from conftest import bits, same_bits, tensors_of, versions
 
 import fused_ema
-from fused_ema import _native, functional
+from fused_ema import functional
+from fused_ema.runners import extension as _native
 
 preloaded = ctypes.CDLL(None)
 preloaded.look_at.argtypes = preloaded.spare.argtypes = [ctypes.c_size_t, ctypes.c_size_t]

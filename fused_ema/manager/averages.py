@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
-from .plan import nth_average
-from .shards import Spread, is_sharded, local
+from ..pairs.checks import check_tensor
+from ..pairs.shards import Spread, is_sharded, local
+from ..plan import nth_average
 
 _ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
 

@@ -6,34 +6,25 @@ import contextlib
 import operator
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import schedules, shards, state, view
-from .arguments import check_buffers, decay_number, whole_number
-from .attachment import Attachment
+from ..pairs import shards
+from ..pairs.arguments import check_buffers
+from ..pairs.checks import check_targets, check_tensor, dtype_name, write_refusal
+from ..pairs.pairing import Pairs, difference
+from ..plan import Buffers, Call, OpName, Plan, one_at_a_time, watch, watchable
+from ..schedules import Schedule
+from . import report as view
+from . import state
+from .attach import Attachment
 from .averages import Averages
-from .checks import check_targets, check_tensor, dtype_name, write_refusal
-from .exchange import Exchange, exchanging, hold_average
-from .pairing import Pairs, difference
-from .plan import Buffers, Call, OpName, Plan, one_at_a_time, watch, watchable
-from .schedules import Schedule
 from .selection import Select, Selection, tensors_of
-
-Rounding = Literal["nearest", "stochastic"]
-MAX_AVERAGES = 8
-
-
-def _fixed(name: str) -> Any:
-    """An attribute that __init__ and load_state_dict alone set, past this."""
-
-    def refuse(*_: Any) -> None:
-        raise AttributeError(f"EMA.{name}: expected to stay as it was made; make a new fused_ema.EMA")
-
-    return property(lambda ema: vars(ema)[name], refuse)
+from .swap import Exchange, exchanging, hold_average
+from .timetable import Rounding, Timetable, schedules_of
 
 
 class EMA:
@@ -86,12 +77,6 @@ class EMA:
         torch.save(ema.averaged_state_dict(), path)                                  # to use: a model's state
     """
 
-    update_every: int = _fixed("update_every")
-    update_after_step: int = _fixed("update_after_step")
-    rounding: Rounding = _fixed("rounding")
-    seed: int = _fixed("seed")
-    schedules: tuple[Schedule, ...] = _fixed("schedules")
-
     def __init__(
         self,
         model: nn.Module,
@@ -110,20 +95,12 @@ class EMA:
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding: expected 'nearest' or 'stochastic', found {rounding!r}")
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
         shards.reshard(model)
         self._model = model
-        vars(self).update(
-            update_every=whole_number("update_every", update_every, 1),
-            update_after_step=whole_number("update_after_step", update_after_step, 0),
-            rounding=rounding,
-            seed=whole_number("seed", seed, 0),
-            schedules=_schedules(decay),
-        )
+        self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         self._run_id = uuid.uuid4().hex  # in its snapshots, until a state is loaded,
         self._loaded_updates = 0  # which was of so many updates
         self._step = 0
@@ -142,6 +119,36 @@ class EMA:
         """The one that is averaged. Another one takes another manager."""
         return self._model
 
+    @property
+    def timetable(self) -> Timetable:
+        """From the step to decays, keys of random bits, and updates: the options that decide it, as a frozen value."""
+        return self._timetable
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedule of each average."""
+        return self._timetable.schedules
+
+    @property
+    def update_every(self) -> int:
+        """Each so-many-th step moves the averages."""
+        return self._timetable.update_every
+
+    @property
+    def update_after_step(self) -> int:
+        """Up to this step the averages are copies of the model."""
+        return self._timetable.update_after_step
+
+    @property
+    def rounding(self) -> Rounding:
+        """ "nearest" or "stochastic"."""
+        return self._timetable.rounding
+
+    @property
+    def seed(self) -> int:
+        """The seed of stochastic rounding."""
+        return self._timetable.seed
+
     # ---- Updating
 
     @property
@@ -153,13 +160,13 @@ class EMA:
     @property
     def updates(self) -> int:
         """How often the averages were moved: after `update_after_step`, once in `update_every` steps."""
-        return self._updates_at(self.step)
+        return self._timetable.updates_at(self.step)
 
     @property
     def decay(self) -> float | tuple[float, ...]:
         """The decay of the latest update (before one: of the first), one for each average where there are several."""
         self._join()
-        decays = self._decays or self._decays_at(self._step_of(1))
+        decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
         return decays[0] if len(decays) == 1 else decays
 
     def update(self) -> None:
@@ -180,32 +187,12 @@ class EMA:
         with one_at_a_time():  # else two threads would make the same step
             self._check_unswapped("update")
             step = self._step + 1
-            after = step - self.update_after_step
-            if after <= 0 or after % self.update_every == 0:
-                decays = self._decays_at(step)
-                stochastic = self.rounding == "stochastic"
-                keys = tuple(_key(self.seed, step, k) for k in range(len(decays))) if stochastic else ()
+            if self._timetable.moves_at(step):
+                decays, keys = self._timetable.decays_at(step), self._timetable.keys_at(step)
                 on_device = None if skipped is None else _unless(skipped, decays)
-                self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+                self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
                 self._decays = decays
             self._step = step
-
-    def _updates_at(self, step: int) -> int:
-        return max(0, step - self.update_after_step) // self.update_every
-
-    def _step_of(self, update: int) -> int:
-        return self.update_after_step + update * self.update_every
-
-    def _decays_at(self, step: int) -> tuple[float, ...]:
-        after = step - self.update_after_step
-        if after <= 0:
-            return (0.0,) * len(self.schedules)
-        decays = []
-        for schedule in self.schedules:
-            per_step = getattr(schedule, "per_step", True)
-            decay = decay_number(schedule(after if per_step else after // self.update_every))
-            decays.append(decay**self.update_every if per_step and self.update_every > 1 else decay)
-        return tuple(decays)
 
     # ---- Evaluating
 
@@ -252,6 +239,11 @@ class EMA:
                     problem = found
             if problem:
                 raise problem
+
+    @property
+    def swapped_index(self) -> int | None:
+        """The index of the average that is in the model now, inside `swapped()`; None outside."""
+        return self._swap.index if self._swap else None
 
     def _leave(self, swap: Exchange) -> None:
         try:
@@ -423,6 +415,14 @@ class EMA:
         self._attachment = Attachment(self, optimizer, overlap, save)
         return self._attachment
 
+    def wait(self) -> None:
+        """Makes what comes next on the current streams see the latest update, where one runs on a stream of its own.
+
+        Needed only by code that writes to the parameters between two optimizer steps, or replaces them, with
+        `attach(overlap=True)`, and by code that reads averages in host memory; every method here does it by itself.
+        """
+        self._join()
+
     def _join(self) -> None:
         """Waits for what still writes to the averages, and for the news of whether the latest step was skipped."""
         if self._attachment:
@@ -536,27 +536,7 @@ class EMA:
             )
 
 
-def _schedules(decay: Any) -> tuple[Schedule, ...]:
-    several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else [decay]
-    if not 1 <= len(several) <= MAX_AVERAGES:
-        raise ValueError(f"decay: expected 1 to {MAX_AVERAGES} of them, found {len(several)}")
-    return tuple(schedules.as_schedule(each) for each in several)
-
-
 def _unless(skipped: Tensor, decays: tuple[float, ...]) -> Tensor:
     """The decays on the device; 1 where the step was skipped, which leaves the averages as they are."""
     skip = skipped.reshape(()) != 0
     return torch.stack([torch.where(skip, 1.0, torch.full_like(skip, d, dtype=torch.float64)) for d in decays])
-
-
-def _key(seed: int, step: int, k: int) -> int:
-    """Of the random bits for one average at one step."""
-    return _mix(_mix(seed) + step * MAX_AVERAGES + k)
-
-
-def _mix(x: int) -> int:
-    """SplitMix64: 64 bits that look independent for neighbouring numbers (Steele, Lea, Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) % 2**64
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
-    return x ^ x >> 31

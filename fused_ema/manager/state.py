@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import schedules, shards
-from .arguments import shown, whole_number
-from .checks import PLAIN_TYPES, WIDTH, dtype_name, equal_values, storage_refusal
-from .pairing import difference
+from .. import schedules
+from ..pairs import shards
+from ..pairs.arguments import shown, whole_number
+from ..pairs.checks import PLAIN_TYPES, WIDTH, dtype_name, equal_values, storage_refusal
+from ..pairs.pairing import difference
 
 if TYPE_CHECKING:
     from .ema import EMA
+
+from .timetable import Timetable
 
 VERSION = 1
 _LISTED = 5  # problems in one message
@@ -73,7 +76,8 @@ def checked(ema: EMA, saved: Any) -> Callable[[], None]:
         ema._check_unswapped("load_state_dict")  # another thread may have swapped since
         for average, theirs in pairs:
             average.copy_(theirs)
-        vars(ema).update(numbers, schedules=taken, _step=step, _decays=decays, _run_id=uuid.uuid4().hex)
+        ema._timetable = Timetable(taken, **numbers, rounding=ema.rounding)
+        ema._step, ema._decays, ema._run_id = step, decays, uuid.uuid4().hex
         ema._loaded_updates = ema.updates
 
     return take

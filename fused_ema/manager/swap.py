@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..pairs.checks import PLAIN_TYPES, address, has_address, memory, overlapping, storage_refusal
+from ..pairs.shards import local
+from ..plan import Call, Plan
 from .averages import Averages
-from .checks import PLAIN_TYPES, address, has_address, memory, overlapping, storage_refusal
-from .plan import Call, Plan
-from .shards import local
 
 MakePlan = Callable[[Sequence[Tensor] | None], Plan]  # for the model as it is, or for these tensors in its place
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch  # before the extension, which links against its libraries
 
-from . import _build
-from ._switch import switch
-from ._version import __version__
+from .._build import compile as _build
+from .._build.switch import switch
+from .._version import __version__
 
 BUILD = "run `python -m fused_ema build`"
 REBUILD = "run `python -m fused_ema build --force`"

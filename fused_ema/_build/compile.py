@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._switch import switch
-from ._toolkit import Toolkit, find_toolkit
-from ._version import __version__
+from .switch import switch
+from .toolkit import Toolkit, find_toolkit
+from .._version import __version__
 
 NAME = "fused_ema._C"
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 RECORD = LIBRARY.rpartition(".")[0] + ".json"  # beside the library: what it was built for
 PYTHON_TAG: str = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag or "python"

@@ -26,13 +26,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_floating, whole_number
-from .checks import check_tensor, equal_values
-from .ema import EMA
+from ..manager.ema import EMA
+from ..manager.selection import tensors_of
+from ..pairs.arguments import check_floating, whole_number
+from ..pairs.checks import check_tensor, equal_values
+from ..pairs.pairing import by_plain_name, listed, plain_name
+from ..schedules import inverse_power, tf_warmup
 from .files import safetensors, save, storable
-from .pairing import by_plain_name, listed, plain_name
-from .schedules import inverse_power, tf_warmup
-from .selection import tensors_of
 
 __all__ = ["LAYOUTS", "export", "load", "restore", "save_safetensors"]
 
@@ -136,14 +136,18 @@ def restore(
     index = ema._check_index(index)
     layout = _layout_of(state, layout)
     step = _step_of(ema, layout, state) if step is None else whole_number("step", step, 0)
-    upcoming = ema.step + 1 if ema.step < ema.update_after_step else ema._step_of(ema.updates + 1)
-    if step is None and 0.0 in ema._decays_at(upcoming):
+    upcoming = ema.step + 1 if ema.step < ema.update_after_step else ema.timetable.step_of(ema.updates + 1)
+    if step is None and 0.0 in ema.timetable.decays_at(upcoming):
         raise ValueError(f"state: the layout {layout!r} counts no steps, and the next update would copy: pass step=")
     new = ema.state_dict()
     new["averages"][index] = _averages(ema, layout, _given(layout, state), _places(ema, layout, parameters))
     if step is not None:
-        count = ema._updates_at(step)
-        new.update(step=step, updates=count, decays=list(ema._decays_at(ema._step_of(count))) if count else [])
+        count = ema.timetable.updates_at(step)
+        new.update(
+            step=step,
+            updates=count,
+            decays=list(ema.timetable.decays_at(ema.timetable.step_of(count))) if count else [],
+        )
     ema.load_state_dict(new)
 
 

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import check_floating, shown, whole_number
-from .checks import dtype_name
-from .files import safetensors, save, storable
-from .schedules import gamma_of
-from .shards import is_sharded
+from ..checkpoints.files import safetensors, save, storable
+from ..pairs.arguments import check_floating, shown, whole_number
+from ..pairs.checks import dtype_name
+from ..pairs.shards import is_sharded
+from ..schedules import gamma_of
 
 if TYPE_CHECKING:
-    from .ema import EMA
+    from ..manager.ema import EMA
 
 __all__ = ["Snapshot", "profile_error", "reconstruct", "save_snapshot", "snapshots", "solve_weights"]
 

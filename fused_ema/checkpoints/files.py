@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
-from .checks import storage_refusal
+from ..pairs import shards
+from ..pairs.checks import storage_refusal
 
 
 def safetensors() -> Any:

@@ -17,7 +17,7 @@ from .arguments import check_buffers
 from .pairing import Pairs
 
 if TYPE_CHECKING:
-    from .averages import Averages
+    from ..manager.averages import Averages
 
 # Width in bits orders the real types an average may have; each complex type counts as its real part.
 WIDTH = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import one_at_a_time
+from ..plan import one_at_a_time
 
 if TYPE_CHECKING:
     from .ema import EMA

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import reference
-from .checks import check_tensor, dtype_name, storage_refusal
-from .shards import local
+from ..pairs.checks import check_tensor, dtype_name, storage_refusal
+from ..pairs.shards import local
+from ..runners import reference
 
 if TYPE_CHECKING:
     from .ema import EMA

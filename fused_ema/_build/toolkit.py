@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._switch import switch
+from .switch import switch
 
 USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
 

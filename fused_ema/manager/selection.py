@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .pairing import difference, plain_tensors
+from ..pairs.pairing import difference, plain_tensors
 
 Select = Callable[[str, Tensor], bool]
 
