@@ -100,16 +100,6 @@ def test_info_knows_what_machine_code_runs_on(built, architecture, runs):
     assert fused_ema_main._runs_on(built, architecture) == runs
 
 
-@pytest.mark.parametrize("module", [fused_ema, fused_ema.schedules, fused_ema.posthoc, fused_ema.checkpoints])
-def test_completion_shows_public_names_alone(module):
-    shown = dir(module)
-    assert shown == sorted(module.__all__)
-    for name in shown:
-        value = getattr(module, name)
-        ours = getattr(value, "__module__", None) or getattr(value, "__name__", "fused_ema")
-        assert ours.startswith("fused_ema") or name in ("__version__", "LAYOUTS", "Schedule"), name
-
-
 def test_build_fails_with_a_sentence(tmp_path):
     assert python("-m", "fused_ema", "build", FUSED_EMA_EXT="0") == (
         1,

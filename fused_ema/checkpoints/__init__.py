@@ -37,10 +37,6 @@ from .files import safetensors, save, storable
 __all__ = ["LAYOUTS", "export", "load", "restore", "save_safetensors"]
 
 
-def __dir__() -> list[str]:
-    return __all__
-
-
 File: TypeAlias = "str | os.PathLike[str]"
 
 _MARKS = {  # the keys that tell a layout: the first counts, but for timm's

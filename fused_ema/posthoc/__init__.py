@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "profile_error", "reconstruct", "save_snapshot", "snapshots", "solve_weights"]
 
 
-def __dir__() -> list[str]:
-    return __all__
-
-
 Folder: TypeAlias = "str | os.PathLike[str]"
 Numbers: TypeAlias = Sequence[float] | Tensor
 
