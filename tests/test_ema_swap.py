@@ -20,9 +20,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import EMA
-from fused_ema.manager import swap as exchange
+from fused_ema.manager import swap
 from fused_ema.manager.averages import Averages
-from fused_ema.plan import Plan, one_at_a_time
+from fused_ema.plan import Plan
+from fused_ema.runners.base import one_at_a_time
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 averages, but of float64
 
@@ -531,24 +532,6 @@ def test_wrappers_of_tensors_put_there_by_the_block(backend):
         assert same_bits(tensor.detach().b, whole.raw[name])
 
 
-@pytest.mark.parametrize("write", range(1, 7))
-def test_interrupted_while_values_follow(backend, write, monkeypatch):
-    ema = trained(nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in "abc"}))
-    whole, original, calls = Whole(ema), exchange._write, []
-
-    def interrupted(values, into):
-        calls.append(into)
-        if len(calls) == write:
-            raise KeyboardInterrupt
-        original(values, into)
-
-    with contextlib.suppress(KeyboardInterrupt), ema.swapped() as model:
-        model["a"].weight, model["b"].weight, model["c"].weight = (model[name].weight for name in "bca")
-        monkeypatch.setattr(exchange, "_write", interrupted)
-    assert calls
-    whole.check_values()
-
-
 def test_interrupted_while_it_waits_for_another_thread(backend):
     code = """
         import signal, threading, time, torch
@@ -632,8 +615,8 @@ def test_a_swap_waits_for_the_update_of_another_thread(backend):
 def test_nothing_is_kept_of_swaps_that_are_over(backend):
     for _ in range(3):
         with EMA(net()).swapped():
-            assert len(exchange._exchanges) == 1
-        assert not exchange._exchanges
+            assert len(swap._under_way) == 1
+        assert not swap._under_way
 
 
 @pytest.mark.parametrize("member", ["update", "load_state_dict", "copy_to", "to", "swapped"])
@@ -706,15 +689,14 @@ def test_usable_after_tensors_of_the_wrong_kind(backend, change):
 def test_a_way_out_that_fits_nothing_is_an_error(monkeypatch):
     """And is tried again."""
     ema = trained(net())
-    run, failures = Plan.run_call, [True, True]
+    run, failures = Plan.try_run, [True, True]
 
-    def fails(plan, op, call, *, fresh=False):
-        if op == "restore" and failures:
-            failures.pop()
-            return Plan._fits(False, fresh)
-        return run(plan, op, call, fresh=fresh)
+    def fails(plan, call, pairs=None):
+        if call.op == "restore" and failures:
+            return not failures.pop()
+        return run(plan, call, pairs)
 
-    monkeypatch.setattr(Plan, "run_call", fails)
+    monkeypatch.setattr(Plan, "try_run", fails)
     whole = Whole(ema)
     with pytest.raises(RuntimeError, match="the tensors changed while they were paired"), ema.swapped():
         pass
@@ -901,10 +883,16 @@ def replaces_weights(model):
         layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
 
 
+def exchanges_weights(model):
+    model[0].weight, model[1].weight = model[1].weight, model[0].weight
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", [lambda model: None, replaces_weights], ids=["", "replaced"])
+@pytest.mark.parametrize(
+    "block", [lambda model: None, replaces_weights, exchanges_weights], ids=["", "replaced", "exchanged"]
+)
 def test_interrupted_at_each_moment(backend, dtype, block):
-    ema = trained(nn.Sequential(nn.Linear(3, 2)).to(dtype), [0.5, 0.9])
+    ema = trained(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype), [0.5, 0.9])
     whole = Whole(ema)
 
     def evaluate():

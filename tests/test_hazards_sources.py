@@ -537,7 +537,7 @@ def test_12_nothing_runs_while_modules_are_compared(backend):
     threshold = gc.get_threshold()
     gc.callbacks.append(lambda phase, _: collections.append(phase))
     try:
-        current = binding._plan._native.current
+        current = binding._plan._prepared.current
         gc.disable()
         due = [{} for _ in range(500)]
         gc.set_threshold(1)

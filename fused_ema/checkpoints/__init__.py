@@ -82,7 +82,7 @@ def export(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
     index = ema._check_index(index)
-    ema._join()
+    ema.wait()
     if layout not in _PREFIXES:
         places, averages = _places(ema, layout, parameters).values(), ema._by_tensor(index)
         shadows = [averages.get(id(place), place.detach()) for place in places]

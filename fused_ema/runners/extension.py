@@ -16,6 +16,7 @@ import torch  # before the extension, which links against its libraries
 from .._build import compile as _build
 from .._build.switch import switch
 from .._version import __version__
+from .base import Call, Job, Prepared, Tensors, Watch
 
 BUILD = "run `python -m fused_ema build`"
 REBUILD = "run `python -m fused_ema build --force`"
@@ -147,3 +148,43 @@ if not _serves_the_command_line():
         raise ImportError(f"FUSED_EMA_EXT=1, but {_found.why_not}")
     if switch("FUSED_EMA_CUDA") and not cuda_enabled:
         raise ImportError(f"FUSED_EMA_CUDA=1, but {cuda_kernel_why_not()}")
+
+
+class Extension:
+    """The compiled runner, csrc/: one kernel launch per CUDA device, one parallel loop on the CPU."""
+
+    name = "extension"
+
+    def backend(self, device_type: str) -> str:
+        return device_type
+
+    def why_not(self, device_type: str) -> str | None:
+        if load() is None:
+            return why_not() or "the extension is not loaded"
+        if device_type == "cuda":
+            return None if cuda_enabled else cuda_kernel_why_not()
+        return None if device_type == "cpu" else f"the extension has no kernel for {device_type} devices"
+
+    def prepare(self, job: Job, watch: Watch | None) -> Prepared:
+        return _Compiled(job, watch)
+
+
+class _Compiled:
+    """See `Prepared`; csrc/plan.h is behind it."""
+
+    def __init__(self, job: Job, watch: Watch | None) -> None:
+        library: Any = load()
+        self._ops = library.Op.__members__
+        names, ema, model, actions, averages, strides = job
+        self._tables = library.Plan(names, ema, model, actions, watch, averages, strides)
+        self.launches = self._tables.launches
+        self.scratch = self._tables.aside_bytes
+        self.current = self._tables.current
+        self.exchanged = self._tables.exchanged
+        self.mark_exchanged = self._tables.mark_exchanged
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        op, decays, device_decays, keys, average, scratch = call
+        if ema is not None:
+            return self._tables.run_with(ema, model, self._ops[op], decays, device_decays)  # type: ignore[no-any-return]
+        return self._tables.run(self._ops[op], decays, device_decays, keys, average, scratch)  # type: ignore[no-any-return]
