@@ -70,9 +70,9 @@ class Plan:
             "swap": checked.no_swap,
             "restore": checked.no_swap,
         }
-        # Averages in 16 bits stand still where 1 - decay is below this: the first update warns. (A manager has warned
-        # when it was made.)
-        self._coarse = 0.0 if free_types else max(map(coarseness, _averaged_types(checked)), default=0.0)
+        # Averages in 16 bits stand still where 1 - decay is below this. Looked at in each update, since schedules come
+        # near 1 late in a training.
+        self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
         devices = _devices(checked) or ["cpu"]
         runner = choose(dict.fromkeys(device.partition(":")[0] for device in devices))
         job = Job(
@@ -93,10 +93,11 @@ class Plan:
         writes_model = call.op in ("swap", "restore")
         if writes_model:
             torch.clear_autocast_cache()  # of 16-bit copies of what the tensors held before
-        if self._coarse and call.op == "update":
-            if pairs is None and not self._prepared.current():
+        if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
+            if pairs is None and not self._prepared.current():  # the averages may have been cast
                 return False
-            self._warn_where_coarse(call)
+            self._coarse = 0.0
+            _warn_of_standstill(call.decays)
         if pairs is None:
             return self._prepared.run(call)
         if self._sharded:
@@ -122,11 +123,6 @@ class Plan:
                 f"found one on {call.device_decays.device}"
             )
         return self._refusals.get(call.op)
-
-    def _warn_where_coarse(self, call: Call) -> None:
-        if call.device_decays is None and 0.0 < 1.0 - max(call.decays) < self._coarse:
-            warn_of_standstill(f"decay {max(call.decays)}")
-        self._coarse = 0.0
 
     def current(self) -> bool:
         """Whether it still fits what its watch sees."""
@@ -178,25 +174,22 @@ def _devices(checked: Checked) -> list[str]:
     return list(dict.fromkeys(str(model.device) for model, action in active if action is not Action.NONE))
 
 
-def _averaged_types(checked: Checked) -> set[torch.dtype]:
+def _sixteen_bits(checked: Checked) -> set[torch.dtype]:
+    """The 16-bit types among the averages."""
     averaged = zip(checked.pairs.ema, checked.actions, strict=True)
-    return {ema.dtype for ema, action in averaged if action is Action.AVERAGE}
-
-
-def coarseness(dtype: torch.dtype) -> float:
-    """The 1 - decay below which most steps of an average of this type round away; 0 where that can't matter."""
-    return 4 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
+    return {ema.dtype for ema, action in averaged if action is Action.AVERAGE and ema.element_size() == 2}
 
 
 _warned = False
 
 
-def warn_of_standstill(decay: str) -> None:
+def _warn_of_standstill(decays: tuple[float, ...]) -> None:
     """Warns, once in a process."""
     global _warned
     if not _warned:
         _warned = True
+        finest = max(decay for decay in decays if decay < 1.0)
         warn(
-            f"fused_ema: averages in 16 bits stand still at {decay}: most steps are smaller than half a unit in the "
+            f"fused_ema: averages in 16 bits stand still at decay {finest}: most steps are smaller than half a unit in the "
             "last place and round away. Keep the averages in float32, or round stochastically (fused_ema.EMA)."
         )

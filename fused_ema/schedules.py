@@ -204,11 +204,6 @@ def as_schedule(decay: float | Schedule) -> Schedule:
     return decay if callable(decay) else constant(_checked("decay", decay))
 
 
-def is_built_in(schedule: Schedule) -> bool:
-    """Whether it is a schedule of this file, whose decays are known for every n."""
-    return type(schedule) in _BUILT_IN.values()
-
-
 def to_state(schedule: Schedule) -> dict[str, float | int | str] | str:
     """For checkpoints: the name and the arguments of a schedule of this file, the repr of any other."""
     name = type(schedule).__name__

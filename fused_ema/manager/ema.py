@@ -15,7 +15,7 @@ from .. import plan as plans
 from ..pairs import shards
 from ..pairs.arguments import check_buffers
 from ..pairs.pairing import Pairs, difference
-from ..plan import Buffers, Plan, coarseness, warn_of_standstill
+from ..plan import Buffers, Plan
 from ..runners.base import Call, one_at_a_time
 from ..runners.watch import watch
 from ..schedules import Schedule
@@ -116,9 +116,6 @@ class EMA:
         self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
         self._refuse_swapped("EMA()")
         self._run(Call("copy", (0.0,) * len(self.schedules)))
-        decays = self._timetable.eventual_decays() if rounding == "nearest" else []
-        if any(0 < 1 - decay < coarseness(dtype) for decay in decays):
-            warn_of_standstill("decays near 1")
 
     @property
     def model(self) -> nn.Module:

@@ -165,9 +165,10 @@ class Exchange:
         """Gives the model's own values to the tensors that the block put in the place of the first ones; returns the
         names of those that can't take them."""
         here = {name: local(current[name]) for name in self._memory if name in current}
+        here = {name: tensor for name, tensor in here.items() if _takes(tensor, self._memory[name])}
         new = {name: tensor for name, tensor in here.items() if self._is_new(name, tensor)}
         if self._values is None:  # the values before any of them is written, since two may have changed places
-            written = {storage(tensor) for tensor in new.values() if has_address(tensor)}
+            written = {storage(tensor) for tensor in new.values() if _plain(tensor)}
             values = {name: self._memory[name] for name in new}
             self._values = {name: v.clone() if storage(v) in written else v for name, v in values.items()}
         owner = {id(tensor): self._place(name) for name, tensor in here.items() if name not in new}
@@ -175,15 +176,13 @@ class Exchange:
         shared = Counter([*apart.values(), *self._averages.storages(), *{*map(storage, self._memory.values())}])
         lost = [name for name in self._memory if name not in here]
         for name, tensor in new.items():
-            if owner.setdefault(id(tensor), self._place(name)) != self._place(name) or not _takes(
-                tensor, self._memory[name]
-            ):
+            if owner.setdefault(id(tensor), self._place(name)) != self._place(name):  # tied by the block
                 lost.append(name)
                 continue
             try:
                 with torch.no_grad():
                     if id(tensor) in apart and shared[apart[id(tensor)]] > 1:  # may not be written in place
-                        tensor.data = self._values[name].to(tensor)
+                        tensor.data = torch.empty_like(tensor).copy_(self._values[name])
                     else:
                         tensor.copy_(self._values[name])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):  # a kind of tensor that takes no values
@@ -206,7 +205,9 @@ class Exchange:
 
 
 def _takes(tensor: Tensor, values: Tensor) -> bool:
-    return tensor.shape == values.shape and not tensor.is_meta and not storage_refusal("", tensor)
+    return (
+        not is_lazy(tensor) and tensor.shape == values.shape and not tensor.is_meta and not storage_refusal("", tensor)
+    )
 
 
 def _plain(tensor: Tensor) -> bool:

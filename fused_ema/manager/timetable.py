@@ -51,11 +51,6 @@ class Timetable:
         """The decay of each average at this step; 0, which copies, up to `update_after_step`."""
         return tuple(self._decay(schedule, step - self.update_after_step) for schedule in self.schedules)
 
-    def eventual_decays(self) -> list[float]:
-        """The decays that the schedules arrive at in the end; without those of your own, which can't be known."""
-        late = 2**40 * self.update_every
-        return [self._decay(schedule, late) for schedule in self.schedules if schedules.is_built_in(schedule)]
-
     def _decay(self, schedule: Schedule, after: int) -> float:
         if after <= 0:
             return 0.0

@@ -70,7 +70,7 @@ class _Pairs:
                 number += 2 * ema.numel()  # as csrc/plan.cpp counts: a complex element has two
         tensors = [*job.ema, *job.model]
         self._records = list(map(_record, tensors))
-        self._inference = any(tensor.is_inference() for tensor in tensors)
+        self._inference = [any(map(Tensor.is_inference, side)) for side in (job.ema, job.model)]
         self._watch = watch if isinstance(watch, SlotWatch) else None
         self._places = self._watch.places(tensors) if self._watch else None
         self._exchanged = 0  # rows that a swap has done and no restore has undone
@@ -92,16 +92,19 @@ class _Pairs:
         self._exchanged = len(self._rows)
 
     def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        writes_model = call.op in ("swap", "restore")
         whole = self._watched() if ema is None or model is None else [*ema, *model]
-        if whole is None or (self._inference and not torch.is_inference_mode_enabled()):
+        if whole is None:
             return False
+        if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
+            return False  # a new plan refuses it, in words
         tensors = list(map(shards.local, whole))
         if len(tensors) != len(self._records) or list(map(_record, tensors)) != self._records:
             return False
         with one_at_a_time(), torch.no_grad():
             self._run(call, tensors)
         half = len(whole) // 2
-        shards.written(whole if call.op in ("swap", "restore") else whole[:half])
+        shards.written(whole if writes_model else whole[:half])
         return True
 
     def _watched(self) -> Tensors | None:
