@@ -68,7 +68,7 @@ def test_build_into_the_cache_once(compiled, tmp_path):
     assert cache.build() == (folder / cache.LIBRARY, True)
     assert cache.build() == (folder / cache.LIBRARY, False)
     assert len(compiled) == 1
-    record = json.loads((folder / cache.RECORD).read_text())
+    record = cache.read_record(folder)
     assert (record["torch"], record["version"]) == ("2.13.0+cpu", fused_ema.__version__)
     assert "without CUDA" in record["cuda_why_not"]
     assert cache.build(force=True)[1]
@@ -98,7 +98,7 @@ def test_the_cache_of_someone_else(compiled, monkeypatch):
 @pytest.mark.parametrize("change", ["torch", "sources", "size", "cuda"])
 def test_a_library_that_does_not_fit_is_built_again(compiled, change, tmp_path):
     path, _ = cache.build(tmp_path / "here")
-    record = json.loads((path.parent / cache.RECORD).read_text())
+    record = cache.read_record(path.parent)
     (path.parent / cache.RECORD).write_text(json.dumps({**record, change: "other"}))
     assert cache.build(tmp_path / "here")[1]
 
@@ -222,7 +222,7 @@ def failing(monkeypatch, tmp_path, compiled):
 
 def test_without_cuda_where_cuda_fails(failing, capsys, tmp_path):
     path, _ = cache.build(tmp_path / "here")
-    record = json.loads((path.parent / cache.RECORD).read_text())
+    record = cache.read_record(path.parent)
     assert "cuda" not in record
     assert "ninja says no" in record["cuda_why_not"]
     assert "WITHOUT CUDA" in capsys.readouterr().err
