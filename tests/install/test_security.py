@@ -71,15 +71,8 @@ LAST = {
 }
 PROCESSES = ("os.exec", "os.posix_spawn", "os.spawn")
 LOADS = {"torch.load", "torch.serialization.load"}
-HIDING = {
-    "builtins",
-    "importlib",
-    "os",
-    "pickle",
-    "runpy",
-    "subprocess",
-    "torch",
-}  # must be imported under their own names
+# Modules that may only be imported under their own names.
+HIDING = {"builtins", "importlib", "os", "pickle", "runpy", "subprocess", "torch"}
 PARTS = {"importlib.import_module", "torch.hub", "torch.jit", "torch.serialization"}
 SHELLS = {"bash", "cmd", "cmd.exe", "powershell", "sh"}
 
