@@ -28,10 +28,11 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
-    "csrc/plan.cpp": "native hazards_sources hazards_calls ema_rounding",
+    "csrc/plan.cpp": "hazards_sources hazards_calls ema_rounding",
     "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
     "csrc/watch.h": "hazards_sources hazards_calls ema_swap hazards_process distributed",
-    "fused_ema/_build/compile.py": "build",
+    "fused_ema/_build/cache.py": "build",
+    "fused_ema/_build/library.py": "library",
     "fused_ema/pairs/arguments.py": "hazards_values",
     "fused_ema/manager/attach.py": "ema_attach",
     "fused_ema/manager/averages.py": "ema ema_state",
@@ -70,7 +71,7 @@ class Copy:
 
     def test(self, names: str = "") -> str:
         """What failed in these files, or in all; "" where nothing did."""
-        files = [f"tests/test_{name}.py" for name in names.split()]
+        files = [str(path) for name in names.split() for path in (self.root / "tests").rglob(f"test_{name}.py")]
         hangs, output = self._run([sys.executable, "-m", "pytest", "-xq", "-rfE", FITS, *(files or ["tests"])])
         if hangs or not output:
             return hangs
