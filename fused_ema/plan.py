@@ -190,6 +190,6 @@ def _warn_of_standstill(decays: tuple[float, ...]) -> None:
         _warned = True
         finest = max(decay for decay in decays if decay < 1.0)
         warn(
-            f"fused_ema: averages in 16 bits stand still at decay {finest}: most steps are smaller than half a unit in the "
-            "last place and round away. Keep the averages in float32, or round stochastically (fused_ema.EMA)."
+            f"fused_ema: averages in 16 bits stand still at decay {finest}: most steps are smaller than half a unit in "
+            "the last place and round away. Keep the averages in float32, or round stochastically (fused_ema.EMA)."
         )

@@ -23,7 +23,7 @@ ORDER = """
     plan
     runners
     pairs _build
-    _version
+    _version _warning
 """.strip().splitlines()
 LEVELS = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 ALSO = {  # room: further modules, or rooms, that it may import
