@@ -17,7 +17,7 @@ key = $(firstword $(shell echo '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
 BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
 
-.PHONY: help setup demo test test-long sanitize sanitize-plans soak mutants coverage fuzz fuzz-sources fuzz-plans lint bench audit clean
+.PHONY: help setup demo test test-all test-long ci-full sanitize sanitize-plans soak mutants coverage fuzz fuzz-sources fuzz-plans lint bench audit clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-sweep gpu-counters
 
 help:  ## list these targets
@@ -28,20 +28,31 @@ setup: $(BUILD_STAMP)  ## environment and extension, for the torch and the compi
 demo: setup  ## train a small network with averaged weights: accuracy, and the cost of the update
 	@$(PY) examples/demo.py $(ARGS)
 
-test: setup  ## the tests; options for pytest in ARGS
-	@$(PY) -m pytest -q tests $(ARGS)
+# One process per core, each with one thread of OpenMP that does not spin: more would hold each other up. Tests of
+# several threads ask for them.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q tests -n auto --maxprocesses 16 --dist worksteal
+test: setup  ## the tests, without those that are slow, in about three minutes; options for pytest in ARGS
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
-KILLED := tests/test_files.py::test_killed_at_any_moment
+test-all: setup  ## all tests; options for pytest in ARGS
+	@$(PYTEST) $(ARGS)
+
+tests = $(foreach name,$(1),$(or $(shell find tests -name 'test_$(name).py'),tests/test_$(name).py))
 test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 processes killed while saving: an hour
-	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
+	@$(PY) -m pytest -q $(call tests,differential stale_plans) $(call tests,files)::test_killed_at_any_moment \
+	    --hypothesis-profile=long $(ARGS)
+
+ci-full:  ## everything that CI runs: .ci/run, the slow tests, the oldest PyTorch, sanitizers, fuzzing, packaging
+	@.ci/full
 
 sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
-	@$(PY) tests/instrumented.py address $(addprefix tests/test_,hazards_*.py ema.py ema_swap.py numerics.py stale_plans.py)
-	@$(PY) tests/instrumented.py thread tests/test_hazards_process.py
+	@$(PY) tests/long/instrumented.py address $(call tests,hazards_* ema ema_swap numerics stale_plans)
+	@$(PY) tests/long/instrumented.py thread $(call tests,hazards_process)
 
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_PLANS := tests/long/fuzz/fuzz_plans.cpp -Itests -Itests/grid
 sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
-	@mkdir -p build && $(CXX) $(SANITIZERS) tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+	@mkdir -p build && $(CXX) $(SANITIZERS) $(FUZZ_PLANS) -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
 
 # The options of libFuzzer in ARGS. A checkpoint run reads and writes files: it gets a third of the runs.
 RUNS ?= 9000
@@ -50,27 +61,27 @@ fuzz: fuzz-sources fuzz-plans  ## hostile sources, files and plans, RUNS of them
 
 fuzz-sources: setup  ## those of Python, with atheris
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
-	@$(PY) tests/fuzz/fuzz_pairing.py -runs=$(RUNS) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
-	@$(PY) tests/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@$(PY) tests/long/fuzz/fuzz_pairing.py -runs=$(RUNS) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@$(PY) tests/long/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 
 fuzz-plans:  ## that of plans, which needs clang with libFuzzer
-	@mkdir -p build && $(FUZZ_CXX) $(SANITIZERS) -fsanitize=fuzzer -DFUSED_EMA_LIBFUZZER tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer
+	@mkdir -p build && $(FUZZ_CXX) $(SANITIZERS) -fsanitize=fuzzer -DFUSED_EMA_LIBFUZZER $(FUZZ_PLANS) -o build/fuzz_plans_libfuzzer
 	@build/fuzz_plans_libfuzzer -runs=$$(($(RUNS) * 10)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 
 soak: setup  ## a million updates of models that change: ten minutes
-	@$(PY) tests/soak.py $(ARGS)
+	@$(PY) tests/long/soak.py $(ARGS)
 
 coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour; needs clang and llvm-cov
 	@$(PY) -m pip install -q coverage
-	@$(PY) tests/instrumented.py coverage tests
+	@$(PY) tests/long/instrumented.py coverage tests
 
 mutants: setup  ## put faults into a copy, one by one, and see whether the tests notice: two hours; parts of names in ARGS
-	@$(PY) tests/mutants/run.py $(ARGS)
+	@$(PY) tests/long/mutants/run.py $(ARGS)
 
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp benchmarks/*.cpp benchmarks/*.cu)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp tests/*/*/*.cpp benchmarks/*.cpp benchmarks/*.cu)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
@@ -107,7 +118,7 @@ gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 	    2>&1 | tee $(OUT)/tests.txt | grep -E '^(=|FAILED|ERROR|SKIPPED|[ 0-9][0-9] .* good: |[0-9]+ of )'
 
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
-	@$(GPU) PYTHON=$(PYTHON) tests/sanitize_gpu.sh $(OUT)/sanitizer.txt
+	@$(GPU) PYTHON=$(PYTHON) tests/gpu/sanitize_gpu.sh $(OUT)/sanitizer.txt
 
 gpu-bench: gpu-build  ## the benchmark and its plots; options in ARGS
 	@$(GPU) $(PYTHON) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)

@@ -1,8 +1,8 @@
 """Runs tests in a copy of the checkout whose extension is built with a sanitizer, or counts what is run.
 
-    python tests/instrumented.py address tests/test_hazards_*.py     # addresses and undefined behaviour
-    python tests/instrumented.py thread tests/test_hazards_process.py
-    python tests/instrumented.py coverage tests                      # branches of the package and of csrc
+    python tests/long/instrumented.py address tests/runners    # addresses and undefined behaviour
+    python tests/long/instrumented.py thread TEST...           # concurrent calls
+    python tests/long/instrumented.py coverage tests           # branches of the package and of csrc
 
 Under sanitizers Python and PyTorch are as they are, so only what the extension itself does is looked at. With threads
 that is the concurrent calls of one process: OpenMP, whose locks the sanitizer does not know, gets one thread.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
@@ -68,7 +68,7 @@ exclude_also =
 """  # copies of the package that tests make count too; what torch.compile traces is never run by Python
 
 
-SLOW = "tests/test_ema_swap.py", "test_interrupted_at_any_moment"  # has a time limit, and each line is traced
+UNTRACED = "not test_interrupted_at_any_moment"  # which has a time limit that tracing each line would exceed
 
 
 def copy_checkout(folder: Path) -> None:
@@ -105,11 +105,11 @@ def main(kind: str, *names: str) -> None:
         sys.exit(not run(*fixed, sys.executable, *tests, LD_PRELOAD=preload))
     (copy / "coveragerc").write_text(COVERAGE.format(copy=copy), encoding="utf-8")
     coverage = (sys.executable, "-m", "coverage")
-    assert f"def {SLOW[1]}(" in (copy / SLOW[0]).read_text(encoding="utf-8")
-    passed = run(*coverage, "run", f"--rcfile={copy}/coveragerc", *tests, "--deselect", "::".join(SLOW))
+    passed = run(*coverage, "run", f"--rcfile={copy}/coveragerc", *tests, "-k", UNTRACED)
     # The kernel's tiles, run over the emulated grid.
     plans = copy / "build" / "fuzz_plans"
-    passed &= run("clang++", "-std=c++17", *flags, "tests/fuzz/fuzz_plans.cpp", "-o", plans) and run(plans, 200_000)
+    sources = ("tests/long/fuzz/fuzz_plans.cpp", "-Itests", "-Itests/grid")
+    passed &= run("clang++", "-std=c++17", *flags, *sources, "-o", plans) and run(plans, 200_000)
     compiled = _branches(copy, plans)
     passed &= run(*coverage, "combine", "-q", f"--rcfile={copy}/coveragerc")
     passed &= run(*coverage, "report", f"--rcfile={copy}/coveragerc", "--fail-under=95")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name, *arguments, folder):

@@ -11,7 +11,7 @@ from conftest import refused
 
 import fused_ema
 
-SCRIPT = Path(__file__).parent / "distributed" / "sharded.py"
+SCRIPT = Path(__file__).with_name("sharded.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 

@@ -1,6 +1,6 @@
 """A million updates of models that change all the time: each against the formula in float64; memory has to stay flat.
 
-    python tests/soak.py [UPDATES]
+    python tests/long/soak.py [UPDATES]
 
 Ends with an error where one element is off by more than its bound, or the process has grown by more than 16 MiB since
 its first tenth.

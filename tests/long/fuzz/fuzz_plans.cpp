@@ -7,7 +7,7 @@
 #define FUSED_EMA_UNROLL 2
 #define FUSED_EMA_STEPS 2
 #endif
-#include "../emulated_grid.cpp"
+#include "emulated_grid.cpp"  // which -I finds
 
 namespace {
 

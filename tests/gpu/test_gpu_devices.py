@@ -84,7 +84,7 @@ def test_two_devices(current, idle_calls):
 
 
 def test_fsdp2_on_one_device(tmp_path):
-    script = Path(__file__).with_name("distributed") / "one_gpu.py"
+    script = Path(__file__).with_name("one_gpu.py")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NCCL_SOCKET_IFNAME": "lo"}
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

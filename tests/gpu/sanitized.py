@@ -3,8 +3,11 @@ tests on a GPU, with values compared."""
 
 import sys
 import warnings
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from oracle import FLOATS, HALF, PAIRS
 from step_checks import (
     check_copy,

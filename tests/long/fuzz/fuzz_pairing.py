@@ -1,4 +1,6 @@
-"""Hostile sources for update, copy_, swap_ and bind:  python tests/fuzz/fuzz_pairing.py -runs=10000 -seed=1
+"""Hostile sources for update, copy_, swap_ and bind.
+
+    python tests/long/fuzz/fuzz_pairing.py -runs=10000 -seed=1
 
 A call gives what a float64 reference gives by name, or raises ValueError, TypeError or RuntimeError; then no byte
 changes.

@@ -16,7 +16,7 @@ import fused_ema
 from fused_ema import EMA, functional
 from fused_ema.plan import Plan
 
-FAULTS = Path(__file__).with_name("faults")
+FOLDER = Path(__file__).parent
 WAYS = ["function", "bound", "lists", "manager", "manager, stochastic"]
 
 
@@ -26,8 +26,8 @@ def test_memory_runs_out_at_each_allocation(tmp_path):
         pytest.skip("g++ not found: what makes allocations fail is compiled")
     library = tmp_path / "allocations.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, FAULTS / "allocations.cpp", "-o", library, "-ldl"], check=True)
-    command = [sys.executable, FAULTS / "allocations.py"]
+    subprocess.run(["g++", *flags, FOLDER / "allocations.cpp", "-o", library, "-ldl"], check=True)
+    command = [sys.executable, FOLDER / "allocations.py"]
     done = subprocess.run(["env", f"LD_PRELOAD={library}", *command], capture_output=True, text=True, timeout=600)
     print(done.stdout)  # how many there were
     assert done.stdout.endswith("done\n"), done.stderr[-5000:]

@@ -1,4 +1,4 @@
-"""The CUDA kernel's numbers: those of tests/test_numerics.py, and the CPU's bits."""
+"""The CUDA kernel's numbers: those of test_numerics.py, and the CPU's bits."""
 
 from collections import Counter
 

@@ -3,10 +3,10 @@
 import copy
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,16 +162,15 @@ def test_goes_on_with_the_same_bits(backend, options, stop):
 
 FRESH = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch
 from test_ema_state import EMA, OPTIONS, run, small
 for name, options in OPTIONS.items():
-    weights, state = torch.load(f"{sys.argv[2]}/{name}.pt", weights_only=True)
+    weights, state = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True)
     ema = EMA(small(), **options)
     ema.model.load_state_dict(weights)
     ema.load_state_dict(state)
     run(ema, ema.step, 11)
-    torch.save(ema.state_dict(), f"{sys.argv[2]}/{name}.resumed")
+    torch.save(ema.state_dict(), f"{sys.argv[1]}/{name}.resumed")
 """
 
 
@@ -183,7 +182,8 @@ def test_goes_on_in_another_process(tmp_path):
         torch.save((ema.model.state_dict(), ema.state_dict()), tmp_path / f"{name}.pt")
         run(ema, 4, 11)
         ends[name] = ema.state_dict()
-    subprocess.run([sys.executable, "-c", FRESH, str(Path(__file__).parent), str(tmp_path)], check=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path], check=True, timeout=120, env=environment)
     for name, state in ends.items():
         assert same_states(torch.load(tmp_path / f"{name}.resumed", weights_only=True), state), name
 

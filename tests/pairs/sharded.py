@@ -1,6 +1,6 @@
 """Run by test_distributed.py on each of several processes: averages of sharded models against those of one process.
 
-torchrun --nproc-per-node N tests/distributed/sharded.py FOLDER CHECK...
+torchrun --nproc-per-node N tests/pairs/sharded.py FOLDER CHECK...
 """
 
 import contextlib

@@ -1,4 +1,6 @@
-"""Broken and hostile files and states for what reads them:  python tests/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
+"""Broken and hostile files and states for what reads them.
+
+    python tests/long/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
 
 A reader gives a result, or raises what its docstring says, leaves the manager as it was, and runs nothing of a file.
 """

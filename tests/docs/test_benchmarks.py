@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_scaling  # noqa: E402
 import bench_update  # noqa: E402

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Each tool of compute-sanitizer on tests/sanitized.py, at once; what they print goes into the file that is named.
+# Each tool of compute-sanitizer on sanitized.py, at once; what they print goes into the file that is named.
 # Each allocation on its own, or an access beyond a tensor would lie inside of a larger block.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 tools=(memcheck initcheck synccheck racecheck)
