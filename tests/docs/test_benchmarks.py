@@ -129,18 +129,12 @@ def test_a_wrong_result_is_left_out(monkeypatch):
     assert "a wrong result" in left_out[methods.LOOP]
 
 
+@pytest.mark.slow
 def test_a_small_run_from_end_to_end(tmp_path):
     results = tmp_path / "results.json"
-    options = ["--parts", "models", "--cases", "2000 tensors", "--methods", "fused,tutorial", "--seconds", "0.05"]
-    command = [
-        sys.executable,
-        BENCHMARKS / "bench_update.py",
-        *options,
-        "--json",
-        results,
-        "--csv",
-        tmp_path / "rows.csv",
-    ]
+    options = "--parts models --methods fused,tutorial --seconds 0.05 --threads 1".split()
+    options += ["--cases", "2000 tensors", "--json", results, "--csv", tmp_path / "rows.csv"]
+    command = [sys.executable, BENCHMARKS / "bench_update.py", *options]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "2000 tensors of 256" in printed
     content = json.loads(results.read_text())

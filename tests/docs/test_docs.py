@@ -16,8 +16,14 @@ import fused_ema
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Imports alone take seconds, and the frameworks have tests of their own.
+SLOW = re.compile("import lightning|transformers|accelerate|fully_shard")
 BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{section.partition(chr(10))[0].strip()}")
+    pytest.param(
+        block,
+        id=f"{page.stem}-{section.partition(chr(10))[0].strip()}",
+        marks=[pytest.mark.slow] if SLOW.search(block) else [],
+    )
     for page in PAGES
     if page.stem not in ("README", "migrating")
     for section in page.read_text(encoding="utf-8").split("\n## ")

@@ -38,7 +38,7 @@ def test_the_seed_saves_what_the_tutorial_meant_to(tmp_path):
     checkpoint = torch.load(tmp_path / "SimpleNet.pth", weights_only=True)
     assert checkpoint.keys() == {"model", "ema_model"}
 
-    with torch.random.fork_rng():  # the tutorial's loop, mended
+    with torch.random.fork_rng():  # the tutorial's loop, with its mistakes corrected
         torch.manual_seed(0)
         model = nn.Sequential()
         model.fc1, model.relu, model.fc2 = nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1)
@@ -57,6 +57,7 @@ def test_the_seed_saves_what_the_tutorial_meant_to(tmp_path):
         torch.testing.assert_close(checkpoint[name], expected.state_dict(), rtol=0, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_diffusion_finds_an_average_better_than_the_raw_weights(tmp_path):
     for module in ("matplotlib", "rich", "safetensors", "sklearn"):
         pytest.importorskip(module)
@@ -82,6 +83,7 @@ def test_diffusion_finds_an_average_better_than_the_raw_weights(tmp_path):
         assert drawn.sum() > 100, f"no {color} in the plot"
 
 
+@pytest.mark.slow
 def test_dino_learns_features_without_labels(tmp_path):
     for module in ("rich", "sklearn"):
         pytest.importorskip(module)
@@ -95,6 +97,7 @@ def test_dino_learns_features_without_labels(tmp_path):
     assert used > max(15, 3 * each), "the teacher's answers have collapsed"
 
 
+@pytest.mark.slow
 def test_the_loop_of_accelerate_resumes_with_the_same_weights(tmp_path):
     for module in ("accelerate", "sklearn", "safetensors"):
         pytest.importorskip(module)
@@ -114,6 +117,7 @@ def test_the_loop_of_accelerate_resumes_with_the_same_weights(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_accelerated_on_two_processes(tmp_path):
     """Replicas (DDP): one process reports, and both go on from its checkpoint."""
     for module in ("accelerate", "sklearn", "safetensors"):

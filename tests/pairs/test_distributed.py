@@ -29,12 +29,13 @@ def run(ranks, folder, *checks):
         assert done.stdout.count(f"{check} passed on rank") == ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_14_sharded(ranks, tmp_path):
-    checks = "update manager training evaluation ddp refusals stale layouts threads compiled files"
+    checks = "update manager training evaluation ddp refusals stale layouts threads compiled files save load"
     run(ranks, tmp_path, *checks.split())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_4_ranks_loads_on_2_and_on_1(tmp_path):
     run(4, tmp_path, "save", "load")
     for ranks in (2, 1):

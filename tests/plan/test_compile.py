@@ -35,7 +35,7 @@ def test_25_a_schedule_compiles_twice_at_most(compiler):
     assert 1 <= graphs["unique_graphs"] - before <= 2
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_25_a_whole_training_step_in_one_graph(compiler):
     """Forward, backward, SGD and the average. (Dynamo does not trace .backward(), but torch.func.)"""
     torch._dynamo.reset()

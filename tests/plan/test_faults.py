@@ -34,13 +34,13 @@ def test_memory_runs_out_at_each_allocation(tmp_path):
 
 
 class Step:
-    """One update in a way of its own, of what is new at each time."""
+    """One update of new tensors, in one of the ways. There are two: enough to see one averaged and the other not."""
 
     def __init__(self, way):
         torch.manual_seed(0)
         functional._module_plans.clear()
         functional._list_plans.clear()
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+        self.model = nn.Linear(3, 2).to(torch.bfloat16)
         self.ema = copy.deepcopy(self.model).float()
         dtype, rounding = (torch.bfloat16, "stochastic") if "stochastic" in way else (torch.float32, "nearest")
         self.manager = EMA(self.model, [0.9, 0.5], dtype=dtype, rounding=rounding)
@@ -48,7 +48,7 @@ class Step:
             for tensor in self.model.parameters():
                 tensor.add_(1)
         self.handle = fused_ema.bind(self.ema, self.model)
-        self.model[0].weight = nn.Parameter(self.model[0].weight.detach() * 2)  # so that plans are made anew
+        self.model.weight = nn.Parameter(self.model.weight.detach() * 2)  # so that the call makes a new plan
         self.is_manager, self.rounding = "manager" in way, rounding
         lists = [list(side.parameters()) for side in (self.ema, self.model)]
         self.call = {
