@@ -47,9 +47,13 @@ def backend(request, monkeypatch):
         if os.environ.get("FUSED_EMA_EXT") == "1":
             pytest.fail(f"FUSED_EMA_EXT=1, but {_native.why_not()}")
         pytest.skip(f"no native extension: {_native.why_not()}")
-    functional._module_plans.clear()
-    functional._list_plans.clear()
+    forget_plans()
     yield request.param
+    forget_plans()
+
+
+def forget_plans():
+    """The next call of each function makes a new plan."""
     functional._module_plans.clear()
     functional._list_plans.clear()
 
@@ -139,6 +143,11 @@ def clones(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def all_averages(ema):
+    """Each average of a manager as a dict of tensors by name; they are not copies."""
+    return [dict(average) for average in ema.state_dict()["averages"]]
+
+
 def versions(*sources):
     return [tensor._version for tensor in tensors_of(*sources) if plain(tensor) and not tensor.is_inference()]
 
@@ -169,7 +178,7 @@ def net(bias=True):
 @pytest.fixture
 def grid(request, capfd):
     """The kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
-    import emulated_grid  # only here: what imports this file may not have its folder on the path
+    import emulated_grid  # in tests/grid, which pytest puts on sys.path for the tests there
 
     yield emulated_grid.build(getattr(request, "param", "default"))
     assert "runtime error" not in capfd.readouterr().err

@@ -132,7 +132,7 @@ def test_a_wrong_result_is_left_out(monkeypatch):
 @pytest.mark.slow
 def test_a_small_run_from_end_to_end(tmp_path):
     results = tmp_path / "results.json"
-    options = "--parts models --methods fused,tutorial --seconds 0.05 --threads 1".split()
+    options = ["--parts", "models", "--methods", "fused,tutorial", "--seconds", "0.05", "--threads", "1"]
     options += ["--cases", "2000 tensors", "--json", results, "--csv", tmp_path / "rows.csv"]
     command = [sys.executable, BENCHMARKS / "bench_update.py", *options]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().with_name("mutants")))
-from mutants import FIRST, MUTANTS, THEN
+from mutants import MUTANTS
+from run import FIRST, THEN
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,10 +17,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import oracle
-from conftest import bits, same_bits, tensors_of, versions
+from conftest import all_averages, bits, forget_plans, same_bits, tensors_of, versions
 
 import fused_ema
-from fused_ema import functional
 from fused_ema.runners import extension as _native
 
 preloaded = ctypes.CDLL(None)
@@ -103,8 +102,7 @@ def updated(ema, model, decay=0.9):
 
 def planning(dtype, kind):
     def prepare():
-        functional._module_plans.clear()
-        functional._list_plans.clear()
+        forget_plans()
         ema, model = modules(dtype)
         sources = [list(side.parameters()) if kind == "lists" else side for side in (ema, model)]
         return lambda: fused_ema.update(*sources, 0.9), (ema, model), updated(ema, model)
@@ -120,22 +118,18 @@ def planning_again():
     return lambda: handle.update(0.9), (ema, model), updated(ema, model)
 
 
-def averages_of(manager):
-    return [dict(average) for average in manager.state_dict()["averages"]]
-
-
 def managing():
     _, model = modules(torch.bfloat16)
     manager = fused_ema.EMA(model, [0.9, 0.5])
     model[0].weight = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16))
-    averages = averages_of(manager)
+    averages = all_averages(manager)
     old = [{name: tensor.clone() for name, tensor in average.items()} for average in averages]
     step = manager.step
 
     def check():
         assert manager.step == step + 1
         model_now = dict(model.named_parameters())
-        for before, now, decay in zip(old, averages_of(manager), (0.9, 0.5), strict=True):
+        for before, now, decay in zip(old, all_averages(manager), (0.9, 0.5), strict=True):
             theirs = [model_now[name].detach() for name in before]
             oracle.check_step([*before.values()], theirs, [now[name] for name in before], decay, bitwise=True)
 
@@ -146,7 +140,7 @@ def swapping(dtype, replaced):
     def prepare():
         _, model = modules(dtype)
         manager = fused_ema.EMA(model, [0.9, 0.5])
-        averages = averages_of(manager)
+        averages = all_averages(manager)
         with torch.no_grad():
             for tensor in tensors_of(averages[1]):
                 tensor.add_(1)

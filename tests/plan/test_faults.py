@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bits, interrupted_at, same_bits, versions
+from conftest import all_averages, bits, forget_plans, interrupted_at, same_bits, versions
 from oracle import check_step
 from torch import nn
 
 import fused_ema
-from fused_ema import EMA, functional
+from fused_ema import EMA
 from fused_ema.plan import Plan
 
 FOLDER = Path(__file__).parent
@@ -38,8 +38,7 @@ class Step:
 
     def __init__(self, way):
         torch.manual_seed(0)
-        functional._module_plans.clear()
-        functional._list_plans.clear()
+        forget_plans()
         self.model = nn.Linear(3, 2).to(torch.bfloat16)
         self.ema = copy.deepcopy(self.model).float()
         dtype, rounding = (torch.bfloat16, "stochastic") if "stochastic" in way else (torch.float32, "nearest")
@@ -61,7 +60,7 @@ class Step:
         """Of each, its tensors in the model's order."""
         if not self.is_manager:
             return [[tensor.detach() for tensor in self.ema.parameters()]]
-        return [[*average.values()] for average in self.manager.state_dict()["averages"]]
+        return [[*average.values()] for average in all_averages(self.manager)]
 
     def check(self, old):
         model = [tensor.detach() for tensor in self.model.parameters()]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from conftest import bits, refused, same_bits, tensors_of
+from conftest import all_averages, bits, refused, same_bits, tensors_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -181,7 +181,7 @@ class StalePlans(RuleBasedStateMachine):
         assert self.manager is not left
         assert self.manager.model is self.model
         assert self.manager.step == left.step
-        assert all(map(same_bits, map(bits, left.state_dict()["averages"]), self.averages()))
+        assert all(map(same_bits, map(bits, left.state_dict()["averages"]), all_averages(self.manager)))
 
     # ---- What must be refused, and then be mended
 
@@ -193,7 +193,7 @@ class StalePlans(RuleBasedStateMachine):
 
     def manager_refuses(self, error):
         step = self.manager.step
-        refused(error, self.manager.update, self.model, *self.averages())
+        refused(error, self.manager.update, self.model, *all_averages(self.manager))
         assert self.manager.step == step
 
     @rule(side=sides, place=places)
@@ -270,39 +270,36 @@ class StalePlans(RuleBasedStateMachine):
 
     # ---- The manager
 
-    def averages(self):
-        return [dict(average) for average in self.manager.state_dict()["averages"]]
-
     @rule()
     def manager_updates(self):
-        old = [{name: tensor.clone() for name, tensor in average.items()} for average in self.averages()]
+        old = [{name: tensor.clone() for name, tensor in average.items()} for average in all_averages(self.manager)]
         self.manager.update()
         model = named(self.model)
-        for before, after, decay in zip(old, self.averages(), (0.5, 0.9), strict=True):
+        for before, after, decay in zip(old, all_averages(self.manager), (0.5, 0.9), strict=True):
             theirs = [model[name].detach() for name in before]
             check_step([*before.values()], theirs, [after[name] for name in before], decay, bitwise=True)
 
     @rule(index=st.integers(0, 1))
     def manager_swaps(self, index):
-        raw, true = bits(self.model), [bits(average) for average in self.averages()]
-        averages = self.averages()[index]
+        raw, true = bits(self.model), [bits(average) for average in all_averages(self.manager)]
+        averages = all_averages(self.manager)[index]
         expected = {name: average.clone() for name, average in averages.items()}
         with self.manager.swapped(index):
             for name, tensor in named(self.model).items():
                 assert same_tensor(tensor.detach(), expected[name].to(tensor.dtype)), name
         assert same_bits(raw, self.model)
-        assert all(map(same_bits, true, self.averages()))
+        assert all(map(same_bits, true, all_averages(self.manager)))
 
     @rule()
     def manager_resumes(self):
         file = io.BytesIO()
         torch.save(self.manager.state_dict(), file)
         file.seek(0)
-        before, step = self.averages(), self.manager.step
+        before, step = all_averages(self.manager), self.manager.step
         self.manage()
         self.manager.load_state_dict(torch.load(file, weights_only=True))
         assert self.manager.step == step
-        for old, new in zip(before, self.averages(), strict=True):
+        for old, new in zip(before, all_averages(self.manager), strict=True):
             assert all(map(same_tensor, tensors_of(old), tensors_of(new)))
 
 

@@ -458,32 +458,3 @@ MUTANTS = [
         "return same",
     ),
 ]
-
-# The test files that kill most, by what is mutated. The grid's tests build the kernel's code by themselves.
-FIRST = {
-    "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
-    "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
-    "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
-    "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
-    "csrc/plan.cpp": "native hazards_sources hazards_calls ema_rounding",
-    "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
-    "csrc/watch.h": "hazards_sources hazards_calls ema_swap hazards_process distributed",
-    "fused_ema/_build/compile.py": "build",
-    "fused_ema/pairs/arguments.py": "hazards_values",
-    "fused_ema/manager/attach.py": "ema_attach",
-    "fused_ema/manager/averages.py": "ema ema_state",
-    "fused_ema/checkpoints/__init__.py": "security checkpoints",
-    "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
-    "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
-    "fused_ema/manager/swap.py": "ema_swap",
-    "fused_ema/checkpoints/files.py": "files",
-    "fused_ema/functional.py": "hazards_process hazards_calls",
-    "fused_ema/pairs/pairing.py": "hazards_sources hazards_memory",
-    "fused_ema/plan.py": "ema_swap ema_rounding",
-    "fused_ema/posthoc/__init__.py": "posthoc",
-    "fused_ema/runners/reference.py": "numerics",
-    "fused_ema/schedules.py": "schedules",
-    "fused_ema/manager/state.py": "ema_state",
-}
-# What survives those meets these, and then the whole suite.
-THEN = "hazards_memory hazards_values hazards_dtypes hazards_sources ema ema_state stale_plans differential"
