@@ -263,11 +263,11 @@ MUTANTS = [
     Mutant(
         "steps counted before they are made",
         "fused_ema/manager/ema.py",
-        """                self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+        """                self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
 """,
         """                self._step = step
                 try:
-                    self._run("update_stochastic" if stochastic else "update", Call(decays, on_device, keys))
+                    self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
                 except Exception:
                     self._step = step - 1
                     raise
@@ -308,8 +308,10 @@ MUTANTS = [
                 self._check_unswapped("swapped")
 """,
     ),
-    Mutant("update_every forgotten", "fused_ema/manager/ema.py", "decay**self.update_every if", "decay if"),
-    Mutant("one key for all averages", "fused_ema/manager/ema.py", "step * MAX_AVERAGES + k)", "step * MAX_AVERAGES)"),
+    Mutant("update_every forgotten", "fused_ema/manager/timetable.py", "decay**self.update_every if", "decay if"),
+    Mutant(
+        "one key for all averages", "fused_ema/manager/timetable.py", "step * MAX_AVERAGES + k)", "step * MAX_AVERAGES)"
+    ),
     Mutant(
         "replaced tensors keep the average",
         "fused_ema/manager/swap.py",

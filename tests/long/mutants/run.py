@@ -39,6 +39,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/manager/swap.py": "ema_swap",
+    "fused_ema/manager/timetable.py": "ema ema_rounding",
     "fused_ema/checkpoints/files.py": "files",
     "fused_ema/functional.py": "hazards_process hazards_calls",
     "fused_ema/pairs/pairing.py": "hazards_sources hazards_memory",
