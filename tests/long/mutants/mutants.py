@@ -183,7 +183,12 @@ MUTANTS = [
     Mutant("garbage collected in between", "csrc/watch.h", "PyGC_Disable() != 0", "false"),
     Mutant("versions of shards that ended", "csrc/bindings.cpp", "alive = plan_.tensors();", ""),
     Mutant("versions of tensors that ended", "csrc/bindings.cpp", "alive.push_back(reference(tensor));", ";"),
-    Mutant("modules that name others", "fused_ema/plan.py", "{id(source), *children} - {id(None)} == ", "source and "),
+    Mutant(
+        "modules that name others",
+        "fused_ema/runners/watch.py",
+        "{id(source), *children} - {id(None)} == ",
+        "source and ",
+    ),
     Mutant("always complete", "csrc/bindings.cpp", "return complete_ && ", "return "),
     Mutant("exchanged for good", "csrc/bindings.cpp", "exchanged_ = op == Op::swap;", "exchanged_ = true;"),
     Mutant("version at decay 1", "csrc/bindings.cpp", "return decay == 1.0; };", "return decay == 2.0; };"),
@@ -194,29 +199,32 @@ MUTANTS = [
     Mutant(
         "one average of two parameters",
         "fused_ema/pairs/checks.py",
-        "if memory(pairs.model[before]) != memory(model):",
+        "if place(pairs.model[before]) != place(model):",
         "if False:",
     ),
     Mutant(
         "averages that overlap",
-        "fused_ema/pairs/checks.py",
-        "if after.begin < before.end:",
-        "if after.begin < before.begin:",
+        "fused_ema/pairs/memory.py",
+        "if farthest and each.begin < farthest.end:",
+        "if farthest and each.begin < farthest.begin:",
     ),
     Mutant(
         "average in the model's memory",
         "fused_ema/pairs/checks.py",
-        "if at >= 0 and ema_spans[at].end > span.begin:",
-        "if at > 0 and ema_spans[at].end > span.begin:",
+        "if before in model and after in model:",
+        "if before in model or after in model:",
     ),
     Mutant(
         "spans without strides",
-        "fused_ema/pairs/checks.py",
-        "return _Span(begin, begin + _extent(tensor) * tensor.element_size(), name)",
-        "return _Span(begin, begin + tensor.numel() * tensor.element_size(), name)",
+        "fused_ema/pairs/memory.py",
+        "begin + extent(tensor) * tensor.element_size()",
+        "begin + tensor.numel() * tensor.element_size()",
     ),
     Mutant(
-        "expanded averages", "fused_ema/pairs/checks.py", "        if stride <= reach:", "        if stride < reach:"
+        "expanded averages",
+        "fused_ema/pairs/memory.py",
+        "        if stride <= reach:",
+        "        if stride < reach:",
     ),
     Mutant("storage too small", "fused_ema/pairs/checks.py", "    if found >= needed:", "    if found > 0:"),
     Mutant("narrow averages", "fused_ema/pairs/checks.py", "if WIDTH[ema.dtype] >= WIDTH[model.dtype]:", "if True:"),
@@ -235,7 +243,7 @@ MUTANTS = [
     Mutant(
         "names of one side dropped",
         "fused_ema/pairs/pairing.py",
-        'if differ := difference(plain_theirs, plain_ours, "model", "ema"):',
+        'if differ := difference(plain_ours, plain_theirs, "ema"):',
         "if False:",
     ),
     Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
@@ -263,17 +271,22 @@ MUTANTS = [
     Mutant(
         "steps counted before they are made",
         "fused_ema/manager/ema.py",
-        """                self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
+        """                self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
 """,
         """                self._step = step
                 try:
-                    self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
+                    self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
                 except Exception:
                     self._step = step - 1
                     raise
 """,
     ),
-    Mutant("made of another's averages", "fused_ema/manager/ema.py", '        self._check_unswapped("__init__")\n', ""),
+    Mutant(
+        "made of another's averages",
+        "fused_ema/manager/ema.py",
+        '        self._refuse_swapped("EMA()")\n',
+        "",
+    ),
     Mutant(
         "moved, and written to where it was",
         "fused_ema/manager/ema.py",
@@ -282,14 +295,14 @@ MUTANTS = [
     ),
     Mutant(
         "copied into what overlaps",
-        "fused_ema/manager/ema.py",
-        '            if refusal := write_refusal(f"model[{name!r}]", into[name]):\n                raise refusal\n',
+        "fused_ema/manager/copying.py",
+        '    if refusal := write_refusal(f"model[{name!r}]", target):\n        raise refusal\n',
         "",
     ),
     Mutant(
         "copied into what is shared",
-        "fused_ema/manager/ema.py",
-        "        check_targets(values, into, self._averages)\n",
+        "fused_ema/manager/copying.py",
+        "    _check_memory(values, into, averages)\n",
         "",
     ),
     Mutant(
@@ -301,12 +314,8 @@ MUTANTS = [
     Mutant(
         "swaps without a lock",
         "fused_ema/manager/ema.py",
-        """            with one_at_a_time():
-                self._check_unswapped("swapped")
-""",
-        """            if True:
-                self._check_unswapped("swapped")
-""",
+        '            with one_at_a_time():\n                self._refuse_swapped("EMA.swapped()")\n',
+        '            if True:\n                self._refuse_swapped("EMA.swapped()")\n',
     ),
     Mutant("update_every forgotten", "fused_ema/manager/timetable.py", "decay**self.update_every if", "decay if"),
     Mutant(
@@ -321,33 +330,33 @@ MUTANTS = [
     Mutant(
         "values that change places",
         "fused_ema/manager/swap.py",
-        "values[name] = value.clone() if in_the_way else value",
-        "values[name] = value",
+        "v.clone() if storage(v) in written else v",
+        "v",
     ),
     Mutant(
         "written to where another is",
         "fused_ema/manager/swap.py",
-        "if own in shared or owners.setdefault(own, place) != place:",
-        "if False:",
+        "if owner.setdefault(id(tensor), self._place(name)) != self._place(name) or not _takes(",
+        "if not _takes(",
     ),
     Mutant(
         "written to the averages",
         "fused_ema/manager/swap.py",
-        "if _plain(tensor) and tensor.untyped_storage().data_ptr() in averages:",
-        "if False:",
+        "*self._averages.storages(), ",
+        "",
     ),
     Mutant("freed memory stays so", "fused_ema/manager/swap.py", "        self._bring_back_memory()\n", ""),
     Mutant(
         "exchanges kept",
         "fused_ema/manager/swap.py",
-        "        if self in _exchanges:\n            _exchanges.remove(self)\n",
+        "        if self in _under_way:\n            _under_way.remove(self)\n",
         "",
     ),
     Mutant(
         "autocast's copies stay",
         "fused_ema/plan.py",
-        '        if op in ("swap", "restore"):\n            torch.clear_autocast_cache()',
-        '        if op == "copy":\n            torch.clear_autocast_cache()',
+        "        if writes_model:\n            torch.clear_autocast_cache()",
+        "        if not writes_model:\n            torch.clear_autocast_cache()",
     ),
     Mutant(
         "averages of several share lines",
@@ -359,12 +368,15 @@ MUTANTS = [
     Mutant(
         "seed not resumed",
         "fused_ema/manager/state.py",
-        '    del numbers["updates"]  #',
-        '    del numbers["updates"], numbers["seed"]  #',
+        '        numbers["seed"],\n',
+        "        own.timetable.seed,\n",
     ),
     Mutant("decays not resumed", "fused_ema/manager/state.py", 'tuple(saved["decays"])', "ema._decays"),
     Mutant(
-        "averages half taken over", "fused_ema/manager/state.py", "elif found.shape != average.shape:", "elif False:"
+        "averages half taken over",
+        "fused_ema/manager/state.py",
+        "if found.shape != average.shape:",
+        "if False:",
     ),
     Mutant(
         "skipped steps counted",
@@ -375,7 +387,7 @@ MUTANTS = [
     Mutant(
         "swapped models trained",
         "fused_ema/manager/attach.py",
-        '        self._ema._check_unswapped("attach", "optimizer.step() would train the averages; ")\n',
+        "        self._manager.refuse_swapped()\n",
         "",
     ),
     Mutant("the count of warm-up", "fused_ema/schedules.py", "(1 + n) / (10 + n)", "n / (10 + n)"),
@@ -387,9 +399,9 @@ MUTANTS = [
     ),
     Mutant(
         "numbers of random bits",
-        "fused_ema/plan.py",
-        "number, start = number + 2 * first.numel(), number",
-        "number, start = number + first.numel(), number",
+        "fused_ema/runners/reference.py",
+        "number += 2 * ema.numel()",
+        "number += ema.numel()",
     ),
     Mutant(
         "PyTorch's branches exchanged",

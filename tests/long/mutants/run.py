@@ -37,6 +37,8 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/manager/averages.py": "ema ema_state",
     "fused_ema/checkpoints/__init__.py": "security checkpoints",
     "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
+    "fused_ema/pairs/memory.py": "hazards_memory hazards_dtypes",
+    "fused_ema/manager/copying.py": "ema ema_swap",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/manager/swap.py": "ema_swap",
     "fused_ema/manager/timetable.py": "ema ema_rounding",
@@ -46,6 +48,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/plan.py": "ema_swap ema_rounding",
     "fused_ema/posthoc/__init__.py": "posthoc",
     "fused_ema/runners/reference.py": "numerics",
+    "fused_ema/runners/watch.py": "hazards_sources hazards_calls",
     "fused_ema/schedules.py": "schedules",
     "fused_ema/manager/state.py": "ema_state",
 }
