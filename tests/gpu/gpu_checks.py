@@ -1,4 +1,4 @@
-"""What the tests on a GPU share. Fixtures are named in each file that uses them: `kernel = gpu_checks.kernel`."""
+"""What the tests on a GPU share. Each file names the fixtures that it uses: `kernel = gpu_checks.kernel`."""
 
 import contextlib
 import itertools
@@ -67,7 +67,7 @@ def profile(call, times):
 
 @pytest.fixture(scope="module")
 def idle_calls():
-    """Runtime calls of a profile in which nothing runs; and a check that the profiler counts at all."""
+    """The runtime calls of a profile in which nothing runs. Also checks that the profiler counts at all."""
     if not torch.cuda.is_available():
         return Counter()
     x = torch.ones(100, device=DEVICE)
@@ -79,7 +79,7 @@ def idle_calls():
 
 def check_steady(call, idle_calls, times=3):
     """Each call is one kernel of ours and nothing else: no copy, no fill, no wait, no allocation."""
-    call()  # plans
+    call()  # makes the plan
     call()
     on_device, calls = profile(call, times)
     assert sum(on_device.values()) == times, on_device
@@ -112,12 +112,12 @@ def raises_on_sync():
 
 
 def all_bits(module):
-    """All bytes of a module in one tensor on its device, so that one look is enough."""
+    """All bytes of a module in one tensor on its device, so that one comparison is enough."""
     return torch.cat([reals(tensor).view(torch.uint8) for tensor in module.state_dict().values()])
 
 
 def mixed_modules(count, device):
-    """`count` parameters of all pairs of types, and for each fourth a buffer: one of floats, one of integers."""
+    """`count` parameters of all pairs of types, and with every fourth of them a float buffer and an integer one."""
     rng = np.random.default_rng(22)
     ema, model = nn.Module(), nn.Module()
     for i, (pair, size) in enumerate(zip(itertools.cycle(PAIRS), rng.integers(1, 300, count), strict=False)):

@@ -1,4 +1,4 @@
-"""Run by test_gpu_devices.py: averages of an FSDP2 model on one device, against those of the same model unsharded."""
+"""Compares averages of an FSDP2 model on one device with those of the unsharded model, for test_gpu_devices.py."""
 
 import copy
 import sys
@@ -32,7 +32,7 @@ def main(folder):
         (sharded(x) - target).square().mean().backward()
         optimizer.step()
         trained = dict(sharded.named_parameters())
-        with torch.no_grad():  # trained apart, its gradients might differ in their last bits
+        with torch.no_grad():  # trained by itself, it might get gradients that differ in their last bits
             for name, parameter in plain.named_parameters():
                 parameter.copy_(trained[name].full_tensor())
         emas[0].update()

@@ -1,5 +1,7 @@
-"""A short program over the cases of the kernel, for compute-sanitizer (`make gpu-sanitize`): each check is one of the
-tests on a GPU, with values compared."""
+"""A short program that runs the kernel's cases under compute-sanitizer (`make gpu-sanitize`).
+
+Each check is one of the GPU tests and compares values.
+"""
 
 import sys
 import warnings

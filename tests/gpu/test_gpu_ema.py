@@ -45,7 +45,7 @@ def shake(model, seed):
 
 
 def averages(ema):
-    """All of them, by index and name."""
+    """All averages, by index and name."""
     return {(k, key): value for k, each in enumerate(ema.state_dict()["averages"]) for key, value in each.items()}
 
 
@@ -90,7 +90,7 @@ def test_same_bits_in_host_memory(dtype, rounding):
 
 
 def check_goes_on_elsewhere(device):
-    """A state from one device, loaded on the other, goes on with the same bits; so does a manager that moves along."""
+    """A state that is loaded on another device continues with the same bits; so does a manager that moves there."""
     options = {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3}
     models = [make_model(torch.bfloat16, on) for on in (device, "cpu", "cpu")]
     emas = [EMA(model, SEVERAL, **options) for model in models]
@@ -133,7 +133,7 @@ def test_one_kernel_with_buffers(buffers, idle_calls):
 @pytest.mark.parametrize("index", [0, 2])
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_one_kernel_each_way(model_dtype, index, idle_calls):
-    """And nothing else, be it that the values change places or that some are set aside."""
+    """And nothing else, whether the values change places or some of them go to scratch memory."""
     model = make_model(model_dtype, DEVICE)
     ema = EMA(model, SEVERAL)
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
@@ -229,7 +229,7 @@ def test_a_captured_update_and_swaps_between_its_replays(model_dtype):
 
 
 def test_host_memory_is_pinned_and_the_device_has_no_copy():
-    """All averages of a model of 64 MiB: what the device holds more is a table."""
+    """All averages of a model of 64 MiB are in host memory: the device holds only one more table."""
     model = nn.Linear(4096, 4096, device=DEVICE)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

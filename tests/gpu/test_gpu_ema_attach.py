@@ -29,7 +29,7 @@ def averages(ema):
 
 
 class Training:
-    """A model, its optimizer, an attached manager, and one that is updated by hand after each step that was taken."""
+    """A model, its optimizer, an attached manager, and a second one that is updated by hand after each step taken."""
 
     def __init__(self, device, make, overlap=False, where=None, decays=(0.9, 0.5), **options):
         torch.manual_seed(1)
@@ -55,7 +55,7 @@ class Training:
         assert all(map(same_bits, averages(self.ema), averages(self.twin)))
 
     def step_held_up(self):
-        """A step whose update has to wait on the manager's own stream. Returns the event of its end."""
+        """A step whose update has to wait on the manager's own stream. Returns the event that marks its end."""
         torch.cuda.synchronize()
         [stream] = self.handle._streams.values()
         with torch.cuda.stream(stream):
@@ -88,8 +88,8 @@ def test_options(overlap, where):
 
 @pytest.mark.parametrize("where", [None, "cpu"])
 def test_nothing_waits_but_the_next_step(where):
-    """The update is held up. What follows on the training's stream goes on; the next step does not, or the update would
-    read the parameters that it wrote."""
+    """While an update is held up, later work on the training stream continues. The next step waits, because otherwise
+    the update would read parameters that this step wrote."""
     training = Training(DEVICE, OPTIMIZERS["adamw fused"], True, where)
     training.step()
     training.step()  # the kernels of all that follows are loaded
@@ -157,7 +157,7 @@ def test_remove(overlap, where):
 
 
 def check_scaler(device, make, overlap, where):
-    """Steps 3, 4 and 7 overflow: nothing moves, and after the next look nothing was counted."""
+    """Steps 3, 4 and 7 overflow: no average moves, and once the host has looked, the steps are not counted."""
     training = Training(device, make, overlap, where)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
     for step in range(10):
@@ -169,7 +169,7 @@ def check_scaler(device, make, overlap, where):
         assert same == (step in (3, 4, 7)), "the optimizer did not do what this test is about"
         if not same:
             training.twin.update()
-        if step != 3:  # two skipped steps without a look between them
+        if step != 3:  # so that two steps are skipped before the host looks
             training.check()
     assert training.ema.step == 7
 

@@ -22,7 +22,7 @@ idle_calls = gpu_checks.idle_calls
 def test_graph_with_a_number():
     ema, model = mixed_modules(200, DEVICE)
     expected = copy.deepcopy(ema)
-    fused_ema.update(expected, model, 1e-6)  # plans and uploads
+    fused_ema.update(expected, model, 1e-6)  # makes the plan and uploads its tables
     fused_ema.update(ema, model, 1e-6)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -87,7 +87,7 @@ def test_prepare_makes_a_stale_binding_ready():
 
 
 def test_graph_outlives_its_plan():
-    """The captured launch reads its plan's tables, though the plan is gone and its memory could be anyone's."""
+    """The captured launch reads the tables of its plan, even after the plan is gone and its memory could be reused."""
     ema, model = mixed_modules(50, DEVICE)
     expected = copy.deepcopy(ema)
     binding = fused_ema.bind(ema, model)
@@ -107,11 +107,11 @@ def test_graph_outlives_its_plan():
 @pytest.mark.parametrize("planned", ["never", "before the model moved"])
 @pytest.mark.parametrize("way", ["modules", "lists", "binding"])
 def test_27_a_stale_plan_in_a_capture_is_refused(way, planned):
-    """The error is caught inside the capture, which goes on and replays what else it holds."""
+    """A caught error does not end the capture, which replays everything else in it."""
     ema, model = (residual_network()[0].to(DEVICE) for _ in range(2))
     good_ema, good_model = (torch.ones(1000, device=DEVICE) * x for x in (1, 2))
     counter = torch.zeros(1, device=DEVICE)
-    fused_ema.update([good_ema], [good_model], 1.0)  # plans, and writes nothing
+    fused_ema.update([good_ema], [good_model], 1.0)  # makes the plan and writes nothing
     sides = (ema, model) if way != "lists" else (list(ema.parameters()), list(model.parameters()))
     binding = fused_ema.bind(*sides)
     if planned != "never":
@@ -132,7 +132,7 @@ def test_27_a_stale_plan_in_a_capture_is_refused(way, planned):
     graph.replay()
     assert good_ema.eq(1.75).all()
     assert all(map(same_bits, ema.state_dict().values(), old))
-    # Outside of the capture the same call plans anew.
+    # Outside the capture the same call makes a new plan.
     binding.update(0.9) if way == "binding" else fused_ema.update(*sides, 0.9)
     before = dict(zip(ema.state_dict(), old, strict=True))
     after = dict(ema.named_parameters())

@@ -30,7 +30,7 @@ def refilled(tensor, begin, seed):
 
 
 def check_huge(device, numel, layout):
-    """Against updates of one chunk at a time, whose bits other tests check."""
+    """Compares with updates of one chunk at a time, whose bits other tests check."""
     ema = torch.empty(numel, device=device)
     storage = torch.empty(numel + 1, device=device)
     fill(ema, 100)

@@ -1,4 +1,4 @@
-"""The CUDA kernel's numbers: those of test_numerics.py, and the CPU's bits."""
+"""The CUDA kernel's numbers: the checks of test_numerics.py, and a comparison with the CPU bit for bit."""
 
 from collections import Counter
 
@@ -122,7 +122,7 @@ def views(storages, places):
 
 
 def check_same_as_cpu(device, batches, count):
-    """One launch per batch. Whole storages are compared: nothing beside the tensors is written either."""
+    """One launch per batch. Whole storages are compared, so a write beside a tensor shows too."""
     rng = np.random.default_rng(21)
     for batch in range(batches):
         storages, places = random_batch(rng, count)

@@ -17,10 +17,10 @@ kernel = gpu_checks.kernel
 
 
 def test_runs_on_the_current_stream():
-    """The update waits for what its stream does, and meanwhile the default stream reads the old average."""
+    """The update waits for earlier work on its own stream while the default stream reads the old average."""
     ema, model = torch.zeros(100_000, device=DEVICE), torch.ones(100_000, device=DEVICE)
     fused_ema.update([ema], [model], 0.5)
-    ema.clone()  # so that nothing below is the first of its kind, and loads code
+    ema.clone()  # so that no call below is the first of its kind, which loads code
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
@@ -36,7 +36,7 @@ def test_runs_on_the_current_stream():
 
 
 def test_events_order_streams():
-    """A model written late on one stream, its average on another, read on the first."""
+    """One stream writes the model late, another updates the average, and the first one reads it."""
     rng = np.random.default_rng(23)
     ema, model = (side.to(DEVICE) for side in value_pair(torch.float32, torch.bfloat16, 300_000, rng))
     later, old = values(torch.bfloat16, 300_000, rng).to(DEVICE), ema.clone()
@@ -57,7 +57,7 @@ def test_events_order_streams():
 
 
 def test_plans_end_while_other_streams_still_run_them():
-    """The tables of a plan that is dropped at once are not given to others before its launches have read them."""
+    """The tables of a plan that is dropped at once are not reused before its launches have read them."""
     rng = np.random.default_rng(24)
     pairs = [value_pair(torch.float32, torch.float32, 500, rng) for _ in range(300)]
     ema, model = ([side.to(DEVICE) for side in one] for one in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""Runs tests in a copy of the checkout whose extension is built with a sanitizer, or counts what is run.
+"""Runs tests in a copy of the checkout whose extension is built with a sanitizer, or that counts branches.
 
     python tests/long/instrumented.py address tests/runners    # addresses and undefined behaviour
     python tests/long/instrumented.py thread TEST...           # concurrent calls
@@ -29,12 +29,12 @@ FLAGS = {
 }
 PRELOADED = {"address": ["libasan.so", "libubsan.so", "libstdc++.so"], "thread": ["libtsan.so", "libstdc++.so"]}
 ENVIRONMENT = {
-    # Python frees little when it ends, and PyTorch none of what it keeps for good.
+    # At exit Python frees little of its memory and PyTorch none.
     "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     "thread": {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66", "OMP_NUM_THREADS": "1"},
 }
-# Into the package that is imported, from objects in a folder that stays, with further flags for compiler and linker.
-# The library's record says what it is with the flags that users get: else it would not be loaded.
+# Builds into the imported package, with more flags for compiler and linker; the objects stay in a folder of their own.
+# The library's record states the flags that users get, because otherwise the library would not be loaded.
 BUILD = """
 import pathlib, sys
 from fused_ema._build import compile as _build
@@ -72,7 +72,7 @@ UNTRACED = "not test_interrupted_at_any_moment"  # which has a time limit that t
 
 
 def copy_checkout(folder: Path) -> None:
-    """All files but those that git ignores."""
+    """Copies all files except those that git ignores."""
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
@@ -87,11 +87,11 @@ def main(kind: str, *names: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(copy), "FUSED_EMA_CUDA": "0"}
 
     def run(*command: object, **more: str) -> bool:
-        """Whether it succeeds."""
+        """Whether the command succeeds."""
         return not subprocess.run([*map(str, command)], cwd=copy, env={**environment, **more}, check=False).returncode
 
     flags = ["-g", *FLAGS[kind]]
-    if kind == "coverage":  # in the program, not in an environment that some tests clean
+    if kind == "coverage":  # a flag, because some tests clean the environment
         flags.append(f"-fprofile-instr-generate={copy}/build/profiles/%m.profraw")
     compilers = {"CXX": "clang++", "CC": "clang"} if kind == "coverage" else {}
     if not run(sys.executable, "-c", BUILD, copy / "build" / "objects", *flags, FUSED_EMA_EXT="", **compilers):
@@ -100,7 +100,7 @@ def main(kind: str, *names: str) -> None:
     environment |= {"FUSED_EMA_EXT": "1", **ENVIRONMENT.get(kind, {})}
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     if kind != "coverage":
-        # The sanitizer of threads wants its memory at a fixed place, which random addresses may take.
+        # The thread sanitizer needs its memory at a fixed place, which a random address layout may occupy.
         fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" else []
         sys.exit(not run(*fixed, sys.executable, *tests, LD_PRELOAD=preload))
     (copy / "coveragerc").write_text(COVERAGE.format(copy=copy), encoding="utf-8")

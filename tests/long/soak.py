@@ -1,9 +1,9 @@
-"""A million updates of models that change all the time: each against the formula in float64; memory has to stay flat.
+"""Checks a million updates of models that keep changing against the formula in float64. Memory has to stay flat.
 
     python tests/long/soak.py [UPDATES]
 
-Ends with an error where one element is off by more than its bound, or the process has grown by more than 16 MiB since
-its first tenth.
+Fails if one element is off by more than its bound, or if the process has grown by more than 16 MiB since the first
+tenth of the updates.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def resident() -> int:
 
 
 class Subject:
-    """A model, averages of it by hand, and a manager."""
+    """A model, its averages kept by hand, and a manager."""
 
     def __init__(self) -> None:
         width, dtype = random.randint(1, 40), random.choice([torch.float32, torch.bfloat16, torch.float16])
@@ -43,7 +43,7 @@ class Subject:
         self.handle = fused_ema.bind(self.ema, self.model)
 
     def change(self) -> None:
-        """What becomes of tensors in trainings."""
+        """Changes tensors in one of the ways that training code does."""
         layer = self.model[0]
         kind = random.randrange(6)
         if kind == 0:

@@ -1,4 +1,4 @@
-"""That the faults of `make mutants` still fit the code they are put into, and the tests that run first are there."""
+"""The faults of `make mutants` still fit the code they are put into, and the tests that run first exist."""
 
 import sys
 from pathlib import Path

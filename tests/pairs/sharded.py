@@ -1,4 +1,4 @@
-"""Run by test_distributed.py on each of several processes: averages of sharded models against those of one process.
+"""Compares averages of sharded models with those of one process. test_distributed.py runs it on several processes.
 
 torchrun --nproc-per-node N tests/pairs/sharded.py FOLDER CHECK...
 """
@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oracle
 
 DECAYS = [0.9, 0.99, 0.5]
-FSDP_RUNS_HERE = hasattr(torch.cpu.Stream, "record_event")  # on the CPU, from PyTorch 2.7 on; else only its shards are
+FSDP_RUNS_HERE = hasattr(
+    torch.cpu.Stream, "record_event"
+)  # FSDP2 runs on the CPU from PyTorch 2.7 on; before, only its shards can be tested
 
 
 def network(dtype=torch.float32):
@@ -51,7 +53,7 @@ def parallel(model):
 
 
 def batch(step):
-    """The same on each rank, so that gradients are those of one process."""
+    """The same batch on each rank, so that the gradients equal those of one process."""
     return torch.randn(16, 7, generator=torch.Generator().manual_seed(step))
 
 
@@ -67,7 +69,7 @@ def whole(tensor):
 
 
 def same(found, expected):
-    """The same names and the same bits."""
+    """Asserts that names and bits are the same."""
     assert found.keys() == expected.keys(), (list(found), list(expected))
     for name, tensor in expected.items():
         assert oracle.same_bits(whole(found[name]), whole(tensor)), name
@@ -87,7 +89,9 @@ def no_communication(function, *arguments):
 
 def check_update(folder):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    assert sent(distribute_tensor(torch.ones(8), mesh, [Shard(0)]).full_tensor), "so the counting sees something"
+    assert sent(distribute_tensor(torch.ones(8), mesh, [Shard(0)]).full_tensor), (
+        "the profile shows no collective operation at all"
+    )
     for shard in (fsdp, parallel):
         for dtype in (torch.float32, torch.bfloat16):
             one, model = network(dtype), shard(network(dtype))
@@ -104,7 +108,7 @@ def check_update(folder):
                 assert all(p._version > before for p, before in zip(ema.parameters(), versions, strict=True))
                 same(ema.state_dict(), one_ema.state_dict())
             kept = [(p, p._local_tensor) for p in model.parameters() if isinstance(p, DTensor)]
-            for parameter, shard_before in kept:  # another shard in the same tensor, while the first one lives
+            for parameter, shard_before in kept:  # the tensor gets another shard while the first one still exists
                 parameter._local_tensor = shard_before.detach().clone()
             train(one, 9), train(model, 9)
             handle.update(0.5), fused_ema.update(one_ema, one, 0.5)
@@ -137,7 +141,7 @@ def check_manager(folder):
                 before = copy.deepcopy(one.state_dict())
                 runs = dtype == torch.float32 and shard is fsdp and FSDP_RUNS_HERE
                 if runs:
-                    forward(model)  # the first allocates
+                    forward(model)  # the first forward pass allocates
                     model.reshard()
                 places = [address(parameter) for parameter in model.parameters()]
                 with one_ema.swapped(index), ema.swapped(index):
@@ -223,7 +227,7 @@ def check_evaluation(folder):
         same(model.state_dict(), one_ema.averaged_state_dict())
         same(ema.averaged_state_dict(), one_ema.averaged_state_dict())
         one_ema.copy_to(one)
-    # Two modules that were both evaluated: an update into what was put together would be thrown away.
+    # Both modules were evaluated. An update of the gathered parameters would be lost when they are resharded.
     teacher, student, one_teacher, one_student = fsdp(network()), fsdp(network()), network(), network()
     handle = fused_ema.bind(teacher, student)
     for step in range(1, 4):
@@ -236,7 +240,7 @@ def check_evaluation(folder):
 
 
 def check_ddp(folder):
-    """Whole replicas: each rank averages for itself, and all have the bits of one process."""
+    """Each rank averages its own replica, and all have the bits of one process."""
     one, model = network(), nn.parallel.DistributedDataParallel(network())
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (one, model)]
     one_ema, ema = fused_ema.EMA(one, decay=0.9), fused_ema.EMA(model, decay=0.9)
@@ -244,7 +248,7 @@ def check_ddp(folder):
     ema.attach(optimizers[1])
     for step in range(5):
         for m, optimizer in zip((one, model), optimizers, strict=True):
-            m(batch(step)).square().mean().backward()  # the same on each rank: so is the mean of the gradients
+            m(batch(step)).square().mean().backward()  # equal on all ranks, so their mean is the same
             optimizer.step()
             optimizer.zero_grad()
         one_ema.update()
@@ -254,7 +258,7 @@ def check_ddp(folder):
     same(ema.averaged_state_dict(), {f"module.{name}": t for name, t in one_ema.averaged_state_dict().items()})
     with ema.swapped(), one_ema.swapped():
         same(model.module.state_dict(), one.state_dict())
-    resumed = fused_ema.EMA(network())  # of a process that has no DDP
+    resumed = fused_ema.EMA(network())  # in a process without DDP
     resumed.load_state_dict(ema.state_dict())
     found, expected = resumed.averaged_state_dict(), one_ema.averaged_state_dict()
     same({n: found[n] for n, _ in one.named_parameters()}, {n: expected[n] for n, _ in one.named_parameters()})
@@ -299,7 +303,7 @@ def check_refusals(folder):
 
 
 def check_stale(folder):
-    """Whatever takes the place of a shard is seen."""
+    """A plan notices whatever replaces a shard."""
 
     def follows(change):
         change()
@@ -338,7 +342,7 @@ def check_stale(folder):
 
 
 def check_layouts(folder):
-    """One of another layout, at the address of one that died, with the same shard."""
+    """A DTensor of another layout, at the address of a deleted one and with the same shard, is noticed."""
     mesh, here = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(8, 8)
     other = [Shard(1)] if dist.get_world_size() > 1 else [Replicate()]
     ema = [DTensor.from_local(torch.zeros(8, 8), mesh, [Shard(0)], run_check=False)]
@@ -378,7 +382,7 @@ def check_threads(folder):
     thread = threading.Thread(target=replace)
     thread.start()
     while replaced < 60 and thread.is_alive():
-        with contextlib.suppress(RuntimeError):  # where it was replaced once more while it was paired
+        with contextlib.suppress(RuntimeError):  # replaced again while the tensors were paired
             binding.update(0.5)
     stop.set()
     thread.join()
@@ -388,7 +392,7 @@ def check_threads(folder):
 
 
 def check_compiled(folder):
-    """Within a compiled function, too, each rank's shards are what changes, and what lies otherwise is refused."""
+    """A compiled function updates each rank's shards too, and refuses other shardings."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for compiler in ("eager", "aot_eager"):
         torch._dynamo.reset()
@@ -431,7 +435,7 @@ def trained():
 
 
 def check_files(folder):
-    """Whole tensors in files that any process reads: the same as from one process."""
+    """Files hold whole tensors, the same as those of one process, and any process reads them."""
     from safetensors.torch import load_file
 
     power = fused_ema.schedules.power_function
@@ -455,7 +459,7 @@ def check_files(folder):
 
 
 def check_load(folder):
-    """Into a manager that knows nothing, on as many ranks as there are now."""
+    """Loads into a new manager, on the present number of ranks."""
     import torch.distributed.checkpoint as dcp
 
     expected, _ = trained()
@@ -478,4 +482,4 @@ if __name__ == "__main__":
         globals()[f"check_{name}"](Path(folder))
         dist.barrier()
         print(f"{name} passed on rank {dist.get_rank()}", flush=True)
-    os._exit(0)  # gloo's threads now and then abort an orderly end after a profile
+    os._exit(0)  # after a profile, gloo's threads sometimes abort a normal exit

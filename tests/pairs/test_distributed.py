@@ -22,7 +22,7 @@ def run(ranks, folder, *checks):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"},  # in glibc: what is freed is overwritten
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"},  # glibc then overwrites freed memory
     )
     assert done.returncode == 0, done.stderr[-6000:]
     for check in checks:

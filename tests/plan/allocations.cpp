@@ -1,5 +1,5 @@
-// Allocations that fail when told to: LD_PRELOADed, it takes the place of C++'s operator new and of posix_memalign, by
-// which PyTorch gets the memory of tensors. Those of the extension's functions, and of what they call, alone.
+// Allocations that fail on request. Preloaded, this replaces C++'s operator new and posix_memalign, from which PyTorch
+// gets the memory of tensors. Only allocations by the extension's functions, and by what they call, fail.
 #include <dlfcn.h>
 #include <execinfo.h>
 
@@ -17,8 +17,8 @@ struct Range {
     return reinterpret_cast<uintptr_t>(address) >= begin && reinterpret_cast<uintptr_t>(address) < end;
   }
 };
-Range extension{};  // only what its functions call fails,
-Range spared[64];   // but for these of them
+Range extension{};  // only allocations below its functions fail,
+Range spared[64];   // except below these
 int spared_count = 0;
 
 thread_local long left = 0;  // allocations of this thread up to the one that fails; 0: none does

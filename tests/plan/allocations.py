@@ -1,7 +1,7 @@
-"""Lets each allocation of a call fail in turn, the first, the second, ..., by allocations.cpp, which is preloaded.
+"""Makes the first allocation of a call fail, then the second, and so on, through allocations.cpp, which is preloaded.
 
-After each failure: an exception, every byte and version as before, and the same call then does what it should.
-Prints how many allocations failed in each call.
+Each failure has to raise an exception and leave every byte and version as before, and the same call then has to
+succeed. Prints how many allocations failed in each call.
 """
 
 import copy
@@ -47,7 +47,7 @@ def with_failure(n, call):
 
 
 def sweep(what, prepare, *, swaps=False):
-    """`prepare` gives the call, what must not change where it raises, and a check of what it must do."""
+    """`prepare` returns the call, what it must not change where it raises, and a check of its result."""
     for n in itertools.count(1):
         call, untouched, check = prepare()
         before, versions_before = bits(*untouched), versions(*untouched)
@@ -58,16 +58,16 @@ def sweep(what, prepare, *, swaps=False):
                 f"{what}: other versions, though allocation {n} failed"
             )
             call()
-        check()  # of a call that does without what it did not get, too
+        check()  # also where the call succeeded without the memory
         if not reached:
             print(f"{what}: {n - 1} allocations")
-            assert n > 2, "none was seen"
+            assert n > 2, "no allocation was seen"
             return
 
 
 def look_at(library):
-    """Only allocations within the extension fail; but not those by which pybind11 makes and registers an object, where
-    a failure would end the process."""
+    """Makes only allocations inside the extension fail. Those by which pybind11 creates and registers an object are
+    spared, because a failure there would end the process."""
     maps = [line for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if line.endswith(library)]
     addresses = [int(each, 16) for line in maps for each in line.split()[0].split("-")]
     preloaded.look_at(min(addresses), max(addresses))
@@ -82,7 +82,7 @@ def look_at(library):
 def modules(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    model[2].weight = nn.Parameter(model[2].weight.t().contiguous().t())  # a strided one: a layout of its own
+    model[2].weight = nn.Parameter(model[2].weight.t().contiguous().t())  # strided, so that it gets a layout record
     ema = copy.deepcopy(model).float()
     with torch.no_grad():
         for tensor in model.parameters():
@@ -171,15 +171,15 @@ if __name__ == "__main__":
     assert extension, _native.why_not()
     look_at(extension.__file__)
     torch.set_num_threads(1)
-    for each in (planning, swapping):  # once without failures: what is made at the first use stays
+    for each in (planning, swapping):  # once without failures, since some memory is allocated at the first use and kept
         each(torch.float32, "modules")()[0]()
     managing()[0]()
     sweep("update of modules", planning(torch.float32, "modules"))
     sweep("update of modules, cast", planning(torch.bfloat16, "modules"))
     sweep("update of lists", planning(torch.float32, "lists"))
-    sweep("a bound handle, paired anew", planning_again)
-    sweep("EMA.update, paired anew", managing)
+    sweep("a bound handle, with a new plan", planning_again)
+    sweep("EMA.update, with a new plan", managing)
     sweep("EMA.swapped", swapping(torch.float32, False), swaps=True)
-    sweep("EMA.swapped, values set aside", swapping(torch.bfloat16, False), swaps=True)
+    sweep("EMA.swapped, values in scratch memory", swapping(torch.bfloat16, False), swaps=True)
     sweep("EMA.swapped, tensors replaced", swapping(torch.float32, True), swaps=True)
     print("done")

@@ -1,4 +1,4 @@
-"""`update` inside compiled functions: one operation, checked as everywhere, compiled no more for a new decay."""
+"""`update` inside compiled functions is one operation with the usual checks, and a new decay compiles nothing."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_25_a_schedule_compiles_twice_at_most(compiler):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_25_a_whole_training_step_in_one_graph(compiler):
-    """Forward, backward, SGD and the average. (Dynamo does not trace .backward(), but torch.func.)"""
+    """Forward, backward, SGD and the average. (Dynamo traces torch.func, not .backward().)"""
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]

@@ -1,4 +1,4 @@
-"""What goes wrong from outside, at each moment it can: memory runs out, a launch fails, Ctrl-C."""
+"""Failures from outside, at each moment they can happen: memory runs out, a launch fails, Ctrl-C."""
 
 import copy
 import shutil
@@ -29,7 +29,7 @@ def test_memory_runs_out_at_each_allocation(tmp_path):
     subprocess.run(["g++", *flags, FOLDER / "allocations.cpp", "-o", library, "-ldl"], check=True)
     command = [sys.executable, FOLDER / "allocations.py"]
     done = subprocess.run(["env", f"LD_PRELOAD={library}", *command], capture_output=True, text=True, timeout=600)
-    print(done.stdout)  # how many there were
+    print(done.stdout)  # how many allocations there were
     assert done.stdout.endswith("done\n"), done.stderr[-5000:]
 
 
@@ -57,7 +57,7 @@ class Step:
         }.get(way, self.manager.update)
 
     def averages(self):
-        """Of each, its tensors in the model's order."""
+        """The tensors of each average, in the model's order."""
         if not self.is_manager:
             return [[tensor.detach() for tensor in self.ema.parameters()]]
         return [[*average.values()] for average in all_averages(self.manager)]
@@ -77,11 +77,11 @@ def flat(lists):
     return [tensor for each in lists for tensor in each]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # moments at which Ctrl-C is lost
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in some moments Python drops a Ctrl-C
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupted_at_each_moment(backend, way):
-    """All tensors are averaged or none is; by PyTorch, which takes one after the other, each is what it was or what it
-    is to be. The next update is right in any case."""
+    """Either all tensors are averaged or none is. In pure PyTorch, which takes one after the other, each tensor has its
+    old value or its new one. The next update is right in any case."""
     whole = Step(way)
     start = copies(whole.averages())
     whole.call()
@@ -107,7 +107,7 @@ def test_interrupted_at_each_moment(backend, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_plan_that_raises(backend, way, monkeypatch):
-    """As where a launch fails: no step is counted, and no plan is kept that counts as run."""
+    """As when a launch fails, no step is counted, and the next call works."""
     step = Step(way)
     before, count = bits(*flat(step.averages())), versions(step.model, step.ema)
 
@@ -128,7 +128,7 @@ def test_a_plan_that_raises(backend, way, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_exchange_that_is_interrupted_loses_nothing(backend):
-    """All pairs are exchanged or none is; by PyTorch, each for itself."""
+    """Either all pairs are exchanged or none is; in pure PyTorch this holds for each pair."""
     moment = 1
     while True:
         ema, model = ([torch.full((3,), value + k) for k in range(3)] for value in (10.0, 20.0))

@@ -1,5 +1,5 @@
-"""Whatever is done to the tensors of two modules and a manager, in any order: the next update is the formula's, or a
-refusal that writes nothing. hypothesis looks for an order that breaks it."""
+"""Whatever happens to the tensors of two modules and a manager, in any order, the next update follows the formula or
+raises and writes nothing. hypothesis searches for an order that breaks this."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ class StalePlans(RuleBasedStateMachine):
 
     @invariant()
     def updates_come_often(self):
-        """Whatever rules are chosen: after every other step, of other values than the averages have."""
+        """Updates after every other step, whichever rules are chosen, with values that the averages do not have."""
         self.steps += 1
         if self.steps % 2 == 0:
             self.train(self.steps)
@@ -77,7 +77,7 @@ class StalePlans(RuleBasedStateMachine):
         part = getattr(self, side)
         return any(getattr(part.a, name) is getattr(part.b, name) for name in "wv")
 
-    # ---- What becomes of tensors
+    # ---- Changes of tensors
 
     @rule(seed=seeds)
     def train(self, seed):
@@ -127,7 +127,7 @@ class StalePlans(RuleBasedStateMachine):
                 if getattr(module.a, name) is getattr(module.b, name):
                     setattr(module.b, name, nn.Parameter(getattr(module.b, name).detach().clone()))
         if any(getattr(self.model.b, name).numel() for name in tied):
-            self.manager_refuses(ValueError)  # an average that two names share has no two parameters to follow
+            self.manager_refuses(ValueError)  # one average that two names share can't follow two parameters
         self.manage()
 
     @rule(place=places)
@@ -183,7 +183,7 @@ class StalePlans(RuleBasedStateMachine):
         assert self.manager.step == left.step
         assert all(map(same_bits, map(bits, left.state_dict()["averages"]), all_averages(self.manager)))
 
-    # ---- What must be refused, and then be mended
+    # ---- What must be refused until it is undone
 
     def all_refuse(self, error, side):
         for call in (lambda: self.handle.update(0.5), lambda: fused_ema.update(self.ema, self.model, 0.5)):
@@ -226,7 +226,7 @@ class StalePlans(RuleBasedStateMachine):
     # ---- The operation
 
     def pairs(self):
-        """Each average once, with what it follows."""
+        """Each average once, with its model tensor."""
         theirs = named(self.model)
         found = {id(e): (e, theirs[name]) for name, e in named(self.ema).items()}
         return [[side.detach() for side in pair] for pair in found.values()]

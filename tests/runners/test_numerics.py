@@ -1,4 +1,4 @@
-"""The numbers: every pair of types, size, count and decay against exact arithmetic, and the kernels' bits."""
+"""Checks every pair of types, size, count and decay against exact arithmetic, and the kernels bit for bit."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_counts(backend, count, decay):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=name)
 def test_the_check_sees_what_is_wrong(pair):
-    """An element that is off by a few units in the last place, and a last one that was skipped."""
+    """The check fails for an element that is off by a few units in the last place, and for a skipped last element."""
     ema, model = value_pair(*pair, 100, np.random.default_rng(3))
     ema[5], model[5], ema[-1], model[-1] = 1, 1.5, 1, 2
     new = ema.clone()
@@ -212,7 +212,7 @@ def test_a_bfloat16_average_stands_still_where_a_float32_one_moves(backend):
 
 @pytest.fixture
 def one_thread():
-    """Training is not what is tested; on a busy machine its many small loops wait for each other's threads."""
+    """These tests train small networks, whose many short loops would mostly wait for threads on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -256,7 +256,7 @@ def test_averaged_model_takes_one_step_of_the_formula(backend, ema_dtype, dtype)
             tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(7))
     try:
         averaged.update_parameters(network)
-    except RuntimeError as error:  # of older AveragedModels, before they call the function
+    except RuntimeError as error:  # raised by older AveragedModels before they call the function
         assert ema_dtype != dtype
         pytest.skip(f"this PyTorch's AveragedModel: {error}")
     moved = [name for name, tensor in old.items() if tensor.is_floating_point()]
@@ -267,7 +267,7 @@ def test_averaged_model_takes_one_step_of_the_formula(backend, ema_dtype, dtype)
 
 
 def test_the_bound_is_nearly_reached():
-    """So the bound is no looser than it must be: half an ulp of error occurs."""
+    """An error of half an ulp occurs, so the bound can't be tighter."""
     ema, model = value_pair(torch.float32, torch.float32, 20_000, np.random.default_rng(13))
     new = ema.clone()
     fused_ema.update([new], [model], 0.999)
@@ -277,7 +277,7 @@ def test_the_bound_is_nearly_reached():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_a_decay_that_the_host_does_not_know(decay, dtype):
-    """By PyTorch alone, as on a GPU without the kernel."""
+    """Pure PyTorch, as on a GPU without the kernel."""
     rng = np.random.default_rng(31)
     held = torch.tensor(decay, dtype=dtype)
     pairs = [value_pair(*pair, 999, rng) for pair in PAIRS]

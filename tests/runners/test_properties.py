@@ -1,4 +1,4 @@
-"""What holds for all values, layouts and modules: hypothesis looks for those that break it."""
+"""What holds for all values, layouts and modules; hypothesis searches for counterexamples."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import fused_ema
 
-# The same examples at each run. The fixture `backend` may serve all examples of a test.
+# The same examples in each run. All examples of a test may share the fixture `backend`.
 same_examples = settings(
     derandomize=True,
     max_examples=50,
@@ -66,7 +66,7 @@ def test_equal_values_of_other_types_and_signs_are_a_fixed_point(backend, pair, 
     ema = model.to(pair[0])
     assume((ema.double() == model.double()).any())
     ema, model = (side[ema.double() == model.double()] for side in (ema, model))
-    ema = torch.where(ema == 0, -ema, ema)  # -0.0 of an average stays, too, where the model holds +0.0
+    ema = torch.where(ema == 0, -ema, ema)  # an average's -0.0 stays where the model has +0.0
     assert same_bits(updated(ema, model, decay), ema)
 
 
@@ -94,7 +94,7 @@ def test_nan_and_inf_propagate(backend, dtype, data, decay):
             side[i] = value
     new = updated(ema, model, decay)
     assert new[ema.isnan() | model.isnan()].isnan().all()
-    # Inf stays Inf of its sign, or becomes NaN; never that of the other sign.
+    # Inf keeps its sign or becomes NaN; it never changes sign.
     true = decay * ema.double() + (1 - decay) * model.double()
     infinite = ema.isinf() | model.isinf()
     assert (new.isnan() | (new.double() == true))[infinite].all()
@@ -104,7 +104,7 @@ def test_nan_and_inf_propagate(backend, dtype, data, decay):
 @given(st.data())
 @same_examples
 def test_a_smaller_decay_is_never_farther_from_the_model(backend, pair, data):
-    """On one side of 1/2; the two formulas may round apart where they meet."""
+    """Both decays are on one side of 1/2, because the two formulas may round differently where they meet."""
     bounds = data.draw(st.sampled_from([(2.0**-126, 0.5), (math.nextafter(0.5, 1), math.nextafter(1, 0))]))
     small, large = sorted(data.draw(st.tuples(st.floats(*bounds), st.floats(*bounds))))
     ema, model = data.draw(tensors(pair[0], 24)), data.draw(tensors(pair[1], 24))
@@ -117,7 +117,7 @@ def test_a_smaller_decay_is_never_farther_from_the_model(backend, pair, data):
 @given(st.data())
 @same_examples
 def test_the_ends_of_decay(backend, pair, data):
-    """Any bits, NaN too: 1 writes nothing; 0 copies, bit for bit within one type."""
+    """For any bits, NaN included, decay 1 writes nothing and decay 0 copies, bit for bit within one type."""
     ema, model = (data.draw(tensors(real(dtype), 24, finite=False)) for dtype in pair)
     if pair[0].is_complex:
         ema, model = (torch.view_as_complex(side.view(-1, 2)) for side in (ema, model))
@@ -167,7 +167,7 @@ def test_any_shapes_strides_offsets_and_types(backend, data, decay):
 
 # ---- Modules -------------------------------------------------------------------------------------
 
-# None is a parameter that is not there; "module" is a name of wrappers, yet may be anyone's.
+# "none" registers a parameter that is None. Wrappers use the name "module", but any module may.
 leaves = st.sampled_from(["parameter", "buffer", "integer", "none"])
 trees = st.recursive(
     leaves, lambda inner: st.dictionaries(st.sampled_from(["a", "b", "w1", "w2", "norm", "module"]), inner, max_size=4)

@@ -1,4 +1,4 @@
-"""Broken and hostile files and states for what reads them.
+"""Feeds broken and hostile files and states to the functions that read them.
 
     python tests/long/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
 
@@ -66,7 +66,7 @@ def saved(value):
 
 
 def seeds():
-    """Good files; of states, what they are pickled from."""
+    """Valid files; for states, the objects that are pickled."""
     states = {layout: checkpoints.export(EMA, layout) for layout in checkpoints.LAYOUTS}
     states["manager"] = copy.deepcopy(FIRST)
     files = {f"{name}.pt": saved(state) for name, state in states.items()}
@@ -125,7 +125,7 @@ class Damage(harness.Choices):
         return value
 
     def mutated(self, value, depth=0):
-        """One change somewhere within."""
+        """The object with one change somewhere inside."""
         if isinstance(value, (dict, list)) and value and self.below(8 if depth else 32):
             keys = list(value) if isinstance(value, dict) else range(len(value))
             key = self.of(keys)
@@ -159,7 +159,7 @@ class Damage(harness.Choices):
         return content
 
     def safetensors(self, content):
-        """With another header."""
+        """The file with another header."""
         size = struct.unpack("<Q", content[:8])[0]
         header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
         about = header.get("__metadata__", {})
@@ -231,12 +231,12 @@ FRESH = state_of(EMA)
 
 
 def attempt_on_manager(call, refusals=TAKEN):
-    """Whether it was done; puts the manager back."""
+    """Whether the call succeeded. Restores the manager afterwards."""
     done = harness.attempt(call, refusals)
     assert not MARKER.exists(), "a file's code ran"
     if done:
         EMA.load_state_dict(FIRST)
-    assert state_of(EMA) == FRESH, "refused, and yet the manager changed" if not done else "can't go back"
+    assert state_of(EMA) == FRESH, "a refused call changed the manager" if not done else "the manager can't be restored"
 
 
 def target(data):

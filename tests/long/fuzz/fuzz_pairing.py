@@ -1,4 +1,4 @@
-"""Hostile sources for update, copy_, swap_ and bind.
+"""Passes hostile sources to update, copy_, swap_ and bind.
 
     python tests/long/fuzz/fuzz_pairing.py -runs=10000 -seed=1
 
@@ -112,7 +112,7 @@ class Sources(harness.Choices):
         return value
 
     def entries(self):
-        """By name: an average and what it averages, alike but for what is odd."""
+        """Averages and model tensors by name. They fit each other, except where the fuzzer chose something odd."""
         ours, theirs = {}, {}
         for _ in range(self.below(5)):
             name, shape = self.name(), self.of(SHAPES)
@@ -170,7 +170,7 @@ def plain(name):
 
 
 def paired(a, m):
-    """(average, what it averages, whether that is a parameter) as the documentation has it; None where it can't be."""
+    """(average, model tensor, is a parameter) by the documented rules; None where these refuse the sources."""
     if a.keys() != m.keys():
         sizes = len(a), len(m)
         a, m = ({plain(name): entry for name, entry in side.items()} for side in (a, m))
@@ -242,7 +242,7 @@ def target(data):
             return OPS[op](ema, model, *([decay] if op == "update" else []), buffers=buffers)
 
         if not harness.attempt(call):
-            assert harness.stored(choose.made) == before, f"{op}: refused, and yet bytes changed"
+            assert harness.stored(choose.made) == before, f"{op}: a refused call changed bytes"
             continue
         assert sound, f"update took the decay {decay!r}"
         assert pairs is not None or kind == "odd", f"{op} took {ours} and {theirs}"
@@ -254,7 +254,9 @@ def target(data):
             assert torch.allclose(wide(tensor), values, rtol=tolerance, atol=size), f"{op}: {tensor} is not {values}"
         written = harness.stored([tensor for tensor, _ in wanted])
         after = harness.stored(choose.made)
-        assert all(after[at] == content for at, content in before.items() if at not in written), f"{op}: others changed"
+        assert all(after[at] == content for at, content in before.items() if at not in written), (
+            f"{op}: other tensors changed"
+        )
         if choose.once_in(2) and kind in ("dict", "list", "module") and kind == kind_of_model and ours:
             change(choose, kind, (ema, ours) if choose.once_in(2) else (model, theirs))
 

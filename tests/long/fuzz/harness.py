@@ -14,7 +14,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError)
 
 
 class Choices:
-    """Decisions out of the fuzzer's bytes: the first of several, and never the odd, where they have run out."""
+    """Decisions taken from the fuzzer's bytes. When those run out: the first option, and nothing odd."""
 
     def __init__(self, data):
         self.data = data
@@ -30,7 +30,7 @@ class Choices:
 
 
 def attempt(call, refusals=REFUSALS):
-    """Whether it was done, else it was refused. Any other exception is a finding."""
+    """True if the call succeeded, False if it was refused. Any other exception is a finding."""
     try:
         call()
     except Exception as error:
@@ -43,7 +43,7 @@ def attempt(call, refusals=REFUSALS):
 
 
 def stored(tensors):
-    """The bytes of every storage that there is."""
+    """The bytes of every storage, by address."""
     found = {}
     for tensor in tensors:
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta:
@@ -54,7 +54,7 @@ def stored(tensors):
 
 
 def run(target, seeds):
-    """Runs libFuzzer with the options of the command line; fails if nothing was done or nothing refused."""
+    """Runs libFuzzer with the command line's options; fails if no call succeeded or none was refused."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     corpus = tempfile.mkdtemp(prefix="fuzz-")
