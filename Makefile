@@ -1,5 +1,5 @@
-# Everything happens in $(VENV). `make test TORCH=torch==2.13.0` takes another torch; FUSED_EMA_CUDA and
-# FUSED_EMA_EXT (README.md) are respected.
+# Everything happens in $(VENV). `make test TORCH=torch==2.13.0` uses another torch. FUSED_EMA_CUDA and FUSED_EMA_EXT
+# (see README.md) are respected.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,14 +10,14 @@ OUT ?= build/bench
 PY := $(VENV)/bin/python
 BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml fused_ema/_version.py $(wildcard fused_ema/_build/*.py)
 
-# Stamps carry what they were made for in their names. The extension lies in the checkout, which can hold one: its
-# stamp lies there too, so that two environments rebuild it in turns rather than find the other's. The .json is
-# written with the extension: one that is newer than the stamp was not made by it.
+# The name of a stamp says what it was made for. The checkout holds one extension at a time, and its stamp lies beside
+# it, so that an environment rebuilds it rather than use the one of another environment. The .json is written with the
+# extension: if it is newer than the stamp, something else has built the extension.
 key = $(firstword $(shell echo '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))
 BUILD_STAMP := build/.made-$(call key,$(VENV) $(TORCH) $(FUSED_EMA_EXT) $(FUSED_EMA_CUDA) $(TORCH_CUDA_ARCH_LIST))
 
-.PHONY: help setup demo test test-long sanitize sanitize-plans soak mutants coverage fuzz fuzz-sources fuzz-plans lint bench audit clean
+.PHONY: help setup demo test test-all test-long ci-full sanitize sanitize-plans soak mutants coverage fuzz fuzz-sources fuzz-plans lint bench audit clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-sweep gpu-counters
 
 help:  ## list these targets
@@ -28,49 +28,61 @@ setup: $(BUILD_STAMP)  ## environment and extension, for the torch and the compi
 demo: setup  ## train a small network with averaged weights: accuracy, and the cost of the update
 	@$(PY) examples/demo.py $(ARGS)
 
-test: setup  ## the tests; options for pytest in ARGS
-	@$(PY) -m pytest -q tests $(ARGS)
+# One process per core, each with one OpenMP thread that does not spin; more threads would only wait for each other.
+# Tests that need several threads set their number themselves.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q tests -n auto --maxprocesses 16 --dist worksteal
+test: setup  ## the tests that are not marked slow, in about three minutes; options for pytest in ARGS
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
-KILLED := tests/test_files.py::test_killed_at_any_moment
+test-all: setup  ## all tests; options for pytest in ARGS
+	@$(PYTEST) $(ARGS)
+
+tests = $(foreach name,$(1),$(or $(shell find tests -name 'test_$(name).py'),tests/test_$(name).py))
 test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 processes killed while saving: an hour
-	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
+	@$(PY) -m pytest -q $(call tests,differential stale_plans) $(call tests,files)::test_killed_at_any_moment \
+	    --hypothesis-profile=long $(ARGS)
+
+ci-full:  ## everything that CI runs: .ci/run, the slow tests, the oldest PyTorch, sanitizers, fuzzing, packaging
+	@.ci/full
 
 sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
-	@$(PY) tests/instrumented.py address $(addprefix tests/test_,hazards_*.py ema.py ema_swap.py numerics.py stale_plans.py)
-	@$(PY) tests/instrumented.py thread tests/test_hazards_process.py
+	@$(PY) tests/long/instrumented.py address -m 'not slow' -k 'not sharded and not memory_runs_out' \
+	    tests/pairs tests/plan tests/runners $(call tests,ema ema_swap)
+	@$(PY) tests/long/instrumented.py thread tests/plan/test_threads.py
 
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_PLANS := tests/long/fuzz/fuzz_plans.cpp -Itests -Itests/grid
 sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers
-	@mkdir -p build && $(CXX) $(SANITIZERS) tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
+	@mkdir -p build && $(CXX) $(SANITIZERS) $(FUZZ_PLANS) -o build/fuzz_plans && build/fuzz_plans $(or $(PLANS),1000000)
 
-# The options of libFuzzer in ARGS. A checkpoint run reads and writes files: it gets a third of the runs.
+# ARGS takes libFuzzer's options. Checkpoints get a third of the runs, because each of these reads and writes files.
 RUNS ?= 9000
 FUZZ_CXX ?= clang++
-fuzz: fuzz-sources fuzz-plans  ## hostile sources, files and plans, RUNS of them, chosen by what they reach
+fuzz: fuzz-sources fuzz-plans  ## RUNS hostile sources, files and plans, guided by coverage
 
-fuzz-sources: setup  ## those of Python, with atheris
+fuzz-sources: setup  ## fuzz what Python reads, with atheris
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
-	@$(PY) tests/fuzz/fuzz_pairing.py -runs=$(RUNS) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
-	@$(PY) tests/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@$(PY) tests/long/fuzz/fuzz_pairing.py -runs=$(RUNS) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
+	@$(PY) tests/long/fuzz/fuzz_checkpoints.py -runs=$$(($(RUNS) / 3)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 
-fuzz-plans:  ## that of plans, which needs clang with libFuzzer
-	@mkdir -p build && $(FUZZ_CXX) $(SANITIZERS) -fsanitize=fuzzer -DFUSED_EMA_LIBFUZZER tests/fuzz/fuzz_plans.cpp -o build/fuzz_plans_libfuzzer
+fuzz-plans:  ## fuzz plans, which needs clang with libFuzzer
+	@mkdir -p build && $(FUZZ_CXX) $(SANITIZERS) -fsanitize=fuzzer -DFUSED_EMA_LIBFUZZER $(FUZZ_PLANS) -o build/fuzz_plans_libfuzzer
 	@build/fuzz_plans_libfuzzer -runs=$$(($(RUNS) * 10)) -seed=1 -rss_limit_mb=8192 -artifact_prefix=build/ $(ARGS)
 
 soak: setup  ## a million updates of models that change: ten minutes
-	@$(PY) tests/soak.py $(ARGS)
+	@$(PY) tests/long/soak.py $(ARGS)
 
-coverage: setup  ## branches that the tests take, of the package (95%) and of csrc (90%): half an hour; needs clang and llvm-cov
+coverage: setup  ## branches that the tests reach: 95% of the package, 90% of csrc; half an hour; needs clang and llvm-cov
 	@$(PY) -m pip install -q coverage
-	@$(PY) tests/instrumented.py coverage tests
+	@$(PY) tests/long/instrumented.py coverage tests
 
-mutants: setup  ## put faults into a copy, one by one, and see whether the tests notice: two hours; parts of names in ARGS
-	@$(PY) tests/mutants/run.py $(ARGS)
+mutants: setup  ## put faults into a copy, one by one, and check that the tests notice: two hours; parts of names in ARGS
+	@$(PY) tests/long/mutants/run.py $(ARGS)
 
 lint: setup  ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp benchmarks/*.cpp benchmarks/*.cu)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/* tests/*.cpp tests/*/*.cpp tests/*/*/*.cpp benchmarks/*.cpp benchmarks/*.cu)
 	$(PY) -m mypy
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
@@ -84,7 +96,7 @@ GPU_NEEDS := torch ninja setuptools pybind11 pytest hypothesis numpy rich matplo
 GPU = PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} FUSED_EMA_EXT=1 FUSED_EMA_CUDA=1 FUSED_EMA_GPU=1
 XDIST = $$($(PYTHON) -c 'import xdist; print("-n $(1)")' 2>/dev/null)
 IN_TEN_MINUTES := --seconds 1 --parts models,averages,device
-gpu: gpu-build  ## tests.txt, sanitizer.txt, results.json and plots in OUT, each whatever became of the others
+gpu: gpu-build  ## tests.txt, sanitizer.txt, results.json and plots in OUT, each even if the others fail
 	@failed=; $(MAKE) -o gpu-build gpu-test || failed="$$failed gpu-test"; \
 	$(MAKE) -o gpu-build gpu-sanitize || failed="$$failed gpu-sanitize"; \
 	$(MAKE) -o gpu-build gpu-bench ARGS='$(IN_TEN_MINUTES)' || failed="$$failed gpu-bench"; \
@@ -97,9 +109,9 @@ gpu-build:  ## the extension, in place, for the GPU that is there
 	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch}; \
 	$(GPU) $(PYTHON) -m fused_ema build --into fused_ema >$(OUT)/build.txt 2>&1 || { cat $(OUT)/build.txt; exit 1; }
 
-# Those on the GPU by few at a time, file by file: some measure how the host and the device overlap. With them those of
-# the rows of tests/hazards.py, so that the table is whole. By several processes where pytest-xdist is there, of few
-# threads that do not spin, or they hold each other up. With ARGS, one of the two runs may have no test (status 5).
+# The first run has the tests on the GPU, file by file in few processes, because some measure how host and device
+# overlap, and the tests of tests/hazards.py, so that its table is complete. Without pytest-xdist there is one process.
+# With ARGS, one of the two runs may have no test (status 5).
 GPU_PYTEST = $(GPU) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -v tests
 gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 	@set -o pipefail; { $(GPU_PYTEST) -m 'gpu or hazard' $(call XDIST,4 --dist loadfile) $(ARGS); gpu=$$?; \
@@ -107,13 +119,13 @@ gpu-test: gpu-build  ## the whole test suite; options for pytest in ARGS
 	    2>&1 | tee $(OUT)/tests.txt | grep -E '^(=|FAILED|ERROR|SKIPPED|[ 0-9][0-9] .* good: |[0-9]+ of )'
 
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools on a short program over the kernel's cases
-	@$(GPU) PYTHON=$(PYTHON) tests/sanitize_gpu.sh $(OUT)/sanitizer.txt
+	@$(GPU) PYTHON=$(PYTHON) tests/gpu/sanitize_gpu.sh $(OUT)/sanitizer.txt
 
 gpu-bench: gpu-build  ## the benchmark and its plots; options in ARGS
 	@$(GPU) $(PYTHON) benchmarks/bench_update.py --json $(OUT)/results.json --csv $(OUT)/results.csv $(ARGS)
 	@$(GPU) $(PYTHON) benchmarks/plot.py $(OUT)/results.json
 
-gpu-sweep: gpu-build  ## variants of the kernel, in turns
+gpu-sweep: gpu-build  ## time variants of the kernel
 	@$(GPU) $(PYTHON) benchmarks/bench_sweep.py --json $(OUT)/sweep.json $(ARGS)
 
 SECTIONS := SpeedOfLight MemoryWorkloadAnalysis Occupancy WarpStateStats SchedulerStats LaunchStats
@@ -122,12 +134,12 @@ gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counte
 	@$(GPU) ncu --clock-control none $(addprefix --section ,$(SECTIONS)) -k regex:ema_kernel \
 	    $(PYTHON) benchmarks/counters.py $(COUNTED) >$(OUT)/counters.txt 2>&1 || { tail -n 5 $(OUT)/counters.txt; exit 1; }
 
-# cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
+# cuobjdump and nvdisasm come with the CUDA toolkit or from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU
 	@command -v cuobjdump nvdisasm >/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/audit_sass.py
 
-clean:  ## remove what was built; the environment stays
+clean:  ## remove everything built except the environment
 	rm -rf build dist *.egg-info fused_ema/_C*.so fused_ema/_C*.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
@@ -139,7 +151,7 @@ $(TORCH_STAMP):
 	@$(PY) -m pip install -q --disable-pip-version-check --upgrade '$(TORCH)' ninja 'setuptools>=77'
 	@touch $@
 
-# A compiler that fails is an error here, unless there is none, or the environment says otherwise.
+# A failed compilation is an error, unless there is no compiler or the environment says otherwise.
 $(BUILD_STAMP): $(TORCH_STAMP) $(BUILD_SOURCES) $(wildcard fused_ema/_C*.json)
 	@echo "$(VENV): installing fused_ema, its tools, and the extension for this machine (log: build/make.log)"
 	@mkdir -p build && rm -f build/.made-*

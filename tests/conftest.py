@@ -1,10 +1,9 @@
-"""What the tests share: the backends of a machine without a GPU, ways to call, and what a refusal must look like."""
+"""What the tests share: the backends of a machine without a GPU, ways to call, and the check of a refusal."""
 
 import os
 import sys
 import tempfile
 
-import emulated_grid
 import oracle
 import pytest
 import torch
@@ -22,20 +21,20 @@ from fused_ema import functional
 from fused_ema._build import toolkit as _toolkit
 from fused_ema.runners import extension as _native
 
-# Of the tests that set none themselves; `make test-long` takes the other.
+# For tests that set nothing themselves; `make test-long` uses "long".
 settings.register_profile("short", derandomize=True, max_examples=30, deadline=None, database=None)
 settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
 settings.load_profile("short")
 
-pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that their failures show values
+pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that failed assertions there show values
 
 
 @pytest.fixture(autouse=True, scope="session")
 def temporary_folder(tmp_path_factory):
-    """What tests and their processes leave in the temporary folder goes when pytest's own does."""
+    """Temporary files of tests and their processes are deleted together with pytest's own."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-        patched.setattr(tempfile, "tempdir", None)  # which it remembers
+        patched.setattr(tempfile, "tempdir", None)  # the folder that tempfile has cached
         yield
 
 
@@ -48,16 +47,20 @@ def backend(request, monkeypatch):
         if os.environ.get("FUSED_EMA_EXT") == "1":
             pytest.fail(f"FUSED_EMA_EXT=1, but {_native.why_not()}")
         pytest.skip(f"no native extension: {_native.why_not()}")
-    functional._module_plans.clear()
-    functional._list_plans.clear()
+    forget_plans()
     yield request.param
+    forget_plans()
+
+
+def forget_plans():
+    """The next call of each function makes a new plan."""
     functional._module_plans.clear()
     functional._list_plans.clear()
 
 
 @pytest.fixture(params=["update", "bound"])
 def update(request, backend):
-    """update(ema, model, decay): the function, or a handle bound for the occasion."""
+    """update(ema, model, decay): the function, or a handle that is bound for each call."""
     if request.param == "update":
         return fused_ema.update
     return lambda ema, model, decay, **options: fused_ema.bind(ema, model, **options).update(decay)
@@ -140,6 +143,11 @@ def clones(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def all_averages(ema):
+    """Each average of a manager as a dict of tensors by name; they are not copies."""
+    return [dict(average) for average in ema.state_dict()["averages"]]
+
+
 def versions(*sources):
     return [tensor._version for tensor in tensors_of(*sources) if plain(tensor) and not tensor.is_inference()]
 
@@ -154,7 +162,7 @@ def refused(error, call, *sources, names=()):
     text = str(caught.value)
     for name in names:
         assert name in text, f"{name} is not in: {text}"
-    assert same_bits(before, *sources), "written in spite of the error"
+    assert same_bits(before, *sources), "a call that raised wrote something"
     assert versions(*sources) == versions_before
 
 
@@ -170,13 +178,15 @@ def net(bias=True):
 @pytest.fixture
 def grid(request, capfd):
     """The kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
+    import emulated_grid  # in tests/grid, which pytest puts on sys.path for the tests there
+
     yield emulated_grid.build(getattr(request, "param", "default"))
     assert "runtime error" not in capfd.readouterr().err
 
 
 @pytest.fixture
 def bare_environment(monkeypatch, tmp_path):
-    """None of this machine's toolkits, switches or caches."""
+    """Hides this machine's toolkits, switches and caches."""
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "FUSED_EMA_EXT", "FUSED_EMA_CUDA"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
@@ -193,9 +203,10 @@ def same_values(found, expected):
 
 
 def interrupted_at(moment, call):
-    """Runs `call` up to a moment at which Python hands out signals: where a function begins, or a built-in one ends.
+    """Raises KeyboardInterrupt at one of the moments of `call` at which Python handles signals: where a function begins
+    or a built-in one ends.
 
-    True if it came to that.
+    False if the call ended before that moment.
     """
     moments = 0
 
@@ -212,5 +223,5 @@ def interrupted_at(moment, call):
         return True
     finally:
         sys.setprofile(None)
-        torch.set_grad_enabled(True)  # PyTorch's own no_grad() does not see to that
+        torch.set_grad_enabled(True)  # which an interrupted no_grad() leaves off
     return False

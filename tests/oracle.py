@@ -1,6 +1,6 @@
-"""What one update must give: exact arithmetic, the bound of one step, the contract's formulas bit for bit.
+"""The result that one update must have: exact arithmetic, the bound of one step, the contract's formulas bit for bit.
 
-numpy and fractions do all of it: nothing here calls fused_ema, and no rounding is left to torch but its casts.
+Everything is computed by numpy and fractions. Nothing here calls fused_ema, and torch rounds only in its casts.
 """
 
 import math
@@ -20,7 +20,7 @@ PAIRS = [  # (average, model)
     (torch.complex128, torch.complex64),
     (torch.complex128, torch.complex128),
 ]
-# A manager's only: averages narrower than the model.
+# Only a manager has these: averages narrower than the model.
 NARROW_PAIRS = [(average, dtype) for average in HALF for dtype in FLOATS if dtype not in HALF]
 NARROW_PAIRS += [(torch.float32, torch.float64)]
 # The neighbours of 0 and 1, both sides of 1/2 (where the formula changes), and what people use.
@@ -71,7 +71,7 @@ def same_bits_but_nan(a, b):
 
 
 def values(dtype, count, rng, largest=None):
-    """Finite test values: like weights, of any exponent, and the corners; for a complex type, in both parts."""
+    """Finite test values: some like weights, some of any exponent, and corner cases; complex numbers get two each."""
     if dtype in REAL:
         return torch.view_as_complex(values(real(dtype), 2 * count, rng, largest).view(count, 2))
     precision, smallest = FORMAT[dtype]
@@ -86,7 +86,7 @@ def values(dtype, count, rng, largest=None):
 
 
 def value_pair(ema_dtype, model_dtype, count, rng):
-    """Values of an average and its model; about a fifth of them equal, where the types allow."""
+    """Values of an average and its model, about a fifth of them equal where the types allow it."""
     ema, model = values(ema_dtype, count, rng), values(model_dtype, count, rng, LARGEST[real(ema_dtype)] - 1)
     equal = torch.from_numpy(rng.random(count) < 0.2)
     return torch.where(equal, model.to(ema_dtype), ema), model
@@ -117,9 +117,10 @@ def bound(ema, model, new, decay, dtype):
 
 
 def error_over_bound(ema, model, new, decay, dtype, fused=True):
-    """Per element; at most 1. Flat CPU tensors of finite values in, an array of float64 out.
+    """The error of each element over its bound, which must be at most 1: flat CPU tensors of finite values in, an array
+    of float64 out.
 
-    Not `fused`: a product in float64 is rounded by itself, which below the normal numbers is an error of its own."""
+    Without `fused`, a product in float64 is rounded by itself, which adds an error below the normal numbers."""
     ema, model, new = (side.double().numpy() for side in (ema, model, new))
     if dtype == torch.float64:
         return np.array([_error_over_bound_f64(*one, decay, fused) for one in zip(ema, model, new, strict=True)])
@@ -144,7 +145,7 @@ def contract(ema, model, decay, dtype):
 
 
 def cast(tensor, dtype):
-    """Rounded to nearest; from float64 to 16 bits, through float32."""
+    """Rounds to nearest; float64 becomes 16 bits by way of float32."""
     return (tensor.float() if dtype.itemsize == 2 else tensor).to(dtype)
 
 
@@ -269,7 +270,7 @@ def check_step(old, model, new, decay, *, bitwise):
 
 
 def _wrong(expected, found):
-    """2 where the bits differ, else 0."""
+    """2 where the bits differ, 0 elsewhere."""
     differ = expected.view(torch.uint8) != found.view(torch.uint8)
     return 2 * differ.view(-1, found.dtype.itemsize).any(1).int().numpy()
 
@@ -283,7 +284,7 @@ def _at_most_one(ratio, what, e, p, n):
 
 
 def _sample(sizes):
-    """Positions around the ends of each tensor, and random ones."""
+    """Positions near the ends of each tensor, and random ones."""
     total = sum(sizes)
     if total <= SAMPLE:
         return torch.arange(total)

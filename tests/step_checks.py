@@ -1,4 +1,4 @@
-"""Updates on any device, checked: test_numerics.py runs these on the CPU, test_gpu_*.py on CUDA."""
+"""Checks of updates on a given device: test_numerics.py runs them on the CPU, test_gpu_*.py on CUDA."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ INTEGERS += [getattr(torch, name) for name in ("uint16", "uint32", "uint64") if 
 
 
 def guarded(tensor, offset, device):
-    """A copy of a 1-d tensor on `device`, `offset` elements into a storage; and all of that storage."""
+    """A copy of a 1-d tensor on `device`, `offset` elements into a storage, and the whole storage."""
     storage = torch.full((offset + len(tensor) + 5,), 7, dtype=tensor.dtype, device=device)
     view = storage[offset : offset + len(tensor)]
     view.copy_(tensor)
@@ -79,7 +79,7 @@ def check_count(device, count, decay, bitwise):
 
 
 def check_layouts(device, decay, bitwise):
-    """Strides that differ between the two sides, gaps, zero strides of the model, no dimensions, many of them."""
+    """Strides that differ between the two sides, gaps, zero strides of the model, no dimensions and many."""
 
     def make(dtype, seed, *shape):
         return values(dtype, math.prod(shape), np.random.default_rng(seed)).reshape(shape).to(device)
@@ -120,7 +120,7 @@ def check_layouts(device, decay, bitwise):
 
 
 def nans(dtype):
-    """Quiet and signalling ones, of both signs, with payloads."""
+    """Quiet and signalling NaN of both signs, with payloads."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     infinite = torch.tensor([math.inf, -math.inf], dtype=dtype).view(integer)
     quiet = 1 << FORMAT[dtype][0] - 2
@@ -149,7 +149,7 @@ def check_non_finite(device, dtype, decay):
 
 
 def check_copy(device, call):
-    """All real pairs, narrowing ones too, complex ones, and integers: as Tensor.to; NaN bits kept within a type."""
+    """All pairs of real types, complex types and integers, as Tensor.to; NaN keeps its bits within one type."""
     pairs = [*itertools.product(FLOATS, FLOATS), *itertools.product([torch.complex64, torch.complex128], repeat=2)]
     rng = np.random.default_rng(4)
     for ema_dtype, model_dtype in pairs:
@@ -303,7 +303,7 @@ def check_averaged_model(device, use_buffers, decay=0.9):
         elif "running" in key and not use_buffers:
             assert same_bits(tensor, model[key]), key
         else:
-            # Both err by half an ulp and the product's rounding at each step, and remember ten steps.
+            # At each step both err by half an ulp and by the rounding of the product, and both remember ten steps.
             allowed = 20 * (2.0**-24 * tensor.abs() + 2.0**-22 * (1 - decay) * (model[key] - tensor).abs() + 2.0**-149)
             assert ((tensor - peers[key]).abs() <= 2 * allowed).all(), key
             assert not torch.equal(tensor, model[key]), key
