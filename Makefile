@@ -36,8 +36,8 @@ test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 pro
 	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
 
 sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
-	@$(PY) tests/instrumented.py address $(addprefix tests/test_,hazards_*.py ema.py ema_swap.py numerics.py stale_plans.py)
-	@$(PY) tests/instrumented.py thread tests/test_hazards_process.py
+	@$(PY) tests/instrumented.py address tests/pairs tests/plan tests/runners $(addprefix tests/test_,ema.py ema_swap.py numerics.py stale_plans.py)
+	@$(PY) tests/instrumented.py thread tests/plan/test_threads.py
 
 SANITIZERS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize-plans:  ## a million random plans over the emulated grid, under the address and undefined-behaviour sanitizers

@@ -19,7 +19,7 @@ from summary import (  # noqa: F401
 from torch import nn
 
 import fused_ema
-from fused_ema import functional
+from fused_ema import EMA, functional
 from fused_ema._build import toolkit as _toolkit
 from fused_ema.runners import extension as _native
 
@@ -153,6 +153,16 @@ def parameters(model):
 def equal(left, right):
     """Two mappings of names to tensors hold the same bits."""
     return left.keys() == right.keys() and all(oracle.same_bits(left[name], right[name]) for name in left)
+
+
+def trained(model, decay=0.5, **options):
+    """A manager whose averages are none of the model's values."""
+    ema = EMA(model, decay, **options)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape).to(tensor.dtype))
+    ema.update()
+    return ema
 
 
 def versions(*sources):

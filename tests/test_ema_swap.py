@@ -13,7 +13,7 @@ from concurrent import futures
 
 import pytest
 import torch
-from conftest import averages, clones, equal, interrupted_at, net, parameters, refused
+from conftest import averages, clones, equal, interrupted_at, net, parameters, refused, trained
 from oracle import same_bits
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -29,16 +29,6 @@ TYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the model; float32 
 
 def addresses(model):
     return {name: (id(tensor), tensor.data_ptr(), tensor.stride()) for name, tensor in parameters(model).items()}
-
-
-def trained(model, decay=0.5, **options):
-    """A manager whose averages are none of the model's values."""
-    ema = EMA(model, decay, **options)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(torch.randn(tensor.shape).to(tensor.dtype))
-    ema.update()
-    return ema
 
 
 class Whole:

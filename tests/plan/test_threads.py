@@ -15,6 +15,26 @@ from fused_ema import plan
 THREADS, STEPS = 4, 12
 
 
+def at_once(work, threads=THREADS):
+    """Runs work(turn) in threads that begin together, which all come to an end without an error."""
+    start, errors = threading.Barrier(threads), []
+
+    def run(turn):
+        try:
+            start.wait(30)
+            work(turn)
+        except BaseException as error:
+            errors.append(error)
+
+    running = [threading.Thread(target=run, args=(turn,), daemon=True) for turn in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in running), "deadlock"
+    assert errors == []
+
+
 @pytest.mark.parametrize("size", [10, 2**20 + 3], ids=["small", "large"])  # large: without the interpreter's lock
 @pytest.mark.parametrize("way", ["bound", "module", "list"])
 def test_threads_update_one_after_the_other(backend, way, size):
@@ -25,23 +45,7 @@ def test_threads_update_one_after_the_other(backend, way, size):
         "module": lambda: fused_ema.update(ema, model, 0.5),
         "list": lambda: fused_ema.update([ema.w], [model.w], 0.5),
     }
-    start, errors = threading.Barrier(THREADS), []
-
-    def work():
-        try:
-            start.wait(30)
-            for _ in range(STEPS):
-                steps[way]()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
-    assert errors == []
+    at_once(lambda _: [steps[way]() for _ in range(STEPS)])
     assert ema.w.unique().tolist() == [0.5 ** (THREADS * STEPS)]
 
 
@@ -56,11 +60,7 @@ def test_threads_that_share_a_manager_make_each_step_once(backend):
 
     ema = fused_ema.EMA(model, schedule)
     model.w.data.fill_(1)
-    threads = [threading.Thread(target=lambda: [ema.update() for _ in range(STEPS)]) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    at_once(lambda _: [ema.update() for _ in range(STEPS)])
     assert ema.step == THREADS * STEPS
     assert asked == list(range(1, THREADS * STEPS + 1))
 
@@ -70,34 +70,27 @@ def test_first_calls_of_threads(backend):
     size = 2**20
     for _ in range(20):
         ema, model = source("module", {"w": torch.ones(size)}), source("module", {"w": torch.zeros(size)})
-        start = threading.Barrier(THREADS)
 
-        def work(turn, ema=ema, model=model, start=start):
-            start.wait(30)
+        def work(turn, ema=ema, model=model):
             if turn % 2:
                 fused_ema.update([ema.w], [model.w], 0.5)
             else:
                 fused_ema.update(ema, model, 0.5)
 
-        threads = [threading.Thread(target=work, args=(turn,), daemon=True) for turn in range(THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in threads), "deadlock"
+        at_once(work)
         assert ema.w.unique().tolist() == [0.5**THREADS]
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_other_threads_go_on_during_a_large_update(backend):
-    """Nobody gets the interpreter here but from who gives it away."""
+    """The switch interval is so long that the update itself has to release the interpreter's lock."""
     ema, model = torch.zeros(1 << 24), torch.ones(1 << 24)
     fused_ema.update([ema], [model], 0.5)
     gate, went_on = threading.Lock(), []
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        for _ in range(100):  # on a busy machine the other may come too late
+        for _ in range(100):  # on a busy machine the other thread may come too late
             gate.acquire()
             thread = threading.Thread(target=lambda: went_on.append(gate.acquire()))
             thread.start()
@@ -117,31 +110,20 @@ def test_other_threads_go_on_during_a_large_update(backend):
 @pytest.mark.hazard(29, "good")
 def test_threads_with_models_of_their_own(backend):
     # More models than plans are kept, so that the threads evict each other's.
-    errors = []
-
-    def work(seed):
-        try:
-            for i in range(60):
-                e, p = torch.ones(1 + i % 3), torch.zeros(1 + i % 3)
-                ema, model = source("module", {"w": e}), source("module", {"w": p})
-                for _ in range(3):
-                    fused_ema.update(ema, model, 0.5)
-                assert e.unique().tolist() == [0.125]
-        except BaseException as error:
-            errors.append(error)
+    def work(_):
+        for i in range(60):
+            e, p = torch.ones(1 + i % 3), torch.zeros(1 + i % 3)
+            ema, model = source("module", {"w": e}), source("module", {"w": p})
+            for _ in range(3):
+                fused_ema.update(ema, model, 0.5)
+            assert e.unique().tolist() == [0.125]
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        at_once(work, threads=8)
     finally:
         sys.setswitchinterval(interval)
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
-    assert errors == []
 
 
 @pytest.mark.hazard(29, "guarded")
