@@ -1,8 +1,8 @@
 """Runs tests in a copy of the checkout whose extension is built with a sanitizer, or counts what is run.
 
-    python tests/instrumented.py address tests/pairs tests/plan     # addresses and undefined behaviour
+    python tests/instrumented.py address tests/pairs tests/plan       # addresses and undefined behaviour
     python tests/instrumented.py thread tests/plan/test_threads.py
-    python tests/instrumented.py coverage tests                      # branches of the package and of csrc
+    python tests/instrumented.py coverage tests                        # branches of the package and of csrc
 
 Under sanitizers Python and PyTorch are as they are, so only what the extension itself does is looked at. With threads
 that is the concurrent calls of one process: OpenMP, whose locks the sanitizer does not know, gets one thread.

@@ -74,7 +74,7 @@ def test_switched_off(package):
 @pytest.mark.hazard(35, "guarded")
 @pytest.mark.parametrize("damage", ["damaged", "importing"])
 def test_broken_extension(package, damage):
-    """A library that is cut off, and one of the right size that is none. test_native.py has other reasons."""
+    """One library is truncated, the other has the right size but no code. test_native.py has the other reasons."""
     library, record = extension()
     content = library.read_bytes()
     broken = {"damaged": content[:-1000], "importing": bytes(len(content))}[damage]

@@ -39,7 +39,7 @@ def test_swap_across_dtypes_is_refused(backend, kind):
     refused(TypeError, lambda: fused_ema.swap_(ema, model), ema, model, names=names)
     handle = fused_ema.bind(ema, model)
     refused(TypeError, handle.swap_, ema, model, names=names)
-    handle.update(0.5)  # what is allowed still is
+    handle.update(0.5)  # an update across dtypes is allowed
 
 
 # ---- Integers and bools
@@ -55,7 +55,7 @@ def test_integers_are_copied_or_ignored(backend, dtype, buffers):
     expected = (ema if buffers == "ignore" else model).steps.clone()
     fused_ema.update(ema, model, 0.9, buffers=buffers)
     assert torch.equal(ema.steps, expected)
-    if dtype is torch.int64:  # beyond what a float holds
+    if dtype is torch.int64:  # more than a float can hold
         model.steps.fill_(2**53 + 1)
         fused_ema.update(ema, model, 0.9, buffers="copy")
         assert ema.steps[0].item() == 2**53 + 1

@@ -26,7 +26,7 @@ class Tagged(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """Holds no data of its own: its data_ptr() is null."""
+    """A tensor without data of its own: its data_ptr() is null."""
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

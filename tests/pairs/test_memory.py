@@ -11,7 +11,7 @@ OPERATIONS = [lambda e, m: fused_ema.update(e, m, 0.5), fused_ema.copy_, fused_e
 
 
 def numbers(like, seed):
-    """Small integers: exact in every type, and so are their means."""
+    """Fills a tensor with small integers, which are exact in every dtype, as their means are."""
     generator = torch.Generator().manual_seed(seed)
     like.copy_(torch.randint(-64, 64, like.shape, generator=generator))
     return like
@@ -22,7 +22,7 @@ def numbers(like, seed):
 
 def test_thirteen_dimensions_are_right_or_refused_by_name(update, backend):
     e = numbers(torch.empty([2] * 13), 1)
-    p = numbers(torch.empty([2] * 13).permute(*range(12, -1, -1)), 2)  # so that no two dimensions merge
+    p = numbers(torch.empty([2] * 13).permute(*range(12, -1, -1)), 2)  # no two dimensions can be merged
     ema, model = {"ok": torch.ones(2), "x": e}, {"ok": torch.zeros(2), "x": p}
     expected = (e + p) / 2
     if backend == "cpu":
@@ -110,7 +110,7 @@ def test_address_that_is_no_multiple_of_the_type_is_refused(update, kind):
     refused(ValueError, lambda: update(model, ema, 0.5), ema, model, names=["model", *names])
 
 
-FAR = 2**31 + 5  # a storage of 4 GiB of which a few pages are ever touched
+FAR = 2**31 + 5  # storages of this many elements are never filled: only a few pages are touched
 
 
 @pytest.mark.hazard(9, "good")

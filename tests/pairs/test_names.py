@@ -116,7 +116,7 @@ def test_a_child_that_is_called_module(update):
             self.module.module = nn.Linear(3, 3, bias=False)
 
     ema, model = Net(), Net()
-    update(ema, model, 0.0)  # all names equal, though one once `module.` is dropped
+    update(ema, model, 0.0)  # some names are equal once `module.` is dropped, but all of them match as they are
     assert same_bits(bits(model), ema)
     model = nn.DataParallel(Net())
     names = ["'weight'", "'module.weight'", "expected"]

@@ -1,4 +1,4 @@
-"""Averages in 16 bits that would stand still are warned of once, and only those."""
+"""Averages in 16 bits that would stand still cause one warning; others cause none."""
 
 import contextlib
 import warnings
@@ -52,7 +52,7 @@ def test_no_warning_where_averages_move(update, kind):
             (torch.float64, torch.float16, 0.9999),
             (torch.bfloat16, torch.bfloat16, 0.9),
             (torch.float16, torch.float16, 0.99),
-            (torch.bfloat16, torch.bfloat16, 1.0),  # writes nothing
+            (torch.bfloat16, torch.bfloat16, 1.0),  # a decay of 1 writes nothing
         ]:
             ema = source(kind, {"w": torch.ones(3, dtype=ours)})
             model = source(kind, {"w": torch.zeros(3, dtype=theirs)})

@@ -143,7 +143,7 @@ def test_swap_leaves_ignored_buffers(backend):
 
 
 def test_swap_does_not_reach_a_lazy_clone_of_the_model(backend):
-    # Copy-on-write: until someone writes, the clone has the model's memory.
+    # A lazy clone shares the tensor's memory until one of them is written to.
     ema, model = [torch.ones(4)], [torch.zeros(4)]
     handle = fused_ema.bind(ema, model)
     handle.swap_()

@@ -1,4 +1,4 @@
-"""How long plans live: copies and pickles have their own, and none keeps a model or a tensor alive."""
+"""How long plans live: copies and pickles make their own, and no plan keeps a model or a tensor alive."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ def copied(request):
 def test_averaged_model_with_the_function_in_it(backend, copied, use_buffers):
     model = net()
     averaged = AveragedModel(model, multi_avg_fn=fused_ema.get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
-    averaged.update_parameters(model)  # the first is a copy
+    averaged.update_parameters(model)  # the first update copies
     before = averaged.module[0].weight.clone()
     again = copied(averaged)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_copies_of_a_model_that_holds_its_binding(backend, copied):
 
 
 class Knot(nn.Module):
-    """Refers to itself, as modules with hooks, bound methods or parents in their attributes do."""
+    """A module that refers to itself, as those with hooks, bound methods or parents in their attributes do."""
 
     def __init__(self):
         super().__init__()
@@ -195,13 +195,13 @@ def test_plans_of_lists_end_with_the_least_recently_used(backend):
     pairs = [([torch.ones(2)], [torch.zeros(2)]) for _ in range(most + 1)]
 
     def update(i):
-        """The plan that ran: the last in use."""
+        """Updates pair i and returns the plan that ran, which was used last."""
         fused_ema.update(*pairs[i], 0.5)
         return next(reversed(functional._list_plans.values()))
 
     plans = [update(i) for i in range(most)]
     assert update(0) is plans[0]
-    new = update(most)  # in the place of the second
+    new = update(most)  # takes the place of the second plan
     assert list(functional._list_plans.values()) == [*plans[2:], plans[0], new]
     assert update(2) is plans[2]
     assert update(1) is not plans[1]

@@ -21,13 +21,13 @@ def retensor(value):
 
 
 def move_registry(module):
-    """To the end of the module's __dict__; and a change after that, which is to be seen there."""
+    """Moves the registry to the end of the module's __dict__, then changes what it holds."""
     module[0].__dict__["_parameters"] = module[0].__dict__.pop("_parameters")
     module[0].weight = retensor(5.0)
 
 
 def replace_registry(module):
-    # The dict that replaces it has the same keys, and other values.
+    # The new dict has the same keys and other values.
     module[0].__dict__["_parameters"] = {name: nn.Parameter(p + 1) for name, p in module[0]._parameters.items()}
 
 
@@ -63,7 +63,7 @@ ONE_SIDE = {
     "submodule": lambda m: m.__setitem__(2, nn.Linear(4, 2)),
     "registry": replace_registry,
     "registry elsewhere": move_registry,
-    # As another module at the address of one that died.
+    # This is what a new module at the address of a dead one looks like.
     "another __dict__": lambda m: object.__setattr__(m[0], "__dict__", vars(net()[0])),
     "swap_tensors": swap_in,
     "tied": lambda m: setattr(m[0], "bias", m[1].weight),
@@ -85,7 +85,7 @@ BOTH_SIDES = {
 
 
 def follows(ema, model, step):
-    """An update with decay 0 reaches every tensor of the model as it is now."""
+    """Checks that an update with decay 0 copies every tensor that the model has now."""
     for tensor in tensors_of(model):
         tensor.data.add_(1)
     step(0.0)
@@ -186,7 +186,7 @@ CHANGES_REFUSED = {
     "wider": (TypeError, lambda m: m.double(), ["ema['0.weight']", "float64", "float32"]),
     "shape": (
         ValueError,
-        lambda m: setattr(m[2].bias, "data", torch.ones(1)),  # would broadcast
+        lambda m: setattr(m[2].bias, "data", torch.ones(1)),  # it would broadcast
         ["ema['2.bias']", "expected shape (1,)", "found (2,)"],
     ),
     "more": (ValueError, lambda m: m.register_parameter("extra", retensor(1.0)), ["'extra'", "only in model"]),
@@ -216,7 +216,7 @@ def test_a_change_that_no_longer_fits_is_refused_until_it_is_undone(stepper, cha
 
 
 def test_what_was_refused_at_first_is_taken_once_it_fits(backend):
-    # The refusal belongs to the tensors, not to the handle that met them.
+    # A handle does not remember that its tensors were refused once.
     ema, model = net(), net().double()
     handle = fused_ema.bind(ema, model)
     refused(TypeError, lambda: handle.update(0.5), ema, model, names=["ema['0.weight']", "float64", "float32"])
@@ -263,7 +263,7 @@ def test_bound_containers_are_read_again(backend, container, used):
     assert ema[b].tolist() == [(9 + (0.5 if used else 1)) / 2] * 2
     if container == "dict":
         ema["c"], model["c"] = torch.ones(1), torch.zeros(1)
-        ema["a"] = ema.pop("a")  # to the end
+        ema["a"] = ema.pop("a")  # moves to the end
     else:
         ema.append(torch.ones(1)), model.append(torch.zeros(1))
     handle.update(0.0)
@@ -308,14 +308,14 @@ def test_a_dict_that_hands_out_other_tensors_than_it_holds(backend):
 
 
 class Leaving(nn.Sequential):
-    """Names less than it holds."""
+    """Its modules() lists fewer modules than it holds."""
 
     def modules(self):
         yield from self[0].modules()
 
 
 class Hiding(nn.Module):
-    """Names more than it holds."""
+    """Its named_modules() lists more modules than its registries hold."""
 
     def __init__(self, inner):
         super().__init__()
@@ -343,7 +343,7 @@ def test_modules_that_hold_their_tensors_in_other_ways(stepper, kind):
     ema, model = kind(net()), kind(net())
     step = stepper(ema, model)
     follows(ema, model, step)
-    kept = [model[0], net(), net()]  # what is replaced lives on
+    kept = [model[0], net(), net()]  # keeps the replaced modules alive
     for other in kept[1:]:
         model[0] = other
         follows(ema, model, step)
@@ -351,7 +351,7 @@ def test_modules_that_hold_their_tensors_in_other_ways(stepper, kind):
 
 
 def test_unpickled_modules(stepper):
-    """Whose names are other strings than those of modules that were made here."""
+    """Unpickled modules hold names that are equal to those of other modules but not the same objects."""
     ema, model = (pickle.loads(pickle.dumps(net())) for _ in range(2))
     step = stepper(ema, model)
     replace_registry(model)
@@ -365,13 +365,13 @@ def test_unpickled_modules(stepper):
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_nothing_runs_while_modules_are_compared(backend):
-    """Python 3.11 may collect garbage where a new module is asked for its __dict__, and whatever that runs may end the
-    module that is looked at next."""
+    """Asking a new module for its __dict__ may collect garbage in Python 3.11, and code that runs then may delete the
+    module that is compared next."""
     ema, model = nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity())
     binding = fused_ema.bind(ema, model)
     old = id(model[0])
     model._modules["0"] = None
-    others = []  # keep their addresses, so that what is left is the old one's
+    others = []  # they occupy other addresses until one of them gets the old module's
     while len(others) < 10_000 and (not others or id(others[-1]) != old):
         others.append(nn.Identity.__new__(nn.Identity))
     if id(others[-1]) != old:
@@ -401,7 +401,7 @@ def test_nothing_runs_while_modules_are_compared(backend):
 @pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("left", [1, 2, 3])
 def test_what_is_removed_while_it_is_looked_at(stepper, left):
-    """By Python code that runs there, as it may anywhere."""
+    """Python code may run while modules are compared, and remove one of them."""
 
     class Removing(nn.Linear):
         left = 0
@@ -427,7 +427,7 @@ def test_what_is_removed_while_it_is_looked_at(stepper, left):
 
 @pytest.mark.parametrize("replaced", ["parameter", "module", "both"])
 def test_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
-    """As another thread may do. The call that meets it either raises or uses what is there now; so does the next."""
+    """Another thread may do this. The call either raises or uses the new tensor; the next call uses it."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     ema = copy.deepcopy(model)
     check = plan.check
@@ -436,7 +436,7 @@ def test_what_is_replaced_while_it_is_paired(backend, monkeypatch, replaced):
         checked = check(*arguments, **options)
         if replaced == "parameter":
             model[1].weight = nn.Parameter(torch.full((3, 3), 5.0))
-        elif replaced == "both":  # each gets one more of a name that the other has too
+        elif replaced == "both":  # both get a module of the same name
             for module in (ema, model):
                 module.append(nn.Linear(3, 3))
             model[1].weight.data.fill_(5.0)

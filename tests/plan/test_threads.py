@@ -16,7 +16,7 @@ THREADS, STEPS = 4, 12
 
 
 def at_once(work, threads=THREADS):
-    """Runs work(turn) in threads that begin together, which all come to an end without an error."""
+    """Runs work(turn) in threads that begin together; fails if one of them raises or does not end."""
     start, errors = threading.Barrier(threads), []
 
     def run(turn):
@@ -35,7 +35,9 @@ def at_once(work, threads=THREADS):
     assert errors == []
 
 
-@pytest.mark.parametrize("size", [10, 2**20 + 3], ids=["small", "large"])  # large: without the interpreter's lock
+@pytest.mark.parametrize(
+    "size", [10, 2**20 + 3], ids=["small", "large"]
+)  # the large one releases the interpreter's lock
 @pytest.mark.parametrize("way", ["bound", "module", "list"])
 def test_threads_update_one_after_the_other(backend, way, size):
     ema, model = source("module", {"w": torch.ones(size)}), source("module", {"w": torch.zeros(size)})
@@ -50,7 +52,7 @@ def test_threads_update_one_after_the_other(backend, way, size):
 
 
 def test_threads_that_share_a_manager_make_each_step_once(backend):
-    """Large enough to run without the interpreter's lock."""
+    """The model is large enough for updates to release the interpreter's lock."""
     model = source("module", {"w": torch.zeros(2**20 + 3)})
     asked = []
 
@@ -66,7 +68,7 @@ def test_threads_that_share_a_manager_make_each_step_once(backend):
 
 
 def test_first_calls_of_threads(backend):
-    # Each thread may find no plan yet, and make one of its own.
+    # Several threads may find that there is no plan yet, and each make one.
     size = 2**20
     for _ in range(20):
         ema, model = source("module", {"w": torch.ones(size)}), source("module", {"w": torch.zeros(size)})
@@ -109,7 +111,7 @@ def test_other_threads_go_on_during_a_large_update(backend):
 
 @pytest.mark.hazard(29, "good")
 def test_threads_with_models_of_their_own(backend):
-    # More models than plans are kept, so that the threads evict each other's.
+    # Models come and go in each thread, so plans are dropped while other threads make theirs.
     def work(_):
         for i in range(60):
             e, p = torch.ones(1 + i % 3), torch.zeros(1 + i % 3)
@@ -155,7 +157,7 @@ def test_a_forked_child_updates_with_an_inherited_binding(backend):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_a_forked_child_updates_where_another_thread_was_updating(backend):
-    """The lock that this thread holds is never released in the child, where the thread is not."""
+    """The child inherits the lock as held, without the thread that would release it."""
     ema, model = torch.ones(3), torch.zeros(3)
     fused_ema.update([ema], [model], 0.5)
     held, forked = threading.Event(), threading.Event()
@@ -181,5 +183,5 @@ def test_a_forked_child_updates_where_another_thread_was_updating(backend):
     forked.set()
     thread.join(30)
     assert os.waitstatus_to_exitcode(status) == 0
-    fused_ema.update([ema], [model], 0.5)  # the parent has its own lock still
+    fused_ema.update([ema], [model], 0.5)  # the parent still has its own lock
     assert ema.tolist() == [0.25] * 3
