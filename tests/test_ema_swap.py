@@ -247,14 +247,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_replaced_in_the_block(backend, dtype, index, raises, change):
+def test_replaced_in_the_block(backend, dtype, raises, change):
     ema = trained(net().to(dtype), [0.5, 0.9])
     whole = Whole(ema)
     try:
-        with ema.swapped(index) as model:
+        with ema.swapped(1) as model:
             CHANGES[change](model)
             if raises:
                 raise ZeroDivisionError

@@ -55,7 +55,7 @@ def test_sizes(backend, pair, decay):
 
 
 @pytest.mark.hazard(10, "good")
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9999, 1.0])
+@pytest.mark.parametrize("decay", [0.3, 0.9999])
 @pytest.mark.parametrize("count", COUNTS)
 def test_counts(backend, count, decay):
     check_count("cpu", count, decay, bitwise=backend == "cpu")
