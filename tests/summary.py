@@ -1,19 +1,20 @@
-"""What pytest prints at the end: the table of hazards, and skips that nobody expected; and the marker of the tests in
-that table. conftest.py takes its hooks."""
+"""What pytest prints at the end of a run: the table of hazards, and the skips that nobody expected.
+
+conftest.py imports the hooks. They also work under pytest-xdist: only the process that collects the reports prints, and
+a report carries the hazards of its test in its user_properties, since markers stay in the process that ran the test.
+"""
 
 import re
 from collections import defaultdict
 
 import pytest
-from hazards import ROWS
+from hazards import CASES, ROWS
 
-EXPECTED_SKIPS = [  # what can't be tested in some place, or is nothing to test; anything else hides a gap
+EXPECTED_SKIPS = [  # tests that cannot run in some place, or have nothing to test there; any other skip hides a gap
     r"no CUDA GPU",
     r"could not import 'composer\.algorithms'",  # which can't be imported beside a current PyTorch
     r"FSDP2 runs on the CPU from PyTorch 2\.7 on",
     r"this PyTorch's AveragedModel: Tensors of the same index must be on the same device and the same dtype",
-    r"it copies averages into the model",
-    r"it takes copies instead",
     r"its steps would not round away at that decay",
 ]
 
@@ -22,11 +23,13 @@ def pytest_addoption(parser):
     parser.addoption("--only-expected-skips", action="store_true", help="any other skip is a failure")
 
 
-@pytest.hookimpl(tryfirst=True)  # before what -m leaves out is chosen
 def pytest_collection_modifyitems(items):
     for item in items:
-        if re.match(r"test_\d\d_", item.name):
-            item.add_marker("hazard")
+        for marker in item.iter_markers("hazard"):
+            row, case = marker.args
+            if row not in ROWS or case not in CASES:
+                raise pytest.UsageError(f"{item.nodeid}: no such case in hazards.py: {row}, {case!r}")
+            item.user_properties.append(("hazard", (row, case)))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -37,8 +40,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session):
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.option.only_expected_skips and unexpected(reporter.stats.get("skipped", [])):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # None in a worker of pytest-xdist
+    if reporter and session.config.option.only_expected_skips and unexpected(reporter.stats.get("skipped", [])):
         session.exitstatus = session.exitstatus or 1
 
 
@@ -53,19 +56,23 @@ def unexpected(reports):
 
 
 def _table(reporter):
-    outcomes = defaultdict(list)
+    outcomes, names = defaultdict(list), defaultdict(dict)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in reporter.stats.get(outcome, []):
-            name = getattr(report, "nodeid", "").rpartition("::")[2].partition("[")[0]
-            outcomes[name.removeprefix("test_")].append(outcome)
-    if sum(bool(outcomes[name]) for _, *names in ROWS.values() for name in names) < len(ROWS):
-        return  # some files only
+            for key, value in getattr(report, "user_properties", []):
+                if key == "hazard":
+                    row, case = value
+                    outcomes[row, case].append(outcome)
+                    names[row, case][report.nodeid.rpartition("::")[2].partition("[")[0]] = None
+    if len(outcomes) < len(ROWS):
+        return  # Only some of the tests ran.
     reporter.section("hazards")
     shown = 0
-    for row, (title, *names) in ROWS.items():
-        good, guarded = (_outcome(outcomes[name]) for name in names)
+    for row, title in ROWS.items():
+        good, guarded = (_outcome(outcomes[row, case]) for case in CASES)
         shown += good.startswith("passed") and guarded.startswith("passed")
-        reporter.write_line(f"{row:2} {title:30} good: {good:26} guarded: {guarded:26} {' '.join(names)}")
+        tests = " ".join(name.removeprefix("test_") for case in CASES for name in names[row, case])
+        reporter.write_line(f"{row:2} {title:30} good: {good:26} guarded: {guarded:26} {tests}")
     reporter.write_line(f"{shown} of {len(ROWS)} rows have a good case and a guarded one that passed here")
 
 

@@ -41,8 +41,9 @@ def test_graph_with_a_number():
     assert all("ema_kernel" in kernel or "FillFunctor" in kernel for kernel in on_device), on_device
 
 
+@pytest.mark.hazard(27, "good")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
-def test_27_graph_with_a_decay_that_changes(dtype):
+def test_graph_with_a_decay_that_changes(dtype):
     ema, model = mixed_modules(200, DEVICE)
     expected = copy.deepcopy(ema)
     decay = torch.tensor(0.5, dtype=dtype, device=DEVICE)
@@ -104,10 +105,11 @@ def test_graph_outlives_its_plan():
     assert all(map(same_bits, ema.state_dict().values(), expected.state_dict().values()))
 
 
+@pytest.mark.hazard(27, "guarded")
 @pytest.mark.parametrize("planned", ["never", "before the model moved"])
 @pytest.mark.parametrize("way", ["modules", "lists", "binding"])
-def test_27_a_stale_plan_in_a_capture_is_refused(way, planned):
-    """A caught error does not end the capture, which replays everything else in it."""
+def test_a_stale_plan_in_a_capture_is_refused(way, planned):
+    """The error is caught inside the capture, which goes on and replays what else it holds."""
     ema, model = (residual_network()[0].to(DEVICE) for _ in range(2))
     good_ema, good_model = (torch.ones(1000, device=DEVICE) * x for x in (1, 2))
     counter = torch.zeros(1, device=DEVICE)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import averages
 from oracle import HALF, same_bits
 from torch import nn
 
@@ -18,10 +19,6 @@ COUNT = 20_000
 
 def name(dtype):
     return str(dtype).removeprefix("torch.")
-
-
-def averages(ema, index=0):
-    return ema.state_dict()["averages"][index]
 
 
 def rounded(old, new, decay, *, dtype, step=1, seed=0, index=0, count=1):

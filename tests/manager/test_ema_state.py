@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import net, refused
+from conftest import averages, net, refused
 from oracle import same_bits
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,10 +19,6 @@ from fused_ema import EMA, checkpoints
 from fused_ema.schedules import constant, exponential_ramp, inverse_power, power_function, tf_warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
-
-
-def averages(ema, index=0):
-    return ema.state_dict()["averages"][index]
 
 
 def nudge(step, *models):
@@ -94,11 +90,15 @@ def test_plain(backend, options):
     assert same_states(saved_and_loaded(state), state)
 
 
+@pytest.mark.hazard(30, "guarded")
 def test_own_schedules_do_not_go_in(backend):
-    state = EMA(net(), [lambda n: 0.5, 0.9]).state_dict()
+    ema = EMA(net(), [lambda n: 0.5, 0.9])
+    state = ema.state_dict()
     assert plain(state)
     assert isinstance(state["schedules"][0], str)
     saved_and_loaded(state)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickled(ema)
 
 
 def test_averages_in_it_are_not_copies(backend):
@@ -138,6 +138,7 @@ def run(ema, first, last):
         ema.update()
 
 
+@pytest.mark.hazard(39, "good")
 @pytest.mark.parametrize("stop", [0, 1, 4, 5])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_goes_on_with_the_same_bits(backend, options, stop):
@@ -372,6 +373,7 @@ def test_refused_and_nothing_changed(backend, change, names):
     ema.update()
 
 
+@pytest.mark.hazard(39, "guarded")
 @pytest.mark.parametrize(
     ("mine", "theirs", "names"),
     [
@@ -403,6 +405,7 @@ def pickled(ema):
     return pickle.loads(pickle.dumps(ema))
 
 
+@pytest.mark.hazard(30, "good")
 @pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_copies_go_on_by_themselves(backend, duplicate, options):
@@ -479,7 +482,7 @@ FREED = {
 
 @pytest.mark.parametrize("call", FREED)
 @pytest.mark.parametrize("which", ["parameter", "average", "buffer"])
-def test_13_what_reads_freed_memory_is_refused(backend, call, which, tmp_path):
+def test_what_reads_freed_memory_is_refused(backend, call, which, tmp_path):
     """As offloading leaves it; to read it would end the process."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     ema = EMA(model, 0.5)

@@ -29,8 +29,9 @@ def run(ranks, folder, *checks):
         assert done.stdout.count(f"{check} passed on rank") == ranks
 
 
+@pytest.mark.hazard(14, "good")
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_14_sharded(ranks, tmp_path):
+def test_sharded(ranks, tmp_path):
     checks = "update manager training evaluation ddp refusals stale layouts threads compiled files save load"
     run(ranks, tmp_path, *checks.split())
 
@@ -42,7 +43,8 @@ def test_a_checkpoint_of_4_ranks_loads_on_2_and_on_1(tmp_path):
         run(ranks, tmp_path, "load")
 
 
-def test_14_the_empty_parameters_of_zero_3_are_refused():
+@pytest.mark.hazard(14, "guarded")
+def test_the_empty_parameters_of_zero_3_are_refused():
     model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     model.weight.data = torch.empty(0)
     model.weight.ds_numel = 4  # as DeepSpeed marks them

@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fused_ema
 
 
+@pytest.mark.hazard(25, "good")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_25_a_schedule_compiles_twice_at_most(compiler):
+def test_a_schedule_compiles_twice_at_most(compiler):
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
@@ -36,8 +37,8 @@ def test_25_a_schedule_compiles_twice_at_most(compiler):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_25_a_whole_training_step_in_one_graph(compiler):
-    """Forward, backward, SGD and the average. (Dynamo traces torch.func, not .backward().)"""
+def test_a_whole_training_step_in_one_graph(compiler):
+    """Forward, backward, SGD and the average. (Dynamo does not trace .backward(), but torch.func.)"""
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
@@ -81,6 +82,7 @@ def module_of(buffer):
     return module
 
 
+@pytest.mark.hazard(25, "guarded")
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -90,7 +92,7 @@ def module_of(buffer):
     ],
     ids=["shape", "integer", "complex"],
 )
-def test_25_compiled_updates_refuse_what_others_refuse(ours, theirs):
+def test_compiled_updates_refuse_what_others_refuse(ours, theirs):
     torch._dynamo.reset()
     ema, model = module_of(ours), module_of(theirs)
     step = torch.compile(lambda: fused_ema.update(ema, model, 0.5), backend="aot_eager", fullgraph=True)
@@ -100,7 +102,8 @@ def test_25_compiled_updates_refuse_what_others_refuse(ours, theirs):
     assert same_bits(before, ema, model)
 
 
-def test_21_traced_with_fake_tensors():
+@pytest.mark.hazard(21, "good")
+def test_traced_with_fake_tensors():
     with FakeTensorMode():
         averages, tensors = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
         torch.ops.fused_ema.lerp_(averages, tensors, torch.tensor(0.5, dtype=torch.float64))
@@ -112,7 +115,7 @@ def test_21_traced_with_fake_tensors():
     assert average.eq(0.5).all()
 
 
-def test_25_the_operation_passes_torchs_own_checks():
+def test_the_operation_passes_torchs_own_checks():
     averages, tensors = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
     decay = torch.tensor(0.5, dtype=torch.float64)
     torch.library.opcheck(torch.ops.fused_ema.lerp_, (averages, tensors, decay))
@@ -121,7 +124,7 @@ def test_25_the_operation_passes_torchs_own_checks():
 
 
 @pytest.mark.parametrize("way", ["function", "bound"])
-def test_25_recorded_by_make_fx(way):
+def test_recorded_by_make_fx(way):
     ema, model = torch.zeros(3), torch.ones(3)
     handle = fused_ema.bind([ema], [model])
 
@@ -135,7 +138,7 @@ def test_25_recorded_by_make_fx(way):
         assert graph(torch.zeros(3), torch.ones(3)).tolist() == [0.5] * 3
 
 
-def test_25_jit_trace_is_refused():
+def test_jit_trace_is_refused():
     def step(e, p):
         fused_ema.update([e], [p], 0.5)
         return e * 1

@@ -58,6 +58,7 @@ def test_equal_values_are_a_fixed_point(backend, dtype, data, decay):
     assert same_bits(updated(values, values.clone(), decay), values)
 
 
+@pytest.mark.hazard(18, "good")
 @pytest.mark.parametrize("pair", REAL_PAIRS, ids=str)
 @given(st.data(), decays)
 @same_examples
@@ -145,6 +146,8 @@ def laid_out(draw, dtype, shape, generator, expand=False):
     return tensor[tuple(slice(None, None, step) for step in steps)].expand(shape), storage
 
 
+@pytest.mark.hazard(4, "guarded")
+@pytest.mark.hazard(6, "good")
 @given(st.data(), decays)
 @settings(same_examples, max_examples=250)
 def test_any_shapes_strides_offsets_and_types(backend, data, decay):

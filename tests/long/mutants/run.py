@@ -27,25 +27,25 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
     "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
-    "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
-    "csrc/plan.cpp": "hazards_sources hazards_calls ema_rounding",
-    "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
-    "csrc/watch.h": "hazards_sources hazards_calls ema_swap hazards_process distributed",
+    "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu numerics values ema_swap",
+    "csrc/plan.cpp": "stale_sources kinds calls ema_rounding",
+    "csrc/bindings.cpp": "stale_sources calls ema_swap threads grid_manager_vs_cpu distributed",
+    "csrc/watch.h": "stale_sources calls ema_swap threads distributed",
     "fused_ema/_build/cache.py": "build",
     "fused_ema/_build/library.py": "library",
-    "fused_ema/pairs/arguments.py": "hazards_values",
+    "fused_ema/pairs/arguments.py": "arguments",
     "fused_ema/manager/attach.py": "ema_attach",
     "fused_ema/manager/averages.py": "ema ema_state",
     "fused_ema/checkpoints/__init__.py": "security checkpoints",
-    "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
-    "fused_ema/pairs/memory.py": "hazards_memory hazards_dtypes",
+    "fused_ema/pairs/checks.py": "overlaps memory dtypes kinds",
+    "fused_ema/pairs/memory.py": "overlaps memory",
     "fused_ema/manager/copying.py": "ema ema_swap",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/manager/swap.py": "ema_swap",
     "fused_ema/manager/timetable.py": "ema ema_rounding",
     "fused_ema/checkpoints/files.py": "files",
-    "fused_ema/functional.py": "hazards_process hazards_calls",
-    "fused_ema/pairs/pairing.py": "hazards_sources hazards_memory",
+    "fused_ema/functional.py": "lifetimes calls stale_sources",
+    "fused_ema/pairs/pairing.py": "names overlaps stale_sources",
     "fused_ema/plan.py": "ema_swap ema_rounding",
     "fused_ema/posthoc/__init__.py": "posthoc",
     "fused_ema/runners/reference.py": "numerics",
@@ -53,7 +53,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/schedules.py": "schedules",
     "fused_ema/manager/state.py": "ema_state",
 }
-THEN = "hazards_memory hazards_values hazards_dtypes hazards_sources ema ema_state stale_plans differential"
+THEN = "overlaps memory dtypes kinds names stale_sources numerics ema ema_state stale_plans differential"
 FITS = "--ignore-glob=*/test_mutants.py"  # that each fault still fits, which it does not once it is there
 LIMIT = 3600  # seconds for the whole suite
 
@@ -75,15 +75,18 @@ class Copy:
 
     def test(self, names: str = "") -> str:
         """What failed in these files, or in all; "" where nothing did."""
-        folder = self.root / "tests"
-        files = [str(file) for name in names.split() for file in folder.rglob(f"test_{name}.py")]
-        assert len(files) == len(names.split()), f"expected one file of tests for each of: {names}"
+        files = [str(path) for name in names.split() for path in self._files(name)]
         chosen = files or ["tests", "-n", "auto", "--dist", "worksteal"]
         hangs, output = self._run([sys.executable, "-m", "pytest", "-xq", "-rfE", FITS, *chosen])
         if hangs or not output:
             return hangs
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M) or re.search(r"Fatal Python error: (.*)", output)
         return failed[1] if failed else sys.exit(f"the tests did not run:\n{output[-5000:]}")
+
+    def _files(self, name: str) -> list[Path]:
+        found = [*self.root.glob(f"tests/**/test_{name}.py")]
+        assert found, f"tests: expected a file test_{name}.py, found none"
+        return found
 
     def sanitized(self) -> str:
         hangs, output = self._run(["make", "-s", "sanitize-plans", "PLANS=20000"])

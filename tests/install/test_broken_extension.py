@@ -1,10 +1,9 @@
-"""HAZARDS 35: no extension, a broken one, or one that is switched off."""
+"""The package works without an extension, with a broken one, and with one that is switched off."""
 
 import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ import torch
 from conftest import refused
 
 import fused_ema
-from fused_ema._build import cache, library
+from fused_ema._build import cache
 from fused_ema.runners import extension as _native
-
-# ---- 35: where there is no extension, or a broken one
 
 SCRIPT = """
 import torch, fused_ema
@@ -29,11 +26,12 @@ print(fused_ema.backend("cpu"), "|", _native.why_not())
 """
 
 
-def run_python(folder, *arguments, **environment):
+def run_python(folder, **environment):
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("FUSED_EMA", "PYTHONPATH"))}
     keep |= {"XDG_CACHE_HOME": str(folder / "cache")} | environment
-    command = [sys.executable, *(arguments or ("-c", textwrap.dedent(SCRIPT)))]
-    return subprocess.run(command, cwd=folder, env=keep, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=folder, env=keep, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture
@@ -53,61 +51,44 @@ def extension():
     return _native.path(), _native.path().with_name(cache.RECORD)
 
 
-def test_35_absent_extension(package):
+def test_absent_extension(package):
     done = run_python(package)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("torch | the extension is not built")
-    info = run_python(package, "-m", "fused_ema")
-    assert info.returncode == 0
-    assert "not built" in info.stdout
-    assert "python -m fused_ema build" in info.stdout
+    assert done.stdout.startswith("torch | the extension is not built: run `python -m fused_ema build`")
 
 
-def test_35_absence_is_an_error_where_it_was_asked_for(package):
+def test_absence_is_an_error_where_it_was_asked_for(package):
     done = run_python(package, FUSED_EMA_EXT="1")
     assert done.returncode != 0
     assert "ImportError: FUSED_EMA_EXT=1, but the extension is not built" in done.stderr
 
 
-def test_35_switched_off(package):
+def test_switched_off(package):
     for file in extension():
         shutil.copy(file, package / "fused_ema")
-    done = run_python(package)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "cpu | None\n")
     done = run_python(package, FUSED_EMA_EXT="0")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("torch | FUSED_EMA_EXT=0 switches the extension off")
 
 
-def test_35_unknown_switch_is_refused(monkeypatch):
-    monkeypatch.setenv("FUSED_EMA_EXT", "yes")
-    refused(ValueError, library._find, names=["FUSED_EMA_EXT='yes'", "expected 0", "1"])
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "other torch", "no record"])
-def test_35_broken_extension(package, damage):
+@pytest.mark.hazard(35, "guarded")
+@pytest.mark.parametrize("damage", ["damaged", "importing"])
+def test_broken_extension(package, damage):
+    """One library is truncated, the other has the right size but no code. test_native.py has the other reasons."""
     library, record = extension()
-    broken, text = package / "fused_ema" / library.name, record.read_text()
-    size = library.stat().st_size
-    broken.write_bytes({"truncated": library.read_bytes()[:-1000], "garbage": b"\0" * size}.get(damage, b"x" * size))
-    if damage == "other torch":
-        text = text.replace(torch.__version__, "2.0.1+cu999")
-    if damage != "no record":
-        (package / "fused_ema" / record.name).write_text(text)
+    content = library.read_bytes()
+    broken = {"damaged": content[:-1000], "importing": bytes(len(content))}[damage]
+    (package / "fused_ema" / library.name).write_bytes(broken)
+    shutil.copy(record, package / "fused_ema")
     done = run_python(package)
     assert done.returncode == 0, done.stderr
-    reason = {
-        "truncated": "damaged",
-        "garbage": "importing",
-        "other torch": f"for torch 2.0.1+cu999 and fused_ema {fused_ema.__version__}, but torch {torch.__version__}",
-        "no record": "no readable",
-    }
     assert done.stdout.startswith("torch | ")
-    assert reason[damage] in done.stdout
+    assert damage in done.stdout
     assert "python -m fused_ema build" in done.stdout
 
 
-def test_35_backend_tells(backend):
+@pytest.mark.hazard(35, "good")
+def test_backend_tells(backend):
     assert fused_ema.backend("cpu") == fused_ema.backend(torch.device("cpu")) == backend
     assert fused_ema.backend("mps") == fused_ema.backend("xla") == fused_ema.backend("meta") == "torch"
     if not torch.cuda.is_available():
