@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm_files import timm_files
 from torch import nn
 
 import fused_ema
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")
 SECTIONS = {text.partition("\n")[0]: text for text in re.split(r"^## ", PAGE, flags=re.MULTILINE) if "```diff" in text}
 ROWS = re.findall(r"^\| \[(.+)\]\(#(.+)\) \| (\d+) \| (\d+) \| (.+) \|$", PAGE, re.MULTILINE)
 EPOCHS, BATCHES = 4, 5
@@ -145,10 +146,8 @@ def one_thread():
 def timm(request, monkeypatch):
     """`import timm` needs torchvision, which what the page uses of it does not."""
     if "timm" in request.node.name and "counts" not in request.node.name:
-        from test_checkpoints import timm_files
-
         files, package = timm_files(), types.ModuleType("timm")
-        resume_checkpoint = sys.modules["timm_files._helpers"].resume_checkpoint
+        resume_checkpoint = sys.modules["timm_alone._helpers"].resume_checkpoint
         package.utils, package.models = types.ModuleType("timm.utils"), types.ModuleType("timm.models")
         vars(package.utils).update(ModelEmaV3=files.ModelEmaV3, CheckpointSaver=files.CheckpointSaver)
         vars(package.models).update(load_checkpoint=files.load_checkpoint, resume_checkpoint=resume_checkpoint)
