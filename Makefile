@@ -31,7 +31,7 @@ demo: setup  ## train a small network with averaged weights: accuracy, and the c
 test: setup  ## the tests; options for pytest in ARGS
 	@$(PY) -m pytest -q tests $(ARGS)
 
-KILLED := tests/test_files.py::test_killed_at_any_moment
+KILLED := tests/checkpoints/test_files.py::test_killed_at_any_moment
 test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 processes killed while saving: an hour
 	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
 

@@ -35,7 +35,8 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/pairs/arguments.py": "hazards_values",
     "fused_ema/manager/attach.py": "ema_attach",
     "fused_ema/manager/averages.py": "ema ema_state",
-    "fused_ema/checkpoints/__init__.py": "security checkpoints",
+    "fused_ema/checkpoints/layouts.py": "export checkpoint_peers",
+    "fused_ema/checkpoints/load.py": "load",
     "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/manager/swap.py": "ema_swap",
@@ -43,7 +44,8 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/functional.py": "hazards_process hazards_calls",
     "fused_ema/pairs/pairing.py": "hazards_sources hazards_memory",
     "fused_ema/plan.py": "ema_swap ema_rounding",
-    "fused_ema/posthoc/__init__.py": "posthoc",
+    "fused_ema/posthoc/profiles.py": "profiles",
+    "fused_ema/posthoc/snapshots.py": "snapshots",
     "fused_ema/runners/reference.py": "numerics",
     "fused_ema/schedules.py": "schedules",
     "fused_ema/manager/state.py": "ema_state",
@@ -70,7 +72,7 @@ class Copy:
 
     def test(self, names: str = "") -> str:
         """What failed in these files, or in all; "" where nothing did."""
-        files = [f"tests/test_{name}.py" for name in names.split()]
+        files = [str(path) for name in names.split() for path in (self.root / "tests").rglob(f"test_{name}.py")]
         hangs, output = self._run([sys.executable, "-m", "pytest", "-xq", "-rfE", FITS, *(files or ["tests"])])
         if hangs or not output:
             return hangs

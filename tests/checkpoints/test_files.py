@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from test_posthoc import Stub, both
+from snapshot_stub import Stub, both
 from torch import nn
 
-from fused_ema import EMA, posthoc
+from fused_ema import EMA
 from fused_ema.checkpoints import save_safetensors
 from fused_ema.posthoc import reconstruct, save_snapshot
+from fused_ema.posthoc.snapshots import FILE_NAME
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -75,7 +76,7 @@ def test_the_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path,
         ("fsync", tmp_path, None),
     ]
     assert temporary.parent == tmp_path
-    assert not posthoc._NAME.fullmatch(temporary.name)
+    assert not FILE_NAME.fullmatch(temporary.name)
 
 
 def test_readable_by_those_who_may_read_new_files(tmp_path):
@@ -101,14 +102,14 @@ def test_what_is_overwritten_keeps_its_mode_and_its_links(tmp_path):
     assert torch.equal(safetensors_torch.load_file(path)["weight"], ema.averaged_state_dict()["weight"])
 
 
-@pytest.mark.parametrize("kind", ["pipe", "circle of links"])
+@pytest.mark.parametrize("kind", ["pipe", "link to itself"])
 def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     path = tmp_path / "weights.safetensors"
     if kind == "pipe":
         os.mkfifo(path)
     else:
         path.symlink_to(path)
-    with pytest.raises(ValueError, match="expected a file or none, found a"):
+    with pytest.raises(ValueError, match="expected a file to replace or no file, found a"):
         save_safetensors(path, EMA(nn.Linear(2, 2)))
     assert list(tmp_path.iterdir()) == [path]
     assert path.is_fifo() if kind == "pipe" else path.is_symlink()
@@ -138,7 +139,7 @@ KILLED = """
     from fused_ema.checkpoints import save_safetensors
     from fused_ema.posthoc import save_snapshot, snapshots
     sys.path.insert(0, {tests!r})
-    from test_posthoc import Stub
+    from snapshot_stub import Stub
 
     name, folder, size = {name!r}, Path({folder!r}), 200_000
     torch.set_num_threads(1)
@@ -202,7 +203,7 @@ KILLED = """
 
 @pytest.mark.parametrize("name", ["snapshot", "safetensors"])
 def test_killed_at_any_moment(tmp_path, name):
-    names = {"name": name, "tests": str(Path(__file__).parent), "folder": str(tmp_path), "kills": KILLS}
+    names = {"name": name, "tests": str(Path(__file__).parents[1]), "folder": str(tmp_path), "kills": KILLS}
     code = textwrap.dedent(KILLED.format(**names))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr
