@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -101,8 +100,6 @@ class EMA:
         shards.reshard(model)
         self._model = model
         self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
-        self._run_id = uuid.uuid4().hex  # in its snapshots, until a state is loaded,
-        self._loaded_updates = 0  # which was of so many updates
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None

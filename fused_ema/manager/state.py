@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +76,7 @@ def checked(ema: EMA, saved: Any) -> Callable[[], None]:
         for average, theirs in pairs:
             average.copy_(theirs)
         ema._timetable = Timetable(taken, **numbers, rounding=ema.rounding)
-        ema._step, ema._decays, ema._run_id = step, decays, uuid.uuid4().hex
-        ema._loaded_updates = ema.updates
+        ema._step, ema._decays = step, decays
 
     return take
 
