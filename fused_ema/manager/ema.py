@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..pairs import shards
-from ..pairs.arguments import check_buffers
+from ..pairs.arguments import average_index, check_buffers
 from ..pairs.checks import check_targets, check_tensor, dtype_name, write_refusal
 from ..pairs.pairing import Pairs, difference
 from ..plan import Buffers, Call, OpName, Plan, one_at_a_time, watch, watchable
@@ -517,10 +516,7 @@ class EMA:
         )
 
     def _check_index(self, index: int) -> int:
-        index = operator.index(index)
-        if not 0 <= index < len(self.schedules):
-            raise IndexError(f"index: expected one of {len(self.schedules)} averages, found {index}")
-        return index
+        return average_index(index, len(self.schedules))
 
     def _check_unswapped(self, member: str, why: str = "") -> None:
         if self._swap:
