@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a model, good states, and what a refusal must leave as it was."""
+"""What the tests of checkpoints share: a model, valid states, and a check that a refusal changes nothing."""
 
 import torch
 from conftest import refused
@@ -11,7 +11,7 @@ from fused_ema.schedules import tf_warmup
 
 
 class Net(nn.Module):
-    """Buffers, a tied weight, a frozen parameter."""
+    """Has buffers, a tied weight and a frozen parameter."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def raw(tensor):
 
 
 def same(found, wanted):
-    """Bitwise, in type and in shape."""
+    """Whether two lists of tensors have the same types, shapes and bits."""
     found, wanted = list(found), list(wanted)
     return len(found) == len(wanted) > 0 and all(
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
@@ -62,7 +62,7 @@ def same(found, wanted):
 
 
 def contents(value):
-    """All of a state, to be compared with ==."""
+    """A state as values that == compares."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.tolist()
     if isinstance(value, dict):
@@ -71,7 +71,7 @@ def contents(value):
 
 
 def refuses(ema, state, *words, error=ValueError, **options):
-    """restore() raises, with these words in its message, and changes nothing."""
+    """Checks that restore() raises an error with these words and changes nothing."""
     before = contents(ema.state_dict())
     refused(error, lambda: restore(ema, state, **options), ema.model, *ema.state_dict()["averages"], names=words)
     assert contents(ema.state_dict()) == before

@@ -1,4 +1,4 @@
-"""checkpoints.export: names or positions, what is copied, and what is the model's."""
+"""checkpoints.export: names, positions, copies, and what comes from the model."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from fused_ema import checkpoints
 from fused_ema.checkpoints import LAYOUTS, export, load, restore
 
 
-def test_what_is_not_averaged_is_the_models():
+def test_what_is_not_averaged_comes_from_the_model():
     model = net()
     ema = fused_ema.EMA(model, select=lambda name, tensor: name.startswith("norm"))
     train(model)
@@ -55,7 +55,7 @@ def test_one_of_several_averages(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "n_averaged"), [(1, 0), (2, 1), (3, 2)])
-def test_the_copy_that_averaged_model_begins_with_counts_from_its_step_on(step, n_averaged):
+def test_averaged_model_counts_its_first_copy(step, n_averaged):
     ema = fused_ema.EMA(net(), 0.9, update_after_step=2)
     for _ in range(step):
         ema.update()
@@ -80,5 +80,5 @@ def test_while_swapped(layout):
     assert contents(export(ema, layout, include_online=False)) == wanted
 
 
-def test_the_table_of_layouts_is_whole():
+def test_the_table_lists_all_layouts():
     assert re.findall(r'^\| "(\w+)"', checkpoints.__doc__, re.MULTILINE) == list(LAYOUTS)

@@ -65,7 +65,7 @@ def test_code_is_not_run(write, run, name, forced, tmp_path, monkeypatch):
     assert ran.exists(), "it would have run"
 
 
-@pytest.mark.filterwarnings("ignore")  # that it looks like TorchScript, and that this is deprecated
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_modules_and_scripts_are_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "module")
     with pytest.raises(ValueError, match=r"found torch\.nn\.modules\.linear\.Linear; the file was refused"):
@@ -99,7 +99,7 @@ def test_suffixes_in_capitals(tmp_path):
     assert load(path).keys() == ema.averaged_state_dict().keys()
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     path = tmp_path / "junk"
     torch.manual_seed(0)
     for size in (10, 1000) * 20:
@@ -124,5 +124,5 @@ def test_load_takes_what_is_harmless(tmp_path):
         write(state, path)
         assert contents(load(str(path), torch.device("cpu"))) == contents(state)
     assert load(path, "meta")["a"].is_meta
-    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):  # it is let in by load() alone
+    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):  # load() allows it only for its own call
         torch.load(path, weights_only=True)

@@ -13,8 +13,8 @@ from fused_ema.checkpoints.layouts import BY_NAME
 from fused_ema.schedules import constant, inverse_power, power_function, tf_warmup
 
 
-def test_a_state_without_a_count_where_no_update_copies():
-    """What the next update does is what counts, not what the schedule says of a step without one."""
+def test_a_state_without_a_count():
+    """It is refused if the next update copies the model, whatever the schedule says about steps without an update."""
     state = {"state_dict_ema": net().state_dict()}
     restore(fused_ema.EMA(net(), inverse_power(0.999), update_every=4), state)  # 0 at step 1, more at step 4
     resumed = fused_ema.EMA(net(), power_function(0.1), update_every=4)
@@ -29,7 +29,7 @@ def test_a_state_without_a_count_where_no_update_copies():
     restore(resumed, state)
 
 
-def test_schedules_stay_and_the_decay_is_theirs():
+def test_schedules_stay_and_give_the_decay():
     state = {**good("ema_pytorch")[1], "step": torch.tensor(40)}
     for schedule, decay in [(inverse_power(0.7, start=2), 0.7), (lambda n: n / 100, 0.4), (tf_warmup(0.9), 41 / 50)]:
         ema = fused_ema.EMA(net(), schedule)
@@ -49,7 +49,7 @@ def test_schedules_stay_and_the_decay_is_theirs():
 )
 def test_counts_where_not_every_step_is_an_update(layout, key, step):
     ema = fused_ema.EMA(net(), tf_warmup(0.9), update_every=3, update_after_step=4)
-    for seven in (7, torch.tensor(7), torch.tensor([7])):  # the last as older ones of ema_pytorch have it
+    for seven in (7, torch.tensor(7), torch.tensor([7])):  # older versions of ema_pytorch have the last
         restore(ema, {**export(ema, layout), key: seven})
         assert ema.step == step
         assert (ema.update_every, ema.update_after_step) == (3, 4)
@@ -82,7 +82,7 @@ def test_one_of_several_averages_is_restored():
 
 
 class Renamed(nn.Module):
-    """Other names in its state_dict, and an extra state."""
+    """Its state_dict has other names, and an extra state."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ def test_other_positions(layout):
 @pytest.mark.parametrize(
     "state", [None, 3, "n_averaged", [1], torch.zeros(2), object()], ids=lambda state: type(state).__name__
 )
-def test_no_dict(state):
+def test_states_that_are_not_dicts(state):
     for layout in (None, *LAYOUTS):
         ema, whole = good(layout or "timm")
         refuses(ema, state, "expected a dict", type(state).__name__, error=TypeError, layout=layout)
@@ -192,7 +192,7 @@ def test_no_dict(state):
             refuses(ema, {**whole, 3: state}, "by name", error=TypeError)
 
 
-def test_layouts_that_are_not_told():
+def test_unknown_and_ambiguous_layouts():
     ema, state = good()
     for keys in ({}, {"a": 1}, {1: 2}, {"shadow_params": []}, {"module.x": 1, "step": 2}):
         refuses(ema, keys, *LAYOUTS, *map(repr, keys))
@@ -228,13 +228,13 @@ def test_values_that_do_not_fit(layout, value, error):
 
 @pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "timm"])
 @pytest.mark.parametrize("count", [-1, 1.5, True, "7", [], torch.tensor([1, 2]), torch.tensor(0.5), torch.tensor(-3)])
-def test_counts_that_are_none(layout, count):
+def test_invalid_counts(layout, count):
     ema, state = good(layout)
     key = BY_NAME[layout].count
     refuses(ema, {**state, key: count}, key, "whole number")
 
 
-def test_names_that_are_one_without_wrappers():
+def test_names_that_are_equal_without_wrappers():
     ema, state = good("timm")
     state["state_dict_ema"]["module.middle.bias"] = torch.zeros(4)
     refuses(ema, state, "'middle.bias' and 'module.middle.bias' are one name")

@@ -97,7 +97,7 @@ def test_without_safetensors(tmp_path, monkeypatch):
     assert load(tmp_path / "x.pt") == {"a": 1}
 
 
-def test_8_bit_types_beside_the_averages_are_cast_with_them(tmp_path):
+def test_8_bit_tensors_are_cast_too(tmp_path):
     model = net()
     model.scale = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
     ema = fused_ema.EMA(model, select=lambda name, tensor: name != "scale")
@@ -105,7 +105,7 @@ def test_8_bit_types_beside_the_averages_are_cast_with_them(tmp_path):
     assert load(tmp_path / "w.safetensors")["scale"].tolist() == [1, 1, 1]
 
 
-def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
+def test_the_name_of_safetensors_metadata_is_refused(tmp_path):
     model = nn.Module()
     model.register_parameter("__metadata__", nn.Parameter(torch.ones(3)))
     path = tmp_path / "x.safetensors"

@@ -1,6 +1,7 @@
-"""Broken and hostile files and states for what reads them:  python tests/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
+"""Damaged and hostile files and states:  python tests/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
 
-A reader gives a result, or raises what its docstring says, leaves the manager as it was, and runs nothing of a file.
+A reader returns a result or raises an error that its docstring names; it runs no code from a file, and a refusal leaves
+the manager as it was.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def saved(value):
 
 
 def seeds():
-    """Good files; of states, what they are pickled from."""
+    """Valid states, and valid files by name."""
     states = {layout: checkpoints.export(EMA, layout) for layout in checkpoints.LAYOUTS}
     states["manager"] = copy.deepcopy(FIRST)
     files = {f"{name}.pt": saved(state) for name, state in states.items()}
@@ -229,7 +230,7 @@ FRESH = state_of(EMA)
 
 
 def attempt_on_manager(call, refusals=TAKEN):
-    """Whether it was done; puts the manager back."""
+    """Whether the call succeeded; resets the manager afterwards."""
     done = harness.attempt(call, refusals)
     assert not MARKER.exists(), "a file's code ran"
     if done:
@@ -282,7 +283,7 @@ def target(data):
     harness.attempt(lambda: posthoc.snapshots(folder), (ValueError,))
     sigma_rel = choose.of((0.1, 0.07, 0.05, 0.2, *ODD)) if choose.below(4) == 0 else 0.1
     updates = choose.of((None, 3, 4, *HUGE))
-    refusals = (ValueError,) if isinstance(sigma_rel, float) else TAKEN  # no number: TypeError, as from a schedule
+    refusals = (ValueError,) if isinstance(sigma_rel, float) else TAKEN  # TypeError if it is no number
     harness.attempt(lambda: posthoc.reconstruct(folder, sigma_rel, updates=updates), refusals)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert peak < MOST_MIB, f"{peak:.0f} MiB at the most"

@@ -1,4 +1,4 @@
-"""Decay schedules: their formulas in 300 digits, the peers' own functions, and what a checkpoint keeps of them."""
+"""Decay schedules: their formulas in 300 digits, refusals, and what a checkpoint keeps of them."""
 
 import copy
 import dataclasses
@@ -69,7 +69,7 @@ each_schedule = pytest.mark.parametrize("schedule", ONE_OF_EACH, ids=lambda each
 
 
 def formula(s, n):
-    """The decay at update n by the formulas of DESIGN §6, as a decimal."""
+    """The decay at update n by the documented formulas, as a decimal."""
     one = Decimal(1)
     match s:
         case constant():
@@ -103,13 +103,13 @@ def test_formula(kind, data, n):
     found = schedule(n)
     assert type(found) is float
     with localcontext() as context:
-        context.prec = 300  # 1 - (1 + x)^-p needs them for x and p of 1e-100
+        context.prec = 300  # 1 - (1 + x)^-p needs that many for x and p of 1e-100
         expected = formula(schedule, n)
         slack = 4 * Decimal(EPS) * (1 + abs(expected.ln())) if expected else 0  # e^y: an error of y·eps is one of e^y
         assert abs(Decimal(found) - expected) <= expected * slack + Decimal("1e-300"), (found, float(expected))
 
 
-# Where the plain formulas lose digits: 1 - (1 + x)^-p and 1 - e^-x at a small x, (1 - 1/n)^(gamma + 1) at a large n.
+# The plain formulas lose digits here: 1 - (1 + x)^-p and 1 - e^-x at a small x, (1 - 1/n)^(gamma + 1) at a large n.
 @pytest.mark.parametrize(
     ("schedule", "n", "expected"),
     [
@@ -165,7 +165,7 @@ def test_plain_mean(schedule):
 
 def test_per_step():
     assert [type(each).__name__ for each in ONE_OF_EACH if not each.per_step] == ["power_function"]
-    # What the flag is for: k steps in one go decay as k times one step does.
+    # The flag says that one decay over k steps equals k decays over one step.
     assert half_life(1000, 64)(1) == pytest.approx(half_life(1000, 8)(1) ** 8, rel=16 * EPS)
 
 
@@ -357,7 +357,7 @@ def test_as_schedule():
     assert [as_schedule(0), as_schedule(1), as_schedule(np.int64(1))] == [constant(0.0), constant(1.0), constant(1.0)]
     for schedule in (*ONE_OF_EACH, lambda n: 0.5, math.sqrt):
         assert as_schedule(schedule) is schedule
-    with pytest.raises(TypeError, match=r"^decay: .*found the class inverse_power: call it first"):
+    with pytest.raises(TypeError, match=r"^decay: .*found the class inverse_power; call it first"):
         as_schedule(inverse_power)
 
 

@@ -48,17 +48,17 @@ class Peer:
             self.average.load_state_dict(state)
 
     def count(self):
-        """0 where there is none."""
+        """The count in the state; 0 if it has none."""
         count = BY_NAME[self.layout].count
         return int((count and self.state()[count]) or 0)
 
     def go_on(self, ema):
-        """Some more steps of both, which agree."""
+        """Trains both for some more steps, and checks that they agree."""
         for _ in range(5):
             self.train(1)
             ema.update()
         for average, theirs in zip(ours(ema), self.averages(), strict=True):
-            if self.layout != "timm" or average.shape != (7, 4):  # it moves a tied weight once for each name
+            if self.layout != "timm" or average.shape != (7, 4):  # timm updates a tied weight once for each name
                 torch.testing.assert_close(average, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -197,7 +197,7 @@ def test_float32_averages_of_a_bfloat16_model(kind):
     train(peer.model)
     ema.update()
     peer.take(export(ema, peer.layout))
-    kept = peer.layout == "diffusers"  # which keeps the types of a state; the others cast to the model's
+    kept = peer.layout == "diffusers"  # it keeps the types of a state; the others cast to the model's
     assert same(peer.averages(), ours(ema) if kept else [tensor.bfloat16() for tensor in ours(ema)])
 
 
@@ -251,14 +251,14 @@ def test_wrapped_models(kind, wrap):
     assert same(ours(ema), peer.averages())
     state = export(ema, peer.layout)
     wrapped = kind(net(seed=4) if kind is timm else wrap(net(seed=4)))
-    wrapped.take(state)  # strictly: by its names
+    wrapped.take(state)  # load_state_dict is strict about names
     assert same(ours(ema), wrapped.averages())
     plain = fused_ema.EMA(net(seed=5))
     restore(plain, {"state_dict_ema": wrap(wrapped.module).state_dict()} if kind is timm else wrapped.state())
     assert same(ours(ema), ours(plain))
 
 
-# The decays at updates 10 and on that the two packages with a schedule go on with: ours, or our latest one.
+# Whether each of the two packages with a schedule goes on with our decays from update 10 on, or with our latest one.
 @pytest.mark.parametrize(
     ("schedule", "diffusers_too", "torch_ema_too"),
     [

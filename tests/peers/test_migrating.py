@@ -1,4 +1,4 @@
-"""docs/migrating.md: its counts are those of its blocks, and the scripts before and after keep the same averages."""
+"""docs/migrating.md: the counts of lines are right, and the scripts before and after keep the same averages."""
 
 import importlib
 import re
@@ -133,7 +133,7 @@ def run(section, kept, folder, **how):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For tensors this small, two would mostly wait for one another."""
+    """With tensors this small, two threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -144,7 +144,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def timm(request, monkeypatch):
-    """`import timm` needs torchvision, which what the page uses of it does not."""
+    """Stands in for `import timm`, which needs torchvision."""
     if "timm" in request.node.name and "counts" not in request.node.name:
         files, package = timm_files(), types.ModuleType("timm")
         resume_checkpoint = sys.modules["timm_alone._helpers"].resume_checkpoint

@@ -1,6 +1,6 @@
 """Decay schedules against the packages that they come from.
 
-Each package is driven as its users do, with its average set to 1 and the model at 0: what is left is the decay it took.
+The average is set to 1 and the model to 0, so that the average after an update is the decay that it used.
 """
 
 import importlib.util
@@ -151,14 +151,14 @@ def test_torch_ema():
 
 
 def test_ultralytics(tmp_path):
-    # n is its `updates`, which update() counts first. In a process of its own: the import sets up threads, printing
-    # and torch.save anew.
+    # n is its `updates`, which update() counts first. It runs in a process of its own, because importing it changes
+    # threads, printing and torch.save.
     if importlib.util.find_spec("ultralytics") is None:
         pytest.skip("no ultralytics")
     schedule = exponential_ramp(0.99, 50.0)
     code = f"""
 import importlib.metadata, json, torch
-version = importlib.metadata.version  # it asks for that of torchvision, which nothing here needs
+version = importlib.metadata.version  # it asks for torchvision's version, which is not needed here
 importlib.metadata.version = lambda name: "0.0" if name == "torchvision" else version(name)
 from ultralytics.utils.torch_utils import ModelEMA
 model = torch.nn.Linear(1, 1, bias=False).double().requires_grad_(False)
@@ -183,7 +183,7 @@ print(json.dumps([took, [theirs.decay(n) for n in range(1, 2000)]]))
 
 @pytest.mark.parametrize(("h", "interval"), [(1000, 1), (1000, 10), (3, 2)])
 def test_composer(h, interval):
-    # Its decay is that of one update, every update_interval: what interval is here, or update_every steps of one each.
+    # Its decay is for one update per update_interval, which is our interval, or update_every steps of one each.
     algorithms = pytest.importorskip("composer.algorithms", exc_type=ImportError)
     theirs = algorithms.EMA(half_life=f"{h}ba", update_interval=f"{interval}ba").smoothing
     assert half_life(h, interval)(1) == pytest.approx(theirs, rel=2 * EPS)

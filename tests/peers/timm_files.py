@@ -1,4 +1,4 @@
-"""timm's own files: `import timm` needs torchvision, which what is tested here does not."""
+"""Parts of timm without torchvision, which `import timm` needs and the tests do not."""
 
 import ast
 import importlib.util
@@ -26,7 +26,7 @@ def timm_files():
         return sys.modules[spec.name]
 
     model_ema, helpers = real("model_ema", "utils/model_ema.py"), real("_helpers", "models/_helpers.py")
-    # Of utils/model.py, which imports torchvision, the two functions that the saver takes from it.
+    # utils/model.py imports torchvision, so only the two functions that the saver needs are compiled.
     tree = ast.parse((folder / "utils" / "model.py").read_text())
     wanted = ("unwrap_model", "get_state_dict")
     tree.body = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name in wanted]

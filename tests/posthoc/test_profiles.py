@@ -14,7 +14,7 @@ from fused_ema.schedules import gamma_of
 
 
 def shares(times, gammas, total):
-    """What each of `total` updates has in each average, one column each: from the decays, not from a formula."""
+    """The share of each of `total` updates in each average, one column per average, computed from the decays."""
     columns = np.zeros((total, len(times)))
     for k, (time, gamma) in enumerate(zip(times, gammas, strict=True)):
         after = 1.0
@@ -40,8 +40,8 @@ def test_inner_products_are_the_integrals(ta, tb, ga, gb):
 
 @pytest.mark.parametrize("count", [2, 8, 16])
 @pytest.mark.parametrize("sigma_rel", TARGETS)
-def test_weights_and_error_are_those_of_the_profiles_themselves(count, sigma_rel):
-    # Least squares with the profiles, sampled at 8192 updates, as columns: no inner products, no normal equations.
+def test_weights_and_error_match_sampled_profiles(count, sigma_rel):
+    # Least squares over the profiles sampled at 8192 updates, without inner products or normal equations.
     total = 8192
     times, gammas = even(count, total)
     columns, wanted = shares(times, gammas, total), shares([total], [gamma_of(sigma_rel)], total)[:, 0]
@@ -55,7 +55,7 @@ def test_weights_and_error_are_those_of_the_profiles_themselves(count, sigma_rel
 
 def test_errors_in_the_papers_setting():
     # The paper keeps 0.05 and 0.10 and finds that few snapshots suffice; EDM2 reconstructs 0.01 to 0.25 from them.
-    # The rows are ours, measured; the test above says that they are right.
+    # The numbers were measured with this package; the test above checks that they are right.
     expected = {  # snapshots: the error for each of TARGETS
         8: [0.1009, 0.0308, 0.0135, 0.0333, 0.0779, 0.182],
         16: [0.0387, 0.0101, 0.00379, 0.00899, 0.0233, 0.0793],
@@ -71,14 +71,14 @@ def test_errors_in_the_papers_setting():
     assert profile_error(times[::2], gammas[::2], 1.0, gamma_of(0.15)) > 50 * found[64][3]
 
 
-def test_the_wanted_average_among_the_snapshots_is_taken_as_it_is():
+def test_a_wanted_average_among_the_snapshots_gets_all_the_weight():
     times, gammas = even(64, 6400)
     for k in (0, 31, 64, 126, 127):
         weights = solve_weights(times, gammas, times[k], gammas[k])
         assert weights.dtype == torch.float64
         assert weights.tolist() == [float(i == k) for i in range(128)]
         assert profile_error(times, gammas, times[k], gammas[k]) < 1e-7
-    # Without the shortcut, least squares find it too: it only removes the rounding.
+    # Least squares find it too; the shortcut only removes the rounding.
     nearly = solve_weights(times, gammas, times[127], gammas[127] * (1 + 1e-13))
     assert (nearly - torch.eye(128, dtype=torch.float64)[127]).abs().max() < 1e-6
 
@@ -98,7 +98,7 @@ def test_equal_averages_share_their_weight(sigma_rel):
     sigma_rel=st.floats(0.02, 0.28),
 )
 def test_weights_stay_small_whatever_the_times(times, near, sigma_rel):
-    # Repeated and nearly equal times; float64 solutions of the system as it stands reach 1e10 and more here.
+    # Times repeat or nearly do; without the cutoff, float64 solutions of the system reach 1e10 and more.
     times = times + [max(times) - min(each, max(times) - 1) for each in near] + times[:3]
     both_times, gammas = [t for t in times for _ in BASE], [gamma_of(sigma_rel) for sigma_rel in BASE] * len(times)
     weights = solve_weights(both_times, gammas, max(times), gamma_of(sigma_rel))
@@ -107,7 +107,7 @@ def test_weights_stay_small_whatever_the_times(times, near, sigma_rel):
     assert profile_error(both_times, gammas, max(times), gamma_of(sigma_rel)) < 2
 
 
-def test_how_singular_it_gets():
+def test_singular_values_stay_above_the_cutoff():
     times, gammas = even(256)
     a, *_ = profiles.system(*profiles.profiles(times, gammas), *profiles.profiles([1.0], [1.0]))
     values = torch.linalg.eigvalsh(a)

@@ -1,4 +1,4 @@
-"""Reconstruction against direct averaging, and what it refuses."""
+"""Reconstruction compared with direct averaging, and what is refused."""
 
 import math
 
@@ -64,14 +64,14 @@ def test_reconstruction_is_the_direct_average(run, tmp_path, sigma_rel, every, t
     wanted = direct[time][sigma_rel]
     error = found.view(-1) - wanted
 
-    # Cauchy and Schwarz: no larger for any weights.
+    # The Cauchy-Schwarz inequality bounds the error for any weights.
     norm = math.sqrt((gamma_of(sigma_rel) + 1) ** 2 / (2 * gamma_of(sigma_rel) + 1) / time)
     spread = (theta[:time] - theta[:time].mean(0)).square().sum(0).sqrt()
     assert (error.abs() <= expected_error * norm * spread + 1e-12).all()
-    if kind == "noise":  # then profile_error is the error relative to the noise, within the sampling of both
+    if kind == "noise":  # profile_error is then the error relative to the noise, up to sampling
         relative = (error.square().mean() / (wanted - 3).square().mean()).sqrt().item()
         assert relative == pytest.approx(expected_error, rel=0.1)
-    else:  # and slow changes are met better, relative to how far they go
+    else:  # weights that change slowly are reconstructed better
         relative = (error.square().mean() / theta[:time].var(0).mean()).sqrt().item()
         assert relative < 0.6 * expected_error
 
@@ -136,14 +136,14 @@ def test_arguments_out_of_range(run):
         reconstruct(folder, 0.07, dtype=torch.int32)
 
 
-def test_one_snapshot_among_ones_with_inf(tmp_path):
+def test_inf_in_snapshots_without_weight_is_ignored(tmp_path):
     good, bad = torch.ones(2), torch.full((2,), math.inf)
     save_snapshot(tmp_path, Stub(10, {"w": bad}, {"w": bad}))
     save_snapshot(tmp_path, Stub(20, {"w": good}, {"w": bad}))
     assert reconstruct(tmp_path, 0.05)["w"].tolist() == [1, 1]
 
 
-def test_averages_of_one_file_that_differ_in_shape_are_named(tmp_path):
+def test_averages_of_one_file_with_different_shapes_are_refused(tmp_path):
     path = save_snapshot(tmp_path, Stub(7, {"w": torch.ones(2)}, {"w": torch.ones(3)}))
     with pytest.raises(ValueError, match=rf"{path}: '1/w': expected shape \(2,\), found \(3,\)"):
         reconstruct(tmp_path, 0.07)
@@ -196,7 +196,7 @@ def test_end_to_end(tmp_path, options):
         assert averages.keys() == wanted.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
         error = profile_error(times, gammas, kept.updates, gamma_of(sigma_rel))
         for name, parameter in model.named_parameters():
-            # The noise in the average is far below what the weights have moved since the start, some 0.1.
+            # The noise in the average is far smaller than the distance of about 0.1 that the weights have moved.
             assert (averages[name] - wanted[name]).abs().max() < 0.1 * error + 1e-5 * parameter.abs().max()
     model.load_state_dict(reconstruct(tmp_path, 0.15), strict=False)
 
@@ -209,7 +209,7 @@ def one_snapshot(folder, weight=1.0):
     return save_snapshot(folder, ema)
 
 
-def test_reconstruct_in_a_type_that_does_not_hold_it(tmp_path):
+def test_values_too_large_for_dtype_are_refused(tmp_path):
     one_snapshot(tmp_path, 1e6)
     with pytest.raises(ValueError, match=r"dtype: expected one that holds 1e\+06 of 'weight', found torch.float16"):
         reconstruct(tmp_path, 0.1, dtype=torch.float16)

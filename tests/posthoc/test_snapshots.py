@@ -67,7 +67,7 @@ def test_ties_are_stored_once_and_come_back_under_all_names(tmp_path):
     path = save_snapshot(tmp_path, Stub(10, {"a": w, "b": w, "c": w.clone()}, {"a": v, "b": v, "c": v.clone()}))
     assert sorted(load_file(path)) == ["0/a", "0/c", "1/a", "1/c"]
     assert path.stat().st_size < 4 * 4000 + 1000
-    # Tied in one average only: not tied. Untied in a later snapshot.
+    # Names that share memory in one average only are not tied. In the second snapshot the ties differ.
     save_snapshot(tmp_path, Stub(20, {"a": w, "b": w, "c": w}, {"a": v, "b": v + 1, "c": v}))
     assert {name: each[1].item() for name, each in reconstruct(tmp_path, 0.10).items()} == {"a": 2, "b": 3, "c": 2}
     weights = solve_weights(*even(2, 20), 20, gamma_of(0.07))
@@ -113,7 +113,9 @@ def test_save_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"ema\['w'\]: expected values of at most 65504"):
         save_snapshot(tmp_path, Stub(1, *both(torch.tensor([1.0, 1e5]))), dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
-    save_snapshot(tmp_path, Stub(1, *both(torch.tensor([math.inf, math.nan]))), dtype=torch.float16)  # was so before
+    save_snapshot(
+        tmp_path, Stub(1, *both(torch.tensor([math.inf, math.nan]))), dtype=torch.float16
+    )  # not from the cast
 
 
 def test_a_later_write_to_the_averages_does_not_reach_the_snapshot(tmp_path):
@@ -133,7 +135,7 @@ def test_other_files_are_ignored(tmp_path):
     for name in ("ema-12.safetensors", "model.safetensors", f".{path.name}.00ff.tmp", ".tmpXyZ", f"{path.name}.bak"):
         (tmp_path / name).write_bytes(b"no")
     (tmp_path / "ema-0000000008.safetensors").mkdir()
-    save_file({"w": torch.ones(2)}, tmp_path / "ema-0000000009.safetensors")  # not one of ours
+    save_file({"w": torch.ones(2)}, tmp_path / "ema-0000000009.safetensors")  # not a snapshot
     assert [each.path for each in snapshots(tmp_path)] == [path]
     assert reconstruct(tmp_path, 0.05)["w"].tolist() == [1, 1]
 
@@ -188,7 +190,7 @@ def test_broken_files_are_named(tmp_path, part):
         ("step", "9" * 5000, "digits"),
     ],
 )
-def test_metadata_of_another_kind_are_named(tmp_path, key, value, named):
+def test_invalid_metadata_are_named(tmp_path, key, value, named):
     path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2, 3))))
     rewrite(path, **{key: value})
     with pytest.raises(ValueError, match=f"{path}: .*{named}"):
@@ -225,7 +227,7 @@ def saved_after(folder, ema, updates):
 
 
 def test_snapshots_of_more_updates_are_named(tmp_path):
-    """They are another run's, or this run's before it went back."""
+    """They belong to another run, or to this one before it went back to an earlier state."""
     ema = fused_ema.EMA(nn.Linear(2, 2), power_function(0.1))
     saved_after(tmp_path, ema, 2), saved_after(tmp_path, ema, 5)
     (tmp_path / "ema-0000000009.safetensors.bak").touch()  # not a snapshot
