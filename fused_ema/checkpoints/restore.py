@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..manager.ema import EMA
 from ..pairs.arguments import average_index, first_five, whole_number
-from ..pairs.checks import check_tensor
+from ..pairs.checks import check_tensor, equal_values
 from ..pairs.pairing import by_plain_name, plain_name
 from .layouts import Layout, Positional, averaged_tensors, layout_of
 
@@ -76,7 +76,7 @@ def _matched(
     state: Mapping[str, Any],
     parameters: Iterable[Tensor] | None,
 ) -> dict[str, Tensor]:
-    """The values in the state for these averages, by the manager's names. (Types and tied values are checked later.)"""
+    """The values in the state for these averages, by the manager's names; load_state_dict checks their types."""
     given, places = kind.tensors(state), kind.places(ema.model, parameters)
     positional = isinstance(kind, Positional)
     if positional and len(given) != len(places):
@@ -87,7 +87,7 @@ def _matched(
     wanted = {name: id(tensor) for name, tensor in averaged_tensors(ema, averages).items()}
     averaged = set(wanted.values())
     plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
-    found: dict[int, dict[str, Tensor]] = {}  # tied names have several values for one tensor
+    found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
     problems = []
     for plain, place in plain_places.items():
         # Positions are compared also where nothing is averaged, since the order may be another one.
@@ -96,9 +96,11 @@ def _matched(
         key = plain_given[plain]
         value = given[key]
         check_tensor(f"state[{key!r}]", value)
+        tied = found.setdefault(id(place), value)
         if value.shape != place.shape:
             problems.append(f"{key!r}: expected shape {tuple(place.shape)}, found {tuple(value.shape)}")
-        found.setdefault(id(place), {})[plain] = value
+        elif not equal_values(tied, value):
+            problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
     differences = [
@@ -108,4 +110,4 @@ def _matched(
     ]
     if differences or problems:
         raise ValueError(f"state: {'; '.join(differences) or first_five(problems)}")
-    return {name: found[tensor].get(name, next(iter(found[tensor].values()))) for name, tensor in wanted.items()}
+    return {name: found[tensor] for name, tensor in wanted.items()}

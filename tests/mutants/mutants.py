@@ -440,6 +440,12 @@ MUTANTS = [
         "weights that don't sum to 1", "fused_ema/posthoc/profiles.py", "    return x / x.sum()\n", "    return x\n"
     ),
     Mutant(
+        "positions of what is not averaged",
+        "fused_ema/checkpoints/restore.py",
+        "(positional or id(place) in averaged)",
+        "(id(place) in averaged)",
+    ),
+    Mutant(
         "all averages in an export",
         "fused_ema/checkpoints/layouts.py",
         "return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor",

@@ -37,6 +37,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/manager/averages.py": "ema ema_state",
     "fused_ema/checkpoints/layouts.py": "export checkpoint_peers",
     "fused_ema/checkpoints/load.py": "load",
+    "fused_ema/checkpoints/restore.py": "restore",
     "fused_ema/pairs/checks.py": "hazards_memory hazards_dtypes",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
     "fused_ema/manager/swap.py": "ema_swap",
