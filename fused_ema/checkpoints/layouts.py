@@ -43,7 +43,7 @@ class Layout:
 
     def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
         """The rest of an exported state."""
-        raise NotImplementedError
+        return {}
 
     def step(self, state: Mapping[str, Any], timetable: Timetable) -> int | None:
         """The manager's step for the count in a state; None where the state has no count."""
@@ -103,9 +103,6 @@ class Timm(Named):
 
     def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
         return {"state_dict_ema": unwrapped(ema.model, super().averages(ema, index, parameters))}
-
-    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
-        return {}
 
 
 class EmaPytorch(Named):
