@@ -1,4 +1,4 @@
-"""Several averages in one pass against as many managers of one, and what the manager costs over the bound handle."""
+"""Compares several averages in one pass with one manager for each, and the manager with the bound handle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from measure import in_turns, ratio, spread
+from measure import alternating, ratio, spread
 from methods import DECAY, Step
 from models import GPT2, MANY, equal_tensors, filled
 from report import columns, console, progress
@@ -15,16 +15,16 @@ from torch import nn
 import fused_ema
 
 DECAYS = [0.999, 0.9995, 0.9999]
-CALLS = 200  # of a short update, timed together
+CALLS = 200  # short updates that are timed together
 
 
 def several(dtype: torch.dtype, count: int, device: torch.device) -> dict[str, Step]:
     model = filled(GPT2.build, dtype, device)
     together = fused_ema.EMA(model, decay=DECAYS[:count])
-    apart = [fused_ema.EMA(model, decay=decay) for decay in DECAYS[:count]]
+    managers = [fused_ema.EMA(model, decay=decay) for decay in DECAYS[:count]]
 
     def one_by_one() -> None:
-        for manager in apart:
+        for manager in managers:
             manager.update()
 
     return {f"EMA with {count} averages": together.update, f"{count} EMAs with one": one_by_one}
@@ -50,7 +50,7 @@ def overhead(model: nn.Module) -> dict[str, Step]:
 
 def report(title: str, steps: dict[str, Step], device: torch.device, budget: float, calls: int = 1) -> dict[str, Any]:
     with progress(title, budget) as tick:
-        times = in_turns({name: [step] for name, step in steps.items()}, device, budget, tick=tick)
+        times = alternating({name: [step] for name, step in steps.items()}, device, budget, tick=tick)
     spent = {name: spread([max(t) / calls for t in values]) for name, values in times.items()}
     ratios = {name: ratio(values, next(iter(times.values()))) for name, values in times.items()}
     first = next(iter(spent.values()))["median"]
@@ -59,7 +59,7 @@ def report(title: str, steps: dict[str, Step], device: torch.device, budget: flo
         cells = [f"{us[key]:,.1f}" for key in ("median", "p20", "p80")]
         table.add_row(name, *cells, f"{ratios[name]:.2f}", f"{us['median'] - first:,.1f}")
     console.print(table)
-    return {"case": title, "us": spent, "ratio": ratios}  # to the first, within rounds
+    return {"case": title, "us": spent, "ratio": ratios}  # ratios to the first method, taken within rounds
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""What only a GPU can show: exchanges, copies and stochastic rounding as streams, averages in the host's memory against
-the bus, and the share of a training step that attached averages still cost, overlapped or not."""
+"""Measures what only a GPU can show: the bandwidth of exchanges, copies and stochastic rounding; averages in host
+memory compared with the bus; and the share of a training step that attached averages cost, overlapped or not."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 from bench_training import gpt, vit
-from measure import in_turns, reason, spread, synchronize
+from measure import alternating, reason, spread, synchronize
 from methods import DECAY, FOREACH_CACHED, LOOP, Step, make_step
 from models import GPT2, average_of, filled
 from report import columns, console, progress
 
 import fused_ema
 
-STEPS = 5  # of training, timed together
+STEPS = 5  # training steps that are timed together
 
 
 def table(title: str, steps: dict[str, Step], moved: dict[str, int], device: torch.device, budget: float) -> Any:
-    """`moved`: bytes, read and written, of each step."""
+    """`moved`: the bytes that each step reads and writes."""
     with progress(title, budget) as tick:
-        times = in_turns({name: [step] for name, step in steps.items()}, device, budget, tick=tick)
+        times = alternating({name: [step] for name, step in steps.items()}, device, budget, tick=tick)
     rows = {}
     shown = columns(title, "what", ["µs", "p20", "p80", "GB", "GB/s"])
     for name, spent in times.items():
@@ -59,7 +59,7 @@ def streams(device: torch.device, budget: float) -> Any:
 
 
 def host_memory(device: torch.device, budget: float) -> Any:
-    """Each update reads and writes 4 bytes per element over the bus, both ways at once; so does the last row."""
+    """An update moves 4 bytes per element over the bus in each direction at once, as the last row of the table does."""
     model = filled(GPT2.build, torch.bfloat16, device)
     n = sum(parameter.numel() for parameter in model.parameters())
     ema = fused_ema.EMA(model, DECAY, device="cpu")
@@ -81,11 +81,11 @@ def host_memory(device: torch.device, budget: float) -> Any:
         "both copies at once": both_ways,
     }
     moved = dict(zip(steps, (8 * n, 4 * n, 4 * n, 8 * n), strict=True))
-    return table("GPT-2 small in bfloat16: float32 averages in the host's memory", steps, moved, device, budget)
+    return table("GPT-2 small in bfloat16: float32 averages in host memory", steps, moved, device, budget)
 
 
 def attached(make: Callable[..., Any], device: torch.device, budget: float) -> Any:
-    """Seconds of a whole training step without averages, and with each way to keep them."""
+    """Times a whole training step without averages, and with each way to keep them."""
     torch.manual_seed(0)
     model, loss, title = make(device)
     model.to(device)
@@ -132,7 +132,7 @@ def attached(make: Callable[..., Any], device: torch.device, budget: float) -> A
         way: statistics.median((each - none) / none for each, none in zip(spent[way], alone, strict=True))
         for way in ways[1:]
     }
-    shown = columns(f"Training with autocast: {title}", "averages", ["ms per step", "p20", "p80", "on top"])
+    shown = columns(f"Training with autocast: {title}", "averages", ["ms per step", "p20", "p80", "added"])
     for way, values in spent.items():
         us = spread(values)
         share = f"{shares[way]:.2%}" if way in shares else ""
@@ -153,7 +153,7 @@ def measure(device: torch.device, budget: float) -> dict[str, Any]:
     for name, part in parts.items():
         try:
             found[name] = part()
-        except Exception as problem:  # a package or memory that is not there
+        except Exception as problem:  # a missing package, or too little memory
             found[name] = {"left_out": reason(problem)}
             console.print(f"left out: {name} ({reason(problem)})", markup=False)
         torch.cuda.empty_cache()

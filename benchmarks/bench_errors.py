@@ -1,10 +1,10 @@
-"""How exact an update is, and the usual ways to write one: against float64, after one step and after many.
+"""Compares the errors of an update, and of the usual ways to write one, with float64, after one step and after many.
 
     python benchmarks/bench_errors.py [--json FILE]
 
-A million float32 averages. `one step`: the largest error in units of the bound that fused_ema promises; `moved`: the
-share of averages that an update changes though they equal the model; `drift`: how far such averages of weights that
-stay as they are have gone after ten thousand updates, in units of the last place, the largest.
+There are a million float32 averages. `one step` is the largest error in units of the bound that fused_ema promises;
+`moved` is the share of averages that an update changes although they equal the model; `drift` is the largest distance
+of such averages from constant weights after ten thousand updates, in units in the last place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import fused_ema
 
 DECAYS = (0.9, 0.99, 0.999, 0.9999)
 ELEMENTS, STEPS = 1_000_000, 10_000
-DRIFTING = 10_000  # elements of the long run
+DRIFTING = 10_000  # elements in the long run
 
 
 def mul_add(ema: Tensor, model: Tensor, decay: float) -> None:

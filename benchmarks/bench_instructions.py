@@ -1,6 +1,6 @@
-"""Instructions of one update where nothing but the host works: GPT-2 small's tensors with one element each.
+"""Counts the instructions of one update in which only the host has work: GPT-2 small's tensors with one element each.
 
-Counted by Valgrind (callgrind), so that neither other processes nor the clock have a say; needs `valgrind` installed.
+Valgrind (callgrind) counts them, so that neither other processes nor the clock matter. `valgrind` must be installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from report import columns, console
 
 
 def measure(chosen: list[str]) -> dict[str, Any] | None:
-    """Instructions per call by method; None where that can't be counted."""
+    """Instructions per call by method, or None if they cannot be counted."""
     if not shutil.which("valgrind") or not torch._C._valgrind_supported_platform():
         console.print(
             "left out: instructions (valgrind is not installed, or PyTorch was built without support for it)\n"
@@ -62,7 +62,7 @@ def show(counts: dict[str, int]) -> None:
 
 @torch.no_grad()
 def count() -> None:
-    """In the process that callgrind watches: one dump for each method."""
+    """Runs in the process that callgrind observes, and makes one dump for each method."""
     torch.set_num_threads(1)
     model = shrunk(filled(GPT2.build, torch.float32, torch.device("cpu")))
     average, names = average_of(model, torch.float32), []
@@ -72,7 +72,7 @@ def count() -> None:
         try:
             step = make_step(name, model, average)
             step(), step()
-        except Exception as problem:  # a package that is not there
+        except Exception as problem:  # a missing package
             print(f"left out: {name} ({reason(problem)})", file=sys.stderr)
             continue
         torch._C._valgrind_toggle()

@@ -1,9 +1,9 @@
-"""Shows how averages in bfloat16 move: to nearest they stand still, stochastically they follow the float32 one.
+"""Shows how averages in bfloat16 move: rounded to nearest they stay put, rounded stochastically they follow float32.
 
     python benchmarks/bench_rounding.py [--json FILE] [--plot FILE]
 
-The model jumps by a tenth of its weights at step 0 and stays; drawn is how much of the jump is still missing from the
-average, over 10,000 steps.
+The model's weights jump by a tenth at step 0 and then stay constant. The plot shows how much of the jump is still
+missing from the average, over 10,000 steps.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", "fused_ema: averages in 16 bits stand still")
+    warnings.simplefilter("ignore", UserWarning)  # 16-bit averages are the point here
     about, curves = environment(torch.device("cpu")), measure()
     if arguments.json:
         content = {"machine": about, "decay": DECAY, "elements": ELEMENTS, "missing": curves}

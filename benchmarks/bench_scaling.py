@@ -1,8 +1,8 @@
-"""The cost of an update against the number of tensors and against their bytes, and a line fitted to both.
+"""Measures the cost of an update against the number of tensors and against their bytes, and fits a line to both.
 
     time = fixed + per_tensor * tensors + per_byte * bytes
 
-by least squares on relative errors. From it follows from which size on a method is as fast as fused_ema, nearly.
+by least squares on relative errors. The fit tells from which size on a method is nearly as fast as fused_ema.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import in_cache, in_turns, prepared, reason, sets_for, spread
+from measure import alternating, in_cache, prepared, reason, sets_for, spread
 from methods import (
     AVERAGED,
     BOUND,
@@ -42,9 +42,9 @@ METHODS = (
     BOUND,
     MANAGER,
 )
-ELEMENTS = 4_000_000  # of all tensors together, where their number varies
+ELEMENTS = 4_000_000  # of all tensors together, when their number varies
 COUNTS = (1, 10, 100, 1000, 5000, 20000)
-TENSORS = 100  # where their size varies
+TENSORS = 100  # when their size varies
 SIZES = (25_000, 250_000, 2_500_000, 25_000_000, 125_000_000)  # elements of all tensors together
 GAIN = 1.1  # the least gain that counts
 
@@ -60,11 +60,11 @@ def point(tensors: int, elements: int, device: torch.device, budget: float, name
     for name in names:
         try:
             steps[name] = prepared(partial(make_step, name), pairs)
-        except Exception as problem:  # a package or memory that is not there
+        except Exception as problem:  # a missing package, or too little memory
             left_out[name] = reason(problem)
     with progress(f"{tensors} tensors, {short(size)}", budget) as tick:
-        times = in_turns(steps, device, budget, tick=tick)
-    # What a user waits for: on CUDA, the longer of the host's and the device's time.
+        times = alternating(steps, device, budget, tick=tick)
+    # A user waits for the longer of the host's and the device's time.
     spent = {name: spread([max(t) for t in values]) for name, values in times.items()}
     return {
         "tensors": tensors,
@@ -77,7 +77,7 @@ def point(tensors: int, elements: int, device: torch.device, budget: float, name
 
 
 def fit(points: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Microseconds: fixed, per tensor, per gigabyte; none negative."""
+    """The fitted microseconds: fixed, per tensor and per gigabyte; none is negative."""
     rows = torch.tensor([[1.0, p["tensors"], p["bytes"] / 1e9] for p in points], dtype=torch.float64)
     us = torch.tensor([p["us"][method]["median"] for p in points], dtype=torch.float64)
     keep = [0, 1, 2]
@@ -91,8 +91,8 @@ def fit(points: list[dict[str, Any]], method: str) -> dict[str, float]:
 
 
 def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -> float | None:
-    """The bytes from which on, with so many tensors, we are less than GAIN times as fast: 0 where we are so for small
-    ones already; None: at no size."""
+    """The number of bytes, with this many tensors, above which we are less than GAIN times as fast: 0 if that is so for
+    the smallest tensors, None if it is so at no size."""
     lead = (
         theirs["fixed_us"]
         - GAIN * ours["fixed_us"]
@@ -137,20 +137,20 @@ def show(by_count: Any, by_size: Any, fits: dict[str, dict[str, float]], ends: d
         for name in fits:
             table.add_row(name, *[f"{p['us'][name]['median']:,.0f}" for p in points])
         console.print(table)
-    table = columns("fitted to both", "method", ["fixed µs", "µs per tensor", "ms per GB"])
+    table = columns("Line fitted to both", "method", ["fixed µs", "µs per tensor", "ms per GB"])
     for name, each in fits.items():
         cells = (f"{each['fixed_us']:.1f}", f"{each['us_per_tensor']:.3f}", f"{each['us_per_GB'] / 1e3:.1f}")
         table.add_row(name, *cells)
     console.print(table)
-    console.print(f"Where fused_ema.bind is less than {GAIN} times as fast, for a float32 model of {TENSORS} tensors:")
+    console.print(f"fused_ema.bind is less than {GAIN} times as fast, for a float32 model of {TENSORS} tensors:")
     for name, size in ends.items():
         if not name.startswith("fused_ema"):
             if size is None:
                 words = "at no size"
             elif size == 0:
-                words = "for small ones already"
+                words = "already for the smallest"
             else:
                 words = f"from {size / 12 / 1e6:,.1f}M parameters on ({short(size)})"
-                words += ", by the fit, beyond what was measured" if size > max(p["bytes"] for p in by_size) else ""
+                words += ", extrapolated beyond the measured sizes" if size > max(p["bytes"] for p in by_size) else ""
             console.print(f"    {name}: {words}")
     console.print()

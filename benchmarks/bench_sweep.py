@@ -1,9 +1,9 @@
-"""Times variants of the kernel on a GPU, in turns and in one run: threads, unroll, tile, residency, cache hints.
+"""Times variants of the kernel on a GPU, alternating in one run: threads, unroll, tile, residency, cache hints.
 
     python benchmarks/bench_sweep.py [--compile] [--variants PARTS] [--cases PARTS] [--seconds S] [--json FILE]
 
 A variant is csrc/ema_cuda.cu compiled with other parameters (csrc/tiles.h). Each is compiled once, into build/sweep;
---compile stops there, and needs no GPU. Each gives the very bits of fused_ema, or is left out.
+--compile stops after that and needs no GPU. A variant that does not give the same bits as fused_ema is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import HERE, ceilings, environment, in_turns, prepared, ratio, reason, sets_for, spread
+from measure import HERE, alternating, ceilings, environment, prepared, ratio, reason, sets_for, spread
 from methods import DECAY, FOREACH_CACHED, Step, make_step
 from models import CASES, Case, filled_pair
 from report import AS_BUILT, columns, console, parts_of, progress
@@ -35,17 +35,17 @@ DEFAULT_CASES = "1 tensor of 500M,GPT-2 XL,Llama 1.1B,GPT-2 small,Stable,ResNet-
 
 
 def shape(**values: int) -> dict[str, str]:
-    """What is not said is as csrc/tiles.h has it."""
+    """Macros for these parameters; all others keep their values from csrc/tiles.h."""
     return {f"FUSED_EMA_{name.upper()}": str(value) for name, value in values.items()}
 
 
 def hints(average: str = "plain", model: str = "__ldg", store: str | None = None) -> dict[str, str]:
-    """By functions of CUDA or of sweep.cu."""
+    """Macros that select load and store functions, of CUDA or of sweep.cu."""
     return {"SWEEP_LOAD": average, "SWEEP_MODEL": model} | ({"SWEEP_STORE": store} if store else {})
 
 
 def variants() -> dict[str, dict[str, str]]:
-    """Names → macros."""
+    """The macros of each variant, by its name."""
     found = {}
     for threads in (32, 64, 96, 128, 256):
         for unroll, steps in ((1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 1), (4, 2)):
@@ -65,7 +65,7 @@ def variants() -> dict[str, dict[str, str]]:
 
 
 def compiled(macros: dict[str, str]) -> Path:
-    """The library of a variant, from build/sweep where it was compiled before; for 9.0 where there is no GPU."""
+    """The library of a variant, taken from build/sweep if it is there. Without a GPU it is built for 9.0."""
     home = find_cuda_home()
     assert home, "no CUDA toolkit"
     arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
@@ -138,13 +138,13 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
             torch._foreach_copy_(list(average.parameters()), before)
             made[0]()
             if not all(map(torch.equal, average.parameters(), wanted)):
-                raise ArithmeticError("other values than fused_ema's")
+                raise ArithmeticError("its values differ from fused_ema's")
             steps[name] = made
         except Exception as problem:
             left_out[name] = reason(problem)
     del before, wanted
     with progress(case.title, budget) as tick:
-        times = in_turns({**steps, **streams}, device, budget, tick=tick)
+        times = alternating({**steps, **streams}, device, budget, tick=tick)
     for name, library in libraries.items():
         for plan in plans[name]:
             library.free_plan(plan)
@@ -156,7 +156,7 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
         rows[name] = {"us": us, "GBps": size / us["median"] / 1e3, "share_of_ceiling": to_ceiling}
         if name in libraries:
             rows[name] |= {"registers": libraries[name].registers(), "local_bytes": libraries[name].local_bytes()}
-    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} sets in turns, {len(times[AS_BUILT])} rounds"
+    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} alternating sets, {len(times[AS_BUILT])} rounds"
     table = columns(title, "variant", ["µs", "p20", "p80", "GB/s", "of ceiling", "registers"])
     for name, row in sorted(rows.items(), key=lambda item: item[1]["us"]["median"]):
         cells = [f"{row['us'][key]:.1f}" for key in ("median", "p20", "p80")] + [f"{row['GBps']:.0f}"]
@@ -170,9 +170,11 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--compile", action="store_true", help="only compile what is missing in build/sweep")
-    parser.add_argument("--variants", help="parts of their names, with semicolons between; default: all")
-    parser.add_argument("--cases", default=DEFAULT_CASES, help="parts of their titles; default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="only compile what build/sweep lacks")
+    parser.add_argument("--variants", help="parts of variants' names, separated by semicolons; default: all")
+    parser.add_argument(
+        "--cases", default=DEFAULT_CASES, help="parts of cases' titles, separated by commas; default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, default=6, help="per case; default: %(default)s")
     parser.add_argument("--json", type=Path, help="write all numbers to this file, after each case")
     arguments = parser.parse_args()
@@ -185,14 +187,14 @@ def main() -> int:
     if arguments.compile:
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.zeros(1, device=device)  # loads the CUDA runtime, which the libraries share
+    torch.zeros(1, device=device)  # loads the CUDA runtime that the libraries share
     libraries = {name: load(path) for name, path in paths.items()}
     result: dict[str, Any] = {"env": environment(device), "macros": chosen, "cases": []}
     for case in CASES:
         if case.title in cases and not case.in_a_row:
             try:
                 result["cases"].append(measure(case, device, arguments.seconds, libraries))
-            except Exception as problem:  # a package or memory that is not there
+            except Exception as problem:  # a missing package, or too little memory
                 console.print(f"left out: {case.title} ({reason(problem)})", markup=False)
             torch.cuda.empty_cache()
             if arguments.json:

@@ -1,4 +1,4 @@
-"""What the average costs in a real training loop: its share of the time of a step, for each manager."""
+"""Measures the share of a real training step that each manager's update takes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WARM_UP = 2  # rounds
 
 
 def vit(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor], str]:
-    """ViT-S on images of 64 pixels; ViT-B of 224 on a GPU."""
+    """A ViT-S on images of 64 pixels; on a GPU, a ViT-B on images of 224 pixels."""
     library, large = importlib.import_module("transformers"), device.type == "cuda"
     width, batch, side = (768, 64, 224) if large else (384, 8, 64)
     config = library.ViTConfig(
@@ -88,7 +88,7 @@ def gpt(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Tensor],
 
 
 def loop(make: Callable[..., Any], device: torch.device, budget: float, names: list[str]) -> dict[str, Any]:
-    """Each step trains the model, then one of the managers, in turns, makes its update: as late as in real life."""
+    """Each step trains the model, then one of the managers makes its update, with the caches as in real training."""
     torch.manual_seed(0)
     model, loss, title = make(device)
     model.to(device)
@@ -100,7 +100,7 @@ def loop(make: Callable[..., Any], device: torch.device, budget: float, names: l
             with torch.no_grad():
                 updates[name] = make_step(name, model, average)
                 updates[name]()
-        except Exception as problem:  # a package or memory that is not there
+        except Exception as problem:  # a missing package, or too little memory
             left_out[name] = reason(problem)
     if not updates:
         raise ValueError(f"expected one of {', '.join(METHODS)}")
@@ -142,7 +142,7 @@ def measure(device: torch.device, budget: float, chosen: list[str]) -> list[dict
     for make in (vit, gpt):
         try:
             cases.append(loop(make, device, budget, [name for name in METHODS if name in chosen]))
-        except Exception as problem:  # a package or memory that is not there
+        except Exception as problem:  # a missing package, or too little memory
             console.print(f"left out: training of a {make.__name__} ({reason(problem)})", markup=False)
             continue
         show(cases[-1])
@@ -151,7 +151,7 @@ def measure(device: torch.device, budget: float, chosen: list[str]) -> list[dict
 
 def show(case: dict[str, Any]) -> None:
     title = f"Training: {case['case']}; {case['elements'] / 1e6:.1f}M parameters, {case['tensors']} tensors, "
-    title += f"AdamW; a step without average takes {case['step_us']['median'] / 1e3:.1f} ms"
+    title += f"AdamW; a step without the average takes {case['step_us']['median'] / 1e3:.1f} ms"
     table = columns(title, "method", ["update, ms", "p20", "p80", "share of the step"])
     for name, us in case["update_us"].items():
         cells = [f"{us[key] / 1e3:.2f}" for key in ("median", "p20", "p80")]

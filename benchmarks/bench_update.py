@@ -1,13 +1,13 @@
-"""Measures one update of all averages against what is in use today, side by side in one run.
+"""Measures one update of all averages and compares it with the methods in use today, in one run.
 
     python benchmarks/bench_update.py [--quick] [--parts models,scaling,...] [--json FILE] [--csv FILE]
 
-`models`: each method on each architecture; `scaling`: the cost against the number of tensors and against their bytes;
-`averages`: several averages at once, and the manager's own cost; `training`: the share of the step of a real training
-loop; `device`: what only a GPU can show; `instructions`: of the host, counted by Valgrind. All methods work on the same
-tensors, in turns and in shuffled order, so that whatever else the machine does meets all of them; sets of tensors take
-turns too, so that no call finds in a cache what the one before it left there. Each method's result is first checked
-against float64.
+The parts are `models`: each method on each architecture; `scaling`: the cost against the number of tensors and their
+bytes; `averages`: several averages at once, and the manager's own cost; `training`: the share of a real training step;
+`device`: what only a GPU can show; `instructions`: the host's, counted by Valgrind. All methods work on the same
+tensors, alternating in shuffled order, so that other load on the machine affects all of them alike. Sets of tensors
+alternate too, so that no call finds in a cache what the previous one left there. Each method's result is first compared
+with float64.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ import bench_training
 import torch
 from measure import (
     Times,
+    alternating,
     ceilings,
     compile_stream,
     environment,
     error_over_bound,
     in_cache,
-    in_turns,
     launches,
     peak_extra_bytes,
     prepared,
@@ -55,13 +55,13 @@ from torch import nn
 
 import fused_ema
 
-REPEATS = 6  # of calls in a row
-WRONG = 1e5  # times the bound: what moves other tensors is at millions, what computes in bfloat16 at some 30,000
+REPEATS = 6  # calls in a row
+WRONG = 1e5  # times the bound; updating wrong tensors gives millions, computing in bfloat16 about 30,000
 PARTS = ("models", "scaling", "averages", "training", "device", "instructions")
 
 
 def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDLL | str, names: list[str]) -> Any:
-    """The rows of one case, a dict per method, and what the machine's memory allows."""
+    """The rows of one case (a dict per method), the memory's ceiling, and what was left out and why."""
     begin = time.perf_counter()
     model, average = filled_pair(case, device)
     about = fused_ema.bind(average, model).describe()
@@ -69,7 +69,7 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
     count = 1 if case.in_a_row else sets_for(size, device)
     sets = [(model, average), *(filled_pair(case, device) for _ in range(1, count))]
     streams, longer = ceilings(size, sets, library)
-    torch._dynamo.reset()  # else it counts each case as one more version of the same function
+    torch._dynamo.reset()  # otherwise each case counts as a recompilation of the same function
     steps: dict[str, list[Step]] = {}
     facts: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -78,21 +78,21 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
             made = prepared(partial(make_step, name), sets)
             facts[name] = {
                 "max_err_over_bound": error_over_bound(made[0], *sets[0]),
-                "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # theirs is kept
+                "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # graphs keep theirs
             }
             if not facts[name]["max_err_over_bound"] < WRONG:
                 raise ArithmeticError(f"a wrong result: {facts[name]['max_err_over_bound']:.0f} times the bound")
             steps[name] = made
-        except Exception as problem:  # whatever a package raises
+        except Exception as problem:  # packages raise anything
             left_out[name] = reason(problem)
-        free(device)  # outside of the block, in which the traceback holds what failed
+        free(device)  # outside the except block, where the traceback keeps the failed tensors alive
     counts = dict[str, Any].fromkeys(steps)
     try:
         counts = launches({name: made[0] for name, made in steps.items()}, device)
     except Exception as problem:
         left_out["counts of launches"] = reason(problem)
     with progress(case.title, budget) as tick:
-        times = in_turns({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
+        times = alternating({**steps, **streams}, device, budget, REPEATS if case.in_a_row else 1, tick)
         host = times if device.type == "cuda" else host_times(case, list(steps), model, average, budget / 4)
     ceiling = {name: spread([longer * t.device for t in times[name]]) for name in streams}
     best = min(streams, key=lambda name: ceiling[name]["median"], default=None)
@@ -128,14 +128,14 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
 def host_times(
     case: Case, names: list[str], model: nn.Module, average: nn.Module, budget: float
 ) -> dict[str, list[Times]]:
-    """Of calls on tensors of one element each, on the CPU."""
+    """The times of calls on tensors with one element each, on the CPU."""
     small = shrunk(model), shrunk(average)
     steps: dict[str, list[Step]] = {}
     for name in names:
-        if name != COMPILED:  # it would compile once more, for sizes that nobody has
-            with suppress(Exception):  # those have no time then
+        if name != COMPILED:  # it would compile again, for sizes that nobody has
+            with suppress(Exception):  # a method that raises has no time
                 steps[name] = prepared(partial(make_step, name), [small])
-    return in_turns(steps, torch.device("cpu"), budget, REPEATS if case.in_a_row else 1)
+    return alternating(steps, torch.device("cpu"), budget, REPEATS if case.in_a_row else 1)
 
 
 def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str, str], cuda: bool) -> None:
@@ -143,8 +143,8 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
         return
     first = rows[0]
     title = f"{first['case']}: {first['tensors']} tensors, {first['elements'] / 1e6:.1f}M elements, "
-    title += f"{first['bytes'] / 1e9:.3f} GB" + (f", {first['sets']} sets in turns" if first["sets"] > 1 else "")
-    title += ", found in the cache" if first["in_cache"] else ""
+    title += f"{first['bytes'] / 1e9:.3f} GB" + (f", {first['sets']} alternating sets" if first["sets"] > 1 else "")
+    title += ", in the cache" if first["in_cache"] else ""
     heads = ["ms", "p20", "p80", "host µs", "warm", "GB/s", "of ceiling", "ratio", "error", "extra MB"]
     table = columns(title, "method", [*heads, "launches"] if cuda else heads)
     for row in rows:
@@ -165,7 +165,7 @@ def show(rows: list[dict[str, Any]], ceiling: dict[str, Any], left_out: dict[str
     console.print(table)
     spans = [row["device_us"] for row in rows] + [each["us"] for each in ceiling["streams"].values()]
     if any(us["p80"] > 1.5 * us["p20"] for us in spans):
-        console.print("UNSTEADY: some p80 over 1.5 times p20. Ratios are taken within rounds, so trust them more.")
+        console.print("UNSTEADY: some p80 is over 1.5 times p20. Ratios are taken within rounds, so trust them more.")
     for problem in dict.fromkeys(left_out.values()):
         names = (name for name, why in left_out.items() if why == problem)
         console.print(f"left out: {'; '.join(names)}\n    ({problem})", markup=False)
@@ -179,7 +179,7 @@ def free(device: torch.device) -> None:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for a CSV file: what is nested gets names such as device_us_median."""
+    """A row for a CSV file; nested values get names such as device_us_median."""
     cells: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict) and key != "dtypes":
@@ -191,12 +191,14 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few rounds of a few cases, some two minutes")
+    parser.add_argument("--quick", action="store_true", help="a few rounds of a few cases, about two minutes")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all, %(default)s")
-    parser.add_argument("--cases", help="parts of the titles of cases, with commas between; default: all that fit")
-    parser.add_argument("--methods", help="parts of the names of methods, with commas between; default: all")
+    parser.add_argument("--cases", help="parts of cases' titles, separated by commas; default: all that fit")
+    parser.add_argument("--methods", help="parts of methods' names, separated by commas; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default: %(default)s")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, help="per case; default: 20, or 2 with --quick")
     parser.add_argument("--json", type=Path, help="write all numbers to this file, after each case")
     parser.add_argument("--csv", type=Path, help="write the rows of `models` to this file")
@@ -204,7 +206,7 @@ def main() -> int:
     device, parts = torch.device(arguments.device), [part.strip() for part in arguments.parts.split(",")]
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            parser.error("--device: expected one that is there, found no CUDA GPU")
+            parser.error("--device: expected a CUDA GPU, found none")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # events and graphs belong to the current one
     torch.set_num_threads(arguments.threads)
@@ -239,19 +241,19 @@ def main() -> int:
     console.print(
         f"{env['device']}, {env['cpu']}, {env['cores']} cores, {env['threads']} threads; torch {env['torch']}; "
         f"fused_ema {env['fused_ema']} {env['commit']}, backend {env['backend']!r}\n\n"
-        "ms          of one update: the median, and the percentiles 20 and 80; on CUDA, the device's own time\n"
-        "host µs     on the CPU: the same with tensors of one element each; on CUDA: until the call returns,\n"
-        "            after other calls; warm: right after the same\n"
-        "GB/s        of the bytes that an update has to move, however many the method moves\n"
-        "of ceiling  the time of a plain loop over the same memory (on CUDA: the best stream of as many bytes), which\n"
-        "            checks nothing and leaves the buffers, over the method's: the median over the rounds\n"
-        "ratio       to the time of fused_ema's bound handle: the median over the rounds\n"
-        "error       of one step, the largest, against float64: 1.00 is all that fused_ema's contract allows\n"
-        "*           on CUDA: waits for the device, or launches more than its queue holds: some of it is the host's\n"
-        "extra MB    that one update holds beyond the averages and the model\n"
-        "Managers copy or average the buffers too; what is written by hand leaves them.\n"
+        "ms          time of one update: the median and the percentiles 20 and 80; on CUDA, the device's own time\n"
+        "host µs     on the CPU, the same for tensors of one element each; on CUDA, the time until the call returns,\n"
+        "            after other methods' calls; warm: right after a call of the same method\n"
+        "GB/s        the bytes that an update has to move, per second, however many the method really moves\n"
+        "of ceiling  the speed relative to a plain loop over the same memory, which checks nothing and skips the\n"
+        "            buffers (on CUDA, to the best stream of as many bytes); the median over the rounds\n"
+        "ratio       the time relative to fused_ema's bound handle; the median over the rounds\n"
+        "error       the largest error of one step compared with float64; fused_ema's contract allows 1.00\n"
+        "*           on CUDA, the method waits for the device or fills its queue, so some of the time is the host's\n"
+        "extra MB    memory that one update needs beyond the averages and the model\n"
+        "Managers also copy or average the buffers; the loops written by hand do not.\n"
     )
-    library = compile_stream() if device.type == "cpu" else "it runs on the CPU"
+    library = compile_stream() if device.type == "cpu" else "it needs the CPU"
     if isinstance(library, str) and device.type == "cpu":
         console.print(f"no ceiling: {library}\n")
     failed = False
@@ -259,7 +261,7 @@ def main() -> int:
         for case in cases if "models" in parts else ():
             try:
                 rows, ceiling, left_out = measure(case, device, budget, library, names)
-            except Exception as problem:  # a package or memory that is not there
+            except Exception as problem:  # a missing package, or too little memory
                 console.print(f"left out: {case.title}\n    ({reason(problem)})\n", markup=False)
                 result["left_out"][case.title] = reason(problem)
             else:
@@ -281,12 +283,12 @@ def main() -> int:
         if part in parts and (part != "device" or device.type == "cuda"):
             try:
                 result[part] = run()
-            except Exception as problem:  # a package or memory that is not there
+            except Exception as problem:  # a missing package, or too little memory
                 console.print(f"left out: {part}\n    ({reason(problem)})\n", markup=False)
                 result["left_out"][part] = reason(problem)
             save()
             free(device)
-    return int(failed)  # what is left out of others' is theirs
+    return int(failed)  # only our own methods' failures count
 
 
 if __name__ == "__main__":

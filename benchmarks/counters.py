@@ -1,4 +1,4 @@
-"""A few updates on a GPU for `ncu` to look at (`make gpu-counters`): cases by parts of their titles."""
+"""Runs a few updates on a GPU for `ncu` to profile (`make gpu-counters`); the arguments are parts of cases' titles."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How the methods are measured: in turns, with caches that others have used meanwhile; medians and percentiles."""
+"""Measures the methods: they alternate, so that each meets caches that others have used; medians and percentiles."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ import fused_ema
 
 Pair: TypeAlias = tuple[nn.Module, nn.Module]  # model, averages
 HERE = Path(__file__).resolve().parent
-WARM_UP = 2  # rounds
-ROUNDS = 9  # at least, after these
-SETS = 256  # at most
-MARK = "fused_ema: probe"  # of a range of the profiler
+WARM_UP = 2  # rounds that do not count
+ROUNDS = 9  # the least number of rounds that count
+SETS = 256  # the most sets of tensors
+MARK = "fused_ema: probe"  # begins the names of the profiler's ranges
 KINDS = ("kernels", "copies", "syncs")
-SCRATCH = 4 << 30  # bytes at most, for the ceiling of a CUDA device
+SCRATCH = 4 << 30  # the most bytes used to measure a CUDA device's ceiling
 
 
 class Times(NamedTuple):
-    """Seconds of one call. On the CPU all are the same."""
+    """Seconds of one call. On the CPU all three are the same."""
 
     device: float
-    host: float  # of a call after others, so that little of what it reads is in the host's caches
-    warm: float  # of the same call right after it
+    host: float  # after other methods' calls, so that the host's caches hold little of what it reads
+    warm: float  # repeated right after that call
 
 
 def synchronize(device: torch.device) -> None:
@@ -55,7 +55,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def host_seconds(step: Step, device: torch.device) -> float:
-    """Until the call returns, with nothing else under way."""
+    """Seconds until the call returns, with nothing else running on the device."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -63,11 +63,12 @@ def host_seconds(step: Step, device: torch.device) -> float:
 
 
 def cuda_seconds(step: Step, device: torch.device, host: float) -> float:
-    """The device's own time: it sleeps for longer than the call takes the host, so that it does not wait for that.
-    It does, where a call waits for the device itself, or has more launches than the queue holds: see `waits`."""
+    """The device's own time. The device first sleeps for longer than the host needs for the call, so that it never
+    waits for the host, unless the call itself waits for the device or launches more than the queue holds: see `waits`.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(min(2 * host + 20e-6, 0.1) * 2e9))  # cycles, of at most 2 GHz
+    torch.cuda._sleep(int(min(2 * host + 20e-6, 0.1) * 2e9))  # cycles, at 2 GHz at most
     begin.record()
     step()
     end.record()
@@ -75,22 +76,23 @@ def cuda_seconds(step: Step, device: torch.device, host: float) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def in_turns(
+def alternating(
     steps: dict[str, list[Step]],
     device: torch.device,
     budget: float,
     repeats: int = 1,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Times]]:
-    """Times of each method, whose steps for several sets of tensors take turns too.
+    """Times the methods, alternating between methods and between each method's sets of tensors.
 
-    Rounds go on for `budget` seconds, ROUNDS at least. `repeats`: calls in a row, of which the first does not count.
+    Rounds continue for `budget` seconds, and for at least ROUNDS rounds. `repeats` is the number of calls in a row, of
+    which the first does not count.
     """
     times: dict[str, list[Times]] = {name: [] for name in steps}
     order, shuffle, calls = list(steps), random.Random(0).shuffle, itertools.count()
 
     def next_step(name: str) -> Step:
-        """With another set at each call of whatever method, so that none is what the last one left in a cache."""
+        """Takes another set at each call of any method, so that no call finds its tensors in a cache."""
         return steps[name][next(calls) % len(steps[name])]
 
     def call(name: str) -> Times:
@@ -126,7 +128,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def prepared(make: Callable[[nn.Module, nn.Module], Step], sets: Sequence[Pair]) -> list[Step]:
-    """The method's step for each set, called once: plans, allocations, compilation."""
+    """The method's step for each set, called once so that it has planned, allocated and compiled."""
     steps = [make(*each) for each in sets]
     for step in steps:
         step()
@@ -134,24 +136,24 @@ def prepared(make: Callable[[nn.Module, nn.Module], Step], sets: Sequence[Pair])
 
 
 def reason(problem: Exception) -> str:
-    """In one line, for tables and files."""
+    """The problem in one line, for tables and files."""
     return f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
 
 
 def spread(seconds: Sequence[float], scale: float = 1e6) -> dict[str, float]:
-    """Median and the percentiles 20 and 80, in microseconds."""
+    """The median and the percentiles 20 and 80, in microseconds."""
     cuts = statistics.quantiles(seconds, n=5)
     return {"median": statistics.median(seconds) * scale, "p20": cuts[0] * scale, "p80": cuts[3] * scale}
 
 
 def ratio(times: Sequence[Times], others: Sequence[Times]) -> float:
-    """How many times as long as the others, on the device: the median over the rounds, each of which meets one state of
-    the machine."""
+    """The device's time relative to the others': the median over the rounds, since each round meets one state of the
+    machine."""
     return statistics.median(one.device / other.device for one, other in zip(times, others, strict=True))
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes."""
+    """Its size in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     found = 0
@@ -161,23 +163,23 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def sets_for(size: int, device: torch.device) -> int:
-    """How many sets of tensors, of `size` bytes each, no cache holds; SETS at most, which fit for tiny ones."""
+    """The number of sets of `size` bytes that exceeds any cache, at most SETS: tiny ones may fit into a cache."""
     return max(1, min(SETS, math.ceil(2 * last_level_cache(device) / max(1, size))))
 
 
 def in_cache(size: int, sets: int, device: torch.device) -> bool:
-    """Whether the last-level cache may hold some of a set until its next turn."""
+    """Whether the last-level cache may still hold some of a set when it is used again."""
     return size * sets < 2 * last_level_cache(device)
 
 
-# ---- What else is known of one call --------------------------------------------------------------
+# ---- Errors, memory and launches of one call --------------------------------------------------------------
 
 
 def error_over_bound(step: Step, model: nn.Module, ema: nn.Module) -> float:
-    """The largest error of one step against float64, in units of the one-step bound:
+    """The largest error of one step compared with float64, in units of the one-step bound:
     half an ulp of the result in the average's type + 2^-23 * min(weight, decay) * |parameter - average|.
 
-    Of long tensors, some 65536 elements are looked at, evenly spaced.
+    In long tensors it checks about 65536 evenly spaced elements.
     """
 
     def sample(tensor: Tensor) -> Tensor:
@@ -192,20 +194,20 @@ def error_over_bound(step: Step, model: nn.Module, ema: nn.Module) -> float:
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit in the last place of `dtype`, at each of the values."""
+    """A unit in the last place of `dtype` at each value."""
     digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[dtype]
     return torch.exp2(torch.frexp(values).exponent.clamp(min=-125).double() - digits)
 
 
 def exact_and_bound(old: Tensor, new: Tensor, decay: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of an average in `dtype`, values in float64: what one step should give, and how far off it may be."""
+    """The exact result of one step of an average in `dtype`, and the error it may have, both in float64."""
     exact = old + (1 - decay) * (new - old)
     return exact, ulp(exact, dtype) / 2 + 2**-23 * min(1 - decay, decay) * (new - old).abs()
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what the profiler's own library writes to stderr."""
+    """Suppresses what the profiler's own library writes to stderr."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -217,7 +219,7 @@ def _silent() -> Iterator[None]:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that one call holds beyond what there was before."""
+    """The most memory that one call allocates beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -237,10 +239,10 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
 
 
 def launches(steps: dict[str, Step], device: torch.device) -> dict[str, dict[str, int] | None]:
-    """Kernels, copies and waits of one call of each on a CUDA device, as the profiler counts them (of a replayed graph,
-    those in it). None where it counts nothing.
+    """The kernels, copies and synchronisations of one call of each method on a CUDA device, as the profiler counts them
+    (for a graph, those that a replay runs); None if the profiler counts nothing.
 
-    In one profile, since to begin and end one takes long.
+    All methods share one profile, because starting and ending a profile takes long.
     """
     if device.type != "cuda":
         return dict.fromkeys(steps)
@@ -260,7 +262,7 @@ def launches(steps: dict[str, Step], device: torch.device) -> dict[str, dict[str
 
 
 def counted(events: Sequence[Any], probes: int) -> list[Counter[str]]:
-    """What ran within each of the ranges that are marked with the number of a probe, all of which end with a wait."""
+    """Counts what ran within each range marked with the number of a probe. Each range ends with a synchronisation."""
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     marked = {event.name: event.time_range for event in on_host if event.name.startswith(MARK)}
     ranges = [marked[f"{MARK} {number}"] for number in range(probes)]
@@ -278,7 +280,7 @@ def counted(events: Sequence[Any], probes: int) -> list[Counter[str]]:
 
 
 def waits(counts: dict[str, int] | None) -> bool:
-    """Whether the device's time of such a call holds some of the host's: launches queue up to some 1000."""
+    """Whether the device's time of such a call includes some of the host's: the queue holds about 1000 launches."""
     return counts is not None and (counts["syncs"] > 0 or counts["kernels"] + counts["copies"] > 1000)
 
 
@@ -286,10 +288,10 @@ def waits(counts: dict[str, int] | None) -> bool:
 
 
 def ceilings(size: int, sets: Sequence[Pair], library: ctypes.CDLL | str) -> tuple[dict[str, list[Step]], float]:
-    """What this machine's memory gives such a pattern, and by how much its times are to be multiplied.
+    """Steps that show what the machine's memory allows, and the factor by which to multiply their times.
 
-    On CUDA, streams of `size` bytes, read and written, over plain arrays; those of large updates are shorter, hence the
-    factor. On the CPU, a plain loop over the very tensors.
+    On CUDA they stream `size` bytes, read and written, over plain arrays; for large updates they stream fewer bytes,
+    hence the factor. On the CPU they are a plain loop over the same tensors.
     """
     device = next(sets[0][1].parameters()).device
     if device.type == "cuda":
@@ -322,7 +324,7 @@ def _plain_loop(model: nn.Module, ema: nn.Module, library: ctypes.CDLL) -> Step:
 
 
 def compile_stream() -> ctypes.CDLL | str:
-    """stream.cpp, built for this very CPU, or why not."""
+    """stream.cpp, built for this CPU, or the reason why it cannot be built."""
     compiler = os.environ.get("CXX") or "g++"
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +334,7 @@ def compile_stream() -> ctypes.CDLL | str:
             subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
             return ctypes.CDLL(library)
         except OSError as problem:
-            return f"{problem}; set CXX to another compiler, or TMPDIR to a folder for programs"
+            return f"{problem}; set CXX to another compiler, or TMPDIR to a folder that allows executables"
         except subprocess.CalledProcessError as problem:
             return f"{compiler} failed: {problem.stderr.strip()}"
 
@@ -377,7 +379,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "fused_ema": fused_ema.__version__,
         "backend": fused_ema.backend(device),
-        "commit": _first_line("git", "rev-parse", "--short=12", "HEAD") + (" and edits" if edited else ""),
+        "commit": _first_line("git", "rev-parse", "--short=12", "HEAD") + (" with edits" if edited else ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

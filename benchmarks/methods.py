@@ -1,8 +1,8 @@
-"""The methods that are measured: what people write by hand, the managers that they install, and fused_ema.
+"""Defines the methods that are measured: loops written by hand, the managers that people install, and fused_ema.
 
-Each method gets a model and a module of averages, and returns the function that makes one update of constant decay, as
-the package has it after any warm-up. All methods work on the same averages: where a package makes its own, it is given
-those in their place, so that no layout of memory favours one of them.
+Each method takes a model and a module of averages and returns a function that makes one update with a constant decay,
+as the package would after any warm-up. All methods work on the same averages: if a package allocates its own, they are
+replaced with these, so that no memory layout favours one method.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _compiled(model: nn.Module, ema: nn.Module) -> Step:
     return lambda: lerp(averages, parameters)
 
 
-@functools.cache  # one function for all sets, whose sizes are the same
+@functools.cache  # one function serves all sets, because their sizes are equal
 def _compiled_loop() -> Callable[[list[torch.Tensor], list[torch.Tensor]], None]:
     @torch.compile(fullgraph=True, dynamic=False)
     def lerp(averages: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
@@ -122,14 +122,14 @@ def _averaged(function: Callable[..., None]) -> Make:
     def make(model: nn.Module, ema: nn.Module) -> Step:
         manager = AveragedModel(model, multi_avg_fn=function)
         manager.module = ema
-        manager.n_averaged.fill_(1)  # the first update would copy
+        manager.n_averaged.fill_(1)  # otherwise the first update would copy
         return lambda: manager.update_parameters(model)
 
     return make
 
 
 def _timm(model: nn.Module, ema: nn.Module) -> Step:
-    # Its file alone: `import timm` needs torchvision, which this file does not.
+    # Load this one file: `import timm` needs torchvision, but the file does not.
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:
         raise ImportError("No module named 'timm'")
@@ -183,7 +183,7 @@ def _diffusers(foreach: bool) -> Make:
 
 
 def _lightning(model: nn.Module, ema: nn.Module) -> Step:
-    """The callback as the trainer calls it, with a stand-in for the trainer's counter of steps."""
+    """Calls the callback as the trainer does, with a stand-in for the trainer's step counter."""
     lightning = importlib.import_module("lightning.pytorch")
     callback = importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging(decay=DECAY)
     module = lightning.LightningModule().to(next(model.parameters()).device)
@@ -233,7 +233,7 @@ def _manager(model: nn.Module, ema: nn.Module) -> Step:
 def _graph(make: Make) -> Make:
     def captured(model: nn.Module, ema: nn.Module) -> Step:
         step, graph = make(model, ema), torch.cuda.CUDAGraph()
-        step()  # plans, uploads and warms up before the capture
+        step()  # plan, upload and warm up before the capture
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             step()
@@ -274,5 +274,5 @@ def method_names(device: torch.device) -> list[str]:
 def make_step(name: str, model: nn.Module, ema: nn.Module) -> Step:
     make = METHODS.get(name) or CUDA_METHODS[name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of averages in 16 bits, which some cases ask for
+        warnings.simplefilter("ignore")  # some cases use 16-bit averages on purpose
         return make(model, ema)

@@ -1,4 +1,4 @@
-"""What is averaged: architectures from their packages' configuration classes, with random values, no downloads."""
+"""Builds the models to average from their packages' configuration classes, with random values and no downloads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Case(NamedTuple):
     build: Callable[[], nn.Module]
     model_dtype: torch.dtype = torch.float32
     average_dtype: torch.dtype = torch.float32
-    in_a_row: bool = False  # called again and again, as in a timing loop, so that the caches hold all they can
-    huge: bool = False  # left out unless asked for: for the memory of a large GPU
+    in_a_row: bool = False  # called repeatedly, as in a timing loop, so that the caches stay warm
+    huge: bool = False  # needs the memory of a large GPU, so it runs on CUDA or on request only
 
     @property
     def title(self) -> str:
@@ -35,7 +35,7 @@ def _transformers(model: str, config: str, **arguments: Any) -> Callable[[], nn.
 
 
 def _unet() -> nn.Module:
-    """The size of Stable Diffusion 1's, by the defaults of its class."""
+    """The defaults of this class have the size of Stable Diffusion 1's UNet."""
     return importlib.import_module("diffusers").UNet2DConditionModel(cross_attention_dim=768)
 
 
@@ -65,7 +65,7 @@ def _llama(layers: int, width: int, inner: int, heads: int, groups: int) -> Call
 
 
 def _resnet50() -> nn.Module:
-    """161 parameters, and BatchNorm's 159 buffers; torchvision, which has the real one, is not always there."""
+    """The 161 parameters and 159 BatchNorm buffers of ResNet-50, for machines without torchvision."""
 
     def convolution(channels: int, features: int, size: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, features, size, bias=False), nn.BatchNorm2d(features)]
@@ -76,13 +76,13 @@ def _resnet50() -> nn.Module:
             layers += convolution(channels, width, 1) + convolution(width, width, 3)
             layers += convolution(width, 4 * width, 1)
             if block == 0:
-                layers += convolution(channels, 4 * width, 1)  # of the shortcut
+                layers += convolution(channels, 4 * width, 1)  # the shortcut
             channels = 4 * width
     return nn.Sequential(*layers, nn.Linear(channels, 1000))
 
 
 def equal_tensors(count: int, elements: int) -> Callable[[], nn.Module]:
-    """One flat list, the quickest for PyTorch to walk over."""
+    """One flat list, which PyTorch traverses fastest."""
     return lambda: nn.ParameterList(torch.empty(elements) for _ in range(count))
 
 
@@ -123,7 +123,7 @@ CASES = (
 
 
 def filled(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model with normal values; its tensors are never initialised as the package would, which takes long."""
+    """The model with normally distributed values. The packages' own initialisation, which takes long, is skipped."""
     with torch.device("meta"):
         module = build()
     module.to(dtype).to_empty(device=device)
@@ -133,7 +133,7 @@ def filled(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.dev
 
 
 def average_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A module of averages, whose values are not the model's."""
+    """A module of averages whose values differ from the model's."""
     average = copy.deepcopy(model).requires_grad_(False).to(dtype)
     for parameter in average.parameters():
         parameter.normal_(std=0.02)
@@ -141,13 +141,13 @@ def average_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def filled_pair(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """A model of the case, and its averages."""
+    """The case's model and its averages."""
     model = filled(case.build, case.model_dtype, device)
     return model, average_of(model, case.average_dtype)
 
 
 def shrunk(model: nn.Module) -> nn.Module:
-    """The same modules and names with one element in each tensor: what is left of an update is the host's work."""
+    """The same modules and names with one element per tensor, so that only the host's work remains in an update."""
     small = copy.deepcopy(model)
     for tensor in chain(small.parameters(), small.buffers()):
         tensor.data = tensor.data[(slice(0, 1),) * tensor.dim()].clone()

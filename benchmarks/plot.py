@@ -2,8 +2,9 @@
 
 python benchmarks/plot.py RESULTS.json [--out FOLDER]
 
-`ratios`: time of each method over fused_ema's, per model; `ceiling`: how near each comes to a plain loop over the same
-memory; `scaling`: cost against the number of tensors and their bytes; `training`: share of a training step.
+The plots are `ratios`: the time of each method relative to fused_ema's, per model; `ceiling`: how close each comes to a
+plain loop over the same memory; `scaling`: the cost against the number of tensors and their bytes; `training`: the
+share of a training step.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from report import machine
 
 SHORT = {  # for axes
     LOOP: "tutorial loop",
-    FOREACH_CACHED: "foreach lerp, cached lists",  # a label that begins with _ has no place in a legend
+    FOREACH_CACHED: "foreach lerp, cached lists",  # a legend omits labels that begin with _
     FOREACH: "foreach lerp, fresh lists",
     AVERAGED: "AveragedModel",
     TIMM: "timm",
@@ -60,7 +61,7 @@ SHORT = {  # for axes
     FOREACH_GRAPH: "foreach lerp, CUDA graph",
     BOUND_GRAPH: "fused_ema, CUDA graph",
 }
-MISSING = {  # what a method raised → what its place in a plot says
+MISSING = {  # what a method raised → the text in place of its bar
     "ModuleNotFoundError": "not installed",
     "ImportError": "not installed",
     "NotImplementedError": "not tried",
@@ -68,11 +69,11 @@ MISSING = {  # what a method raised → what its place in a plot says
 }
 PALETTE = [
     pyplot.colormaps["tab20"].colors[i] for i in (0, 2, 3, 4, 8, 10, 12, 14, 16, 18, 5, 9, 1, 11, 13, 15, 17)
-]  # none red, as ours
+]  # without red, which is ours
 COLORS = dict(zip(SHORT, PALETTE, strict=True))
 OUR_COLOR, THEIR_COLOR = "#c1272d", "#8a9bb0"
-WIDTH = 8.3  # inches: at README's width, 8 points are as large as the text around
-WIDE = 100  # times: more are shown on a logarithmic scale
+WIDTH = 8.3  # inches; at README's width, 8 points match the surrounding text
+WIDE = 100  # ratios beyond this are shown on a logarithmic scale
 pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"})
 
 
@@ -115,8 +116,8 @@ def ratios(content: dict[str, Any]) -> Figure:
     caption(
         figure,
         content["env"],
-        "Time of an update, in times that of fused_ema's bound handle (float32 if not said; "
-        "packages at their defaults, so timm rounds bfloat16 stochastically)",
+        "Time of an update relative to fused_ema's bound handle (float32 unless stated; "
+        "packages with their defaults, so timm rounds bfloat16 stochastically)",
     )
     return figure
 
@@ -144,10 +145,10 @@ def ceiling(content: dict[str, Any]) -> Figure:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     streams = dict.fromkeys(name for each in content["ceiling"] for name in each["streams"])
-    axes.set_xlabel(f"of the speed of the {' or '.join(streams)} over as much memory, which checks nothing")
+    axes.set_xlabel(f"speed relative to the {' or '.join(streams)} over as much memory, which checks nothing")
     axes.grid(axis="both", alpha=0.25)
     figure.legend(loc="outside upper center", ncols=6, frameon=False, handletextpad=0.1, columnspacing=1.2)
-    caption(figure, content["env"], "How near an update comes to what the memory allows")
+    caption(figure, content["env"], "How close an update comes to what the memory allows")
     return figure
 
 
@@ -156,8 +157,8 @@ def scaling(content: dict[str, Any]) -> Figure:
     figure, panels = pyplot.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     moved = found["by_count"][0]["bytes"] / 1e6
     for axes, points, key, label in (
-        (panels[0], found["by_count"], "tensors", f"tensors, {moved:.0f} MB to move in all"),
-        (panels[1], found["by_size"], "bytes", f"bytes to move, {found['tensors']} tensors"),
+        (panels[0], found["by_count"], "tensors", f"tensors, {moved:.0f} MB moved in total"),
+        (panels[1], found["by_size"], "bytes", f"bytes moved, {found['tensors']} tensors"),
     ):
         for name in found["fits"]:
             if name in (UPDATE, MANAGER):
@@ -201,7 +202,7 @@ def training(content: dict[str, Any]) -> Figure:
     caption(
         figure,
         content["env"],
-        "Share of a training step (forward, backward, AdamW, average) that goes into the average",
+        "Share of a training step (forward, backward, AdamW, average) that the average takes",
     )
     return figure
 

@@ -1,8 +1,8 @@
-"""Writes what stands between the markers of the pages from result files, so that no number there is typed.
+"""Fills the parts of the pages between markers from result files, so that no number there is typed by hand.
 
 python benchmarks/readme_table.py [--check]
 
-A marker names what is to be written, and from which file: <!-- models from benchmarks/results/x.json -->.
+A marker names the writer and the result file: <!-- models from benchmarks/results/x.json -->.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def source(content: dict[str, Any], path: str) -> str:
 
 
 def escaped(method: str) -> str:
-    return method.replace("_", r"\_")  # else Markdown takes them for emphasis
+    return method.replace("_", r"\_")  # Markdown would take them for emphasis
 
 
 def models(content: dict[str, Any], path: str) -> list[str]:
@@ -75,16 +75,17 @@ def models(content: dict[str, Any], path: str) -> list[str]:
     for stream in dict.fromkeys(name for streams in ceiling.values() for name in streams):
         found = [ceiling[case][stream]["us"]["median"] if case in ceiling else None for case in cases]
         lines.append(f"| ({stream}) | " + " | ".join(duration(us) if us else "" for us in found) + " | |")
-    of = "Median of the device's own time" if cuda else "Median"
-    rest = "only in the last column five calls in a row of each on the same tensors"
+    of = "medians of the device's own time" if cuda else "medians"
+    rest = "`in a row` has five consecutive calls of each method on the same tensors instead."
     if cuda:
-        rest = "\\*: waits for the device, or launches more than its queue holds, so that some of it is the host's time"
+        rest = "\\* marks methods that wait for the device or launch more than its queue holds, so that their time "
+        rest += "includes some of the host's."
     lines += [
         "",
-        f"{of}, and in brackets how many times that of the bound handle (the median over the rounds, each of which "
-        "meets one state of the machine); error of one step in the first column, the "
-        "largest, in units of [what is promised](#numerics). One run, methods in turns, and sets of "
-        f"tensors in turns too, so that none is in a cache; {rest}: {source(content, path)}.",
+        f"Times are {of}. The number in brackets is the ratio to the time of the bound handle: the median of the "
+        "ratios within each round, in which both meet the same state of the machine. `error` is the largest error of "
+        "one step in the first case, in units of [the promised bound](#numerics). All methods ran in one run, in "
+        f"alternation, on alternating sets of tensors, so that none is in a cache. {rest} {source(content, path)}.",
     ]
     return lines
 
@@ -96,7 +97,7 @@ def averages(content: dict[str, Any], path: str) -> list[str]:
             gains[case["case"]] = list(case["ratio"].values())[1]
     listed = "; ".join(f"{case}: {gain:.2f}" for case, gain in gains.items())
     return [
-        f"How many times as fast as one manager for each: {listed} ({source(content, path)}).",
+        f"Speed-up of one manager over a manager for each average: {listed} ({source(content, path)}).",
     ]
 
 
@@ -109,13 +110,13 @@ def training(content: dict[str, Any], path: str) -> list[str]:
         shares = " | ".join(f"{case['share_of_step'][name]:.1%}" for case in cases)
         lines.append(f"| {escaped(name)} | {shares} |")
     gain = max(case["share_of_step"][LOOP] - case["share_of_step"][MANAGER] for case in cases)
-    words = f"{source(content, path)}. So in these trainings, on this machine, fused_ema "
-    words += f"saves at most {gain:.1%} of the step against the tutorial loop"
+    words = f"{source(content, path)}. In these training loops, on this machine, fused_ema "
+    words += f"saves at most {gain:.1%} of the step compared with the tutorial loop"
     found = content["scaling"]
     end, largest = found["break_even_bytes"].get(FOREACH_CACHED), max(each["bytes"] for each in found["by_size"])
     if end is not None and 0 < end <= largest:
         words += (
-            f"; and for a float32 model of {found['tensors']} tensors, from {end / 12 / 1e6:.1f}M parameters on, the "
+            f". For a float32 model of {found['tensors']} tensors and more than {end / 12 / 1e6:.1f}M parameters, the "
         )
         words += "gain over `torch._foreach_lerp_` on lists that you keep yourself is under a tenth"
     lines += ["", words + "."]
@@ -129,16 +130,16 @@ def errors(content: dict[str, Any], path: str) -> list[str]:
         lines.append(f"| {row['decay']} | {escaped(row['method'])} | {cells}")
     lines += [
         "",
-        "One step: the largest error against float64, in units of what is promised. Moved: the share of averages "
-        "that an update changes though they equal the model. Drift: how far the farthest such average is after "
-        f"{content['steps']:,} updates, in units of its last place. "
+        "One step: the largest error compared with float64, in units of the promised bound. Moved: the share of "
+        "averages that an update changes although they equal the model. Drift: the largest distance of such an "
+        f"average from the model after {content['steps']:,} updates, in units in the last place. "
         f"{source(content, '../' + path)}.",
     ]
     return lines
 
 
 def sweep(content: dict[str, Any], path: str) -> list[str]:
-    """The variants whose worst case is least behind that case's best, and what they are measured against."""
+    """The eight variants with the best worst case, the worst variant, and the references."""
     cases = {case["case"]: case["variants"] for case in content["cases"]}
     behind = {}
     for name in content["macros"]:

@@ -1,4 +1,4 @@
-"""What the benchmarks print."""
+"""Prints what the benchmarks found."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-AS_BUILT = "as built"  # in a sweep: the kernel of the extension
+AS_BUILT = "as built"  # the name of the extension's own kernel in a sweep
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 @contextmanager
 def progress(title: str, seconds: float) -> Iterator[Callable[[], None]]:
-    """A bar that is full after `seconds`, and goes when the block ends; gives what to call now and then."""
+    """Shows a bar that fills within `seconds` and disappears when the block ends; yields a function that updates it."""
     shown = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         task, start = bar.add_task(title, total=seconds), time.perf_counter()
@@ -35,13 +35,13 @@ def columns(title: str, first: str, others: list[str]) -> Table:
 
 
 def machine(env: dict[str, Any]) -> str:
-    """What stands beneath a table or a plot."""
+    """The machine, as named under a table or a plot."""
     name = env["cpu"] if env["device"] == "cpu" else env["device"]
     return f"{name}, {env['threads']} threads, PyTorch {env['torch']}, {env['date']}"
 
 
 def short(size: float) -> str:
-    """Bytes, for a reader."""
+    """A number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             break
@@ -52,7 +52,7 @@ def short(size: float) -> str:
 def parts_of(
     text: str, option: str, offered: list[str], parser: argparse.ArgumentParser, between: str = ","
 ) -> list[str]:
-    """Those that have one of the parts in their names."""
+    """The offered names that contain one of the parts in `text`."""
     parts = [part.strip().lower() for part in text.split(between)]
     for part in parts:
         if not part or not any(part in name.lower() for name in offered):

@@ -1,5 +1,5 @@
-// The least an update can do: a loop over the tensors' memory, in which average and model are read once and the average
-// is written once, with nothing checked. What the machine's memory allows, for bench_update.py to compare with.
+// The least an update can do: a loop over the tensors' memory that reads average and model once, writes the average
+// once, and checks nothing. It shows what the machine's memory allows; bench_update.py compares with it.
 #include <omp.h>
 
 #include <algorithm>

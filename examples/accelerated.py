@@ -1,7 +1,7 @@
-"""A loop of accelerate's with an average: several processes, accumulation, a checkpoint to resume from. Digits of 8x8.
+"""Trains on 8x8 digits with accelerate and an average: several processes, gradient accumulation, resuming.
 
 python examples/accelerated.py FOLDER [--steps N]    # or: accelerate launch examples/accelerated.py FOLDER
-Called again with the same folder and more steps, it goes on from the checkpoint there."""
+Called again with the same folder and more steps, it resumes from the checkpoint there."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ import fused_ema
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
-parser.add_argument("--steps", type=int, default=400, help="of the optimizer, in all")
+parser.add_argument("--steps", type=int, default=400, help="total optimizer steps")
 arguments = parser.parse_args()
 set_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=2)
@@ -33,7 +33,7 @@ model, optimizer, train, test = accelerator.prepare(
     DataLoader(unseen, batch_size=256),
 )
 ema = fused_ema.EMA(model, decay=fused_ema.schedules.inverse_power(0.99))
-ema.attach(optimizer)  # not after a step that only accumulates, or that the gradient scaler skips
+ema.attach(optimizer)  # ignores steps that only accumulate or that the gradient scaler skips
 accelerator.register_for_checkpointing(ema)
 if (arguments.folder / "checkpoint").is_dir():
     accelerator.load_state(arguments.folder / "checkpoint")
@@ -42,7 +42,7 @@ if (arguments.folder / "checkpoint").is_dir():
 
 @torch.no_grad()
 def accuracy() -> float:
-    """In percent, of the unseen digits."""
+    """The share of unseen digits classified correctly, in percent."""
     model.eval()
     right = [accelerator.gather_for_metrics(model(x).argmax(1) == y) for x, y in test]
     model.train()
@@ -62,5 +62,5 @@ accelerator.save_state(arguments.folder / "checkpoint")
 raw = accuracy()
 with ema.swapped():
     averaged = accuracy()
-    accelerator.save_model(model, arguments.folder / "averaged")  # the average, as model.safetensors
+    accelerator.save_model(model, arguments.folder / "averaged")  # saves the average as model.safetensors
 accelerator.print(f"step {ema.step}: {averaged:.1f}% of unseen digits right with the average, {raw:.1f}% without")

@@ -1,4 +1,4 @@
-"""Trains a small network on handwritten digits with an average of its weights, and times the update.
+"""Trains a small network on handwritten digits with averaged weights, and times the update.
 
     python examples/demo.py [--runs N] [--out demo.pt] [--device cuda]
 
@@ -31,7 +31,7 @@ DECAY = 0.99  # an average over about the last 100 steps
 STEPS = 800
 BATCH = 16
 TRAINING_IMAGES = 900  # of 1797; the rest are held out
-WRONG_LABELS = 0.1  # of the training images
+WRONG_LABELS = 0.1  # share of the training images
 
 console = Console(highlight=False, markup=False)
 
@@ -48,8 +48,8 @@ def network() -> nn.Module:
 
 
 class Digits:
-    """8x8 images, split at random. A part of the training labels is drawn at random, as in data labelled in haste;
-    those of the held-out images are all as they should be."""
+    """8x8 images, split at random. Some of the training labels are random, as in hastily labelled data; the labels of
+    the held-out images are all correct."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         digits = load_digits()
@@ -76,9 +76,8 @@ def train(digits: Digits, seed: int, on_step: Callable[[], None]) -> tuple[nn.Mo
         F.cross_entropy(model(digits.images[batch]), digits.labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        # BatchNorm's running statistics belong to the weights they were measured with: a copy of those of the latest
-        # weights ("copy", the default) fits averaged weights badly where they are as noisy as here; their average
-        # fits well.
+        # BatchNorm's running statistics belong to the weights they were measured with. With weights as noisy as these,
+        # the latest statistics ("copy", the default) fit the averaged weights badly; averaged statistics fit well.
         fused_ema.update(ema, model, DECAY, buffers="average")
         on_step()
     return model, ema
@@ -86,23 +85,23 @@ def train(digits: Digits, seed: int, on_step: Callable[[], None]) -> tuple[nn.Mo
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """On the held-out images, in percent."""
+    """Accuracy on the held-out images, in percent."""
     correct = model.eval()(digits.held_out_images).argmax(1) == digits.held_out_labels
     return 100 * correct.sum().item() / len(correct)
 
 
 def remeasured(model: nn.Module, digits: Digits) -> nn.Module:
-    """A copy with BatchNorm statistics of all training images."""
+    """A copy whose BatchNorm statistics are measured on all training images."""
     model = copy.deepcopy(model)
     update_bn([digits.images], model)
     return model
 
 
 def show_accuracies(results: dict[str, list[float]]) -> bool:
-    """Whether averaged weights were better than raw ones, on average over the runs."""
+    """Prints the accuracies, and returns whether averaged weights beat raw ones on average over the runs."""
     runs = len(results["raw"])
     title = f"Accuracy on {1797 - TRAINING_IMAGES} held-out digits after {STEPS} steps, {runs} runs"
-    table = Table("weights", title=title, caption="lowest and highest of the runs in brackets")
+    table = Table("weights", title=title, caption="the lowest and highest of the runs are in brackets")
     table.add_column("as training left them", justify="right")
     table.add_column("BatchNorm measured again", justify="right")
 
@@ -119,7 +118,7 @@ def show_accuracies(results: dict[str, list[float]]) -> bool:
 
 
 def gpt2() -> nn.Module:
-    """The 148 parameter tensors of GPT-2 small, 124M elements, with values of no meaning."""
+    """The 148 parameter tensors of GPT-2 small, 124M elements, without values."""
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(768, 12, 3072)
         blocks = nn.TransformerEncoder(layer, 12, nn.LayerNorm(768), enable_nested_tensor=False)
@@ -127,7 +126,7 @@ def gpt2() -> nn.Module:
 
 
 def loop(ema: nn.Module, model: nn.Module) -> None:
-    """What people write today."""
+    """The loop that people write today."""
     with torch.no_grad():
         averages = dict(ema.named_parameters())
         for name, parameter in model.named_parameters():
@@ -147,7 +146,7 @@ METHODS = {"loop, mul_ and add_": loop, "torch._foreach_lerp_": foreach, "fused_
 
 
 def times(ema: nn.Module, model: nn.Module, seconds: float) -> list[list[float]]:
-    """Seconds per update by each method, in turns, so that whatever else the machine does meets all of them."""
+    """Seconds per update by each method. The methods alternate, so that other load on the machine affects all alike."""
 
     def wait() -> None:
         if next(model.parameters()).is_cuda:
@@ -176,7 +175,7 @@ def show_costs(small: nn.Module, device: torch.device) -> None:
     for parameter in large.parameters():
         nn.init.normal_(parameter, std=0.02)
     pairs = [(copy.deepcopy(small).requires_grad_(False), small), (copy.deepcopy(large).requires_grad_(False), large)]
-    console.print("Timing the update, about 10 seconds ...")  # nothing that moves: it would take a core
+    console.print("Timing the update, about 10 seconds ...")  # no progress bar, which would use a core
     timed = [times(*pair, seconds) for pair, seconds in zip(pairs, (2, 6), strict=True)]
     columns = [[statistics.median(values) for values in methods] for methods in timed]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -187,11 +186,11 @@ def show_costs(small: nn.Module, device: torch.device) -> None:
         table.add_column(f"{name}\n{len(list(model.parameters()))} tensors, {size}", justify="right")
     for row, name in enumerate(METHODS):
         table.add_row(name, *(f"{duration(column[row])} {column[row] / column[-1]:6.2f}x" for column in columns))
-    table.caption = "x: times that of fused_ema.update, which copies BatchNorm's buffers too"
+    table.caption = "x: relative to fused_ema.update, which also copies BatchNorm's buffers"
     console.print(table)
     cuts = [statistics.quantiles(values, n=5) for methods in timed for values in methods]
     if any(p80 > 2 * p20 for p20, *_, p80 in cuts):
-        console.print("These times vary much: something else ran too. Run it again on a quiet machine.")
+        console.print("These times vary widely, because something else was running. Run it again on a quiet machine.")
 
 
 def save_and_load(path: Path, model: nn.Module, ema: nn.Module, digits: Digits) -> None:
@@ -202,13 +201,13 @@ def save_and_load(path: Path, model: nn.Module, ema: nn.Module, digits: Digits) 
         loaded.load_state_dict(checkpoint[name])
         before, after = accuracy(saved, digits), accuracy(loaded, digits)
         if before != after:
-            raise RuntimeError(f"{path}: {name} had {before}% before it was saved and {after}% after it was loaded")
-        console.print(f"{path}: {name!r} loaded into a new network again has {after:.1f}%")
+            raise RuntimeError(f"{path}: {name} had {before}% before saving and {after}% after loading")
+        console.print(f"{path}: {name!r}, loaded into a new network, again has {after:.1f}%")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=5, help="trainings, with seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--runs", type=int, default=5, help="training runs, with seeds 0, 1, ... (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("demo.pt"), help="the checkpoint (default: demo.pt)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -218,7 +217,7 @@ def main() -> int:
     results: dict[str, list[float]] = {name: [] for name in names}
     bar = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn())
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a network's threads would mostly wait for one another
+    torch.set_num_threads(1)  # in a network this small, threads would mostly wait for each other
     with Progress(*bar, console=console) as progress:
         task = progress.add_task("training", total=arguments.runs * STEPS)
         for seed in range(arguments.runs):
@@ -232,14 +231,14 @@ def main() -> int:
     torch.set_num_threads(threads)
     show_costs(model, device)
     backend = fused_ema.backend(device)
-    console.print(f"fused_ema ran on its backend {backend!r}.")
+    console.print(f"fused_ema used its backend {backend!r}.")
     if backend != device.type:
-        console.print("That is not the fastest one: `python -m fused_ema` says why, and what to do.")
+        console.print("A faster one exists: `python -m fused_ema` says why it is not active and what to do.")
     console.print()
     save_and_load(arguments.out, model, ema, digits)
     averaged, raw, again = (statistics.mean(results[name]) for name in ("averaged", "raw", "raw, remeasured"))
     verdict = (
-        f"On digits they had not seen, averaged weights got {averaged:.1f}% right, raw weights {raw:.1f}% "
+        f"On unseen digits, averaged weights got {averaged:.1f}% right and raw weights {raw:.1f}% "
         f"({again:.1f}% with BatchNorm measured again)."
     )
     console.print(f"\n{verdict}" if better else f"\nNOT SHOWN that averaging helps. {verdict}")

@@ -1,4 +1,4 @@
-"""Which average of a diffusion model's weights is best? Found after training, from snapshots of two (arXiv 2312.02696).
+"""Finds the best average of a diffusion model's weights after training, from snapshots of two (arXiv 2312.02696).
 
 python examples/diffusion.py [--steps N] [--out diffusion.png]    # EDM's denoiser (arXiv 2206.00364) for 8x8 digits"""
 
@@ -17,12 +17,12 @@ from fused_ema.schedules import power_function
 
 TRACKED = [0.05, 0.10]  # sigma_rel: the width of an average (standard deviation) as a share of the time trained
 SWEEP = [0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.20, 0.25, 0.28]
-SPREAD = 0.75  # standard deviation of the data, whose pixels are from -1 to 1
+SPREAD = 0.75  # standard deviation of the data, whose pixels range from -1 to 1
 
 
 class Denoiser(nn.Sequential):
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        total = (sigma**2 + SPREAD**2).sqrt()  # divided by it, values have about unit variance at any noise level
+        total = (sigma**2 + SPREAD**2).sqrt()  # dividing by it gives about unit variance at any noise level
         predicted = super().forward(torch.cat([noisy / total, sigma.log() / 4], dim=1))
         return noisy * (SPREAD / total) ** 2 + predicted * sigma * SPREAD / total
 
@@ -43,14 +43,14 @@ parser.add_argument("--steps", type=int, default=4000)
 parser.add_argument("--out", default="diffusion.png")
 arguments = parser.parse_args()
 torch.manual_seed(0)
-torch.set_num_threads(1)  # so small a network's threads would mostly wait for one another
+torch.set_num_threads(1)  # in a network this small, threads would mostly wait for each other
 digits = torch.tensor(load_digits().data, dtype=torch.float32)[torch.randperm(1797)] / 8 - 1
 model = Denoiser(nn.Linear(65, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64))
 optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)  # constant and large: the raw weights stay noisy
 ema = fused_ema.EMA(model, decay=[power_function(sigma_rel) for sigma_rel in TRACKED])
 with tempfile.TemporaryDirectory() as folder:
     for step in track(range(1, arguments.steps + 1), "training"):
-        error = loss(model, digits[torch.randint(1400, (32,))])  # the other 397 are for validation
+        error = loss(model, digits[torch.randint(1400, (32,))])  # the other 397 are held out for validation
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
         with ema.swapped(index):
             tracked.append(validate(model, digits[1400:]))
     for sigma_rel in SWEEP:
-        model.load_state_dict(reconstruct(folder, sigma_rel))  # the raw weights are gone from here on
+        model.load_state_dict(reconstruct(folder, sigma_rel))  # overwrites the raw weights
         swept.append(validate(model, digits[1400:]))
 for name, widths, losses in (("reconstructed", SWEEP, swept), ("tracked", TRACKED, tracked)):
     print(f"{name}, sigma_rel and validation loss:", *(f"{x:.2f} {y:.4f}" for x, y in zip(widths, losses, strict=True)))

@@ -1,6 +1,6 @@
-"""Self-distillation as in DINO (arXiv 2104.14294): the teacher is an average of the student. Digits of 8x8, no labels.
+"""Self-distillation as in DINO (arXiv 2104.14294), on 8x8 digits without labels: the teacher averages the student.
 
-python examples/dino.py [--steps N]    # judged by nearest neighbours: views of unseen digits among labelled ones"""
+python examples/dino.py [--steps N]    # evaluates features by nearest neighbours among labelled digits"""
 
 import argparse
 import copy
@@ -23,16 +23,16 @@ class Cosines(nn.Linear):
 
 
 def view(images: Tensor) -> Tensor:
-    """Each image moved by up to a pixel in both directions, with noise."""
+    """Shifts each image by up to a pixel in each direction and adds noise."""
     move = torch.eye(2, 3).repeat(len(images), 1, 1)
-    move[:, :, 2].uniform_(-0.25, 0.25)  # the 8 pixels reach from -1 to 1
+    move[:, :, 2].uniform_(-0.25, 0.25)  # the 8 pixels span -1 to 1
     moved = F.grid_sample(images, F.affine_grid(move, images.shape, align_corners=False), align_corners=False)
     return moved + 0.2 * torch.randn_like(moved)
 
 
 @torch.no_grad()
 def accuracy(features: nn.Module) -> float:
-    """Of the vote of the 10 nearest neighbours among the training images, in percent."""
+    """Of a vote of the 10 nearest neighbours among the training images, in percent."""
     unseen, known = (F.normalize(features.eval()(x).flatten(1)) for x in (views_of_unseen, images[:TRAINING_IMAGES]))
     votes = labels[(unseen @ known.T).topk(10).indices]
     return 100 * (votes.mode().values == labels[TRAINING_IMAGES:]).float().mean().item()
@@ -42,7 +42,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=1200)
 steps = parser.parse_args().steps
 torch.manual_seed(0)
-torch.set_num_threads(1)  # so small a network's threads would mostly wait for one another
+torch.set_num_threads(1)  # in a network this small, threads would mostly wait for each other
 order, digits = torch.randperm(1797), load_digits()
 images, labels = torch.tensor(digits.images).float()[order, None] / 16, torch.tensor(digits.target)[order]
 views_of_unseen = view(images[TRAINING_IMAGES:])
@@ -54,16 +54,16 @@ body = nn.Sequential(
 head = nn.Linear(64, 128), nn.BatchNorm1d(128), nn.GELU(), nn.Linear(128, 32), Cosines(32, PROTOTYPES, bias=False)
 student = nn.Sequential(body, nn.Sequential(*head))
 teacher = copy.deepcopy(student).requires_grad_(False)
-untrained = accuracy(copy.deepcopy(body))  # of both
-# The teacher runs at each step, so its BatchNorm has statistics of its own: "copy" would put the student's there.
+untrained = accuracy(copy.deepcopy(body))  # student and teacher start equal
+# The teacher runs at each step and has its own BatchNorm statistics; "copy" would overwrite them with the student's.
 average = fused_ema.bind(teacher, student, buffers="ignore")
 optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
 center = torch.zeros(PROTOTYPES)
 for step in track(range(1, steps + 1), "training"):
-    views = view(images[torch.randint(TRAINING_IMAGES, (BATCH,))].repeat(2, 1, 1, 1))  # two of each image
+    views = view(images[torch.randint(TRAINING_IMAGES, (BATCH,))].repeat(2, 1, 1, 1))  # two views of each image
     said = teacher(views)
-    # Centering keeps the teacher from always saying the same, sharpening (0.04 < 0.1) from saying nothing.
-    targets = ((said - center) / 0.04).softmax(1).roll(BATCH, 0)  # what it says of the other view
+    # Centering keeps the teacher from always giving one answer; sharpening (0.04 < 0.1), from giving a uniform one.
+    targets = ((said - center) / 0.04).softmax(1).roll(BATCH, 0)  # its answer for the other view
     loss = F.cross_entropy(student(views) / 0.1, targets)
     optimizer.zero_grad()
     loss.backward()

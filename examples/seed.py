@@ -1,4 +1,4 @@
-"""The script of the EMA tutorial that this package grew from, line by line: "was" is what it had there.
+"""The script of the EMA tutorial that this package grew from, line by line; "was" marks what the tutorial had.
 
     python examples/seed.py [folder]
 
@@ -35,12 +35,12 @@ optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
 # The decay of the average, in [0, 1]: the closer to 1, the slower the average
 decay = 0.9999
 # The average starts as a copy of the model
-ema = fused_ema.EMA(model, decay)  # was: ema_model.load_state_dict(model.state_dict()), but no line made an ema_model
-# A dict for the parameters of both
+ema = fused_ema.EMA(model, decay)  # was: ema_model.load_state_dict(model.state_dict()), with no ema_model defined
+# A dict for both sets of parameters
 model_params = {}
 # Train, and update the average after each step
 for _epoch in range(100):
-    # Loading of data, forward pass and loss would be here: as in the tutorial, the data are noise
+    # Data loading, forward pass and loss go here; as in the tutorial, the data are noise
     optimizer.zero_grad()
     inputs = torch.randn(32, 10)
     targets = torch.randn(32, 1)
@@ -49,19 +49,19 @@ for _epoch in range(100):
     loss.backward()
     optimizer.step()
     ema.update()  # was: update_ema(ema_model, model, decay)
-model_params["model"] = model.state_dict()  # was: model_parmars, a name that did not exist
+model_params["model"] = model.state_dict()  # was: model_parmars, an undefined name
 model_params["ema_model"] = ema.averaged_state_dict()  # was: ema_model.state_dict(), with the same names and shapes
 path = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(), "SimpleNet.pth")
 torch.save(model_params, path)  # was: into the current folder
 
-# Not in the tutorial: what was saved, loaded again. weights_only=True runs no code that a file may bring along.
+# Not in the tutorial: load what was saved. weights_only=True never runs code from the file.
 checkpoint = torch.load(path, weights_only=True)
 for name, saved in model_params.items():
     loaded = SimpleNet()
     loaded.load_state_dict(checkpoint[name])
     if not all(torch.equal(tensor, saved[key]) for key, tensor in loaded.state_dict().items()):
-        raise SystemExit(f"{path}: {name!r} is not what was saved")
+        raise SystemExit(f"{path}: {name!r} differs from what was saved")
     print(f"{path}: {name!r} loads into a SimpleNet as it was saved")
-# Nor this: what 0.9999 means. It suits runs of some 100,000 steps. For short ones, a schedule starts with smaller
-# decays: fused_ema.EMA(model, fused_ema.schedules.inverse_power(decay)).
+# Not in the tutorial either: a decay of 0.9999 suits runs of about 100,000 steps. For short runs, a schedule starts
+# with smaller decays: fused_ema.EMA(model, fused_ema.schedules.inverse_power(decay)).
 print(f"after {ema.step} updates with decay {decay}, {decay**ema.step:.1%} of the average is the initial weights")

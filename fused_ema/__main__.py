@@ -1,4 +1,4 @@
-"""What runs here and why; `python -m fused_ema build` compiles the extension for this torch."""
+"""Shows what runs here and why; `python -m fused_ema build` compiles the extension for this torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ import torch
 import fused_ema
 
 from . import _cost
-from ._build import compile as _build
-from ._build import toolkit as _toolkit
-from .runners import extension as _native
+from ._build import cache, library, toolkit
+from ._build.compile import BuildError, Record, built_for
 
 
-def _built_for(record: dict[str, object]) -> str:
-    cuda = f"CUDA {record['cuda']} ({record['archs']})" if record.get("cuda") else "no CUDA"
-    return f"built for torch {record.get('torch')}, {record.get('python')}, {cuda}"
+def _described(record: Record) -> str:
+    cuda = f"with CUDA {record['cuda']} for {record.get('archs')}" if record.get("cuda") else "without CUDA"
+    return f"built for {built_for(record)}, {cuda}"
 
 
 def _nvcc() -> str:
-    home = _toolkit.find_cuda_home()
+    home = toolkit.find_cuda_home()
     if home is None:
         return "not found"
-    version = _toolkit.nvcc_version(home)
-    return f"{version[0]}.{version[1]} in {home}" if version else f"in {home}, but its --version fails"
+    version = toolkit.nvcc_version(home)
+    return f"{version[0]}.{version[1]} in {home}" if version else f"in {home}, but its --version failed"
 
 
 def _gpus() -> list[str]:
@@ -37,11 +36,11 @@ def _gpus() -> list[str]:
 
 
 def _table(device: str) -> tuple[list[str], str | None]:
-    """What updates cost on the device, and what is slow about it."""
+    """What updates cost on the device; and a complaint where they are slow for no other known reason."""
     try:
         cost = _cost.measure(torch.device(device))
     except RuntimeError as error:
-        return [f"{device}: not measured: {str(error).splitlines()[0]}"], None
+        return [f"{device} could not be measured: {str(error).splitlines()[0]}"], None
     (tensors, elements), (_, large) = _cost.MANY, _cost.LARGE
     gb = 12 * large / 1e9  # the average is read and written, the model read
 
@@ -55,35 +54,35 @@ def _table(device: str) -> tuple[list[str], str | None]:
         row(f"float32 on {device}, now", f"{tensors} of {elements}", f"1 of {large / 1e6:.1f}M", ""),
         measured(f"fused_ema ({fused_ema.backend(device)})", *cost.fused),
         measured("torch._foreach_lerp_", *cost.foreach),
-        measured("torch.add: the memory's speed", None, cost.stream),
+        measured("torch.add (the memory's speed)", None, cost.stream),
     ]
     if fused_ema.backend(device) == "torch" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
         return lines, None
-    busy = f" (load average {os.getloadavg()[0]:.1f} on {_cost.cores()} cores)" if hasattr(os, "getloadavg") else ""
-    return lines, f"On {device} it was slower just now than it should be. Do other programs run there{busy}?"
+    load = f" (load average {os.getloadavg()[0]:.1f} on {_cost.cores()} cores)" if hasattr(os, "getloadavg") else ""
+    return lines, f"On {device} this measurement was slower than it should be: do other programs run there{load}?"
 
 
 def _reasons() -> list[str]:
-    """What keeps updates from being fast here, as far as the installation can tell."""
+    """Why updates are slow here, as far as the installation can tell."""
     reasons = []
-    reason, reason_cuda, gpus = _native.why_not(), _native.cuda_why_not(), _gpus()
+    reason, reason_cuda, gpus = library.why_not(), library.cuda_why_not(), _gpus()
     if reason:
         reasons.append(f"The compiled CPU kernel is not active: {reason}")
     if gpus and reason_cuda and reason_cuda != reason:
         reasons.append(f"The CUDA kernel is not active: {reason_cuda}")
     threads, cores = torch.get_num_threads(), _cost.cores()
     if threads < cores:
-        told = os.environ.get("OMP_NUM_THREADS")
-        why = f"OMP_NUM_THREADS={told}; torchrun sets it to 1" if told else "see torch.set_num_threads"
+        variable = os.environ.get("OMP_NUM_THREADS")
+        why = f"OMP_NUM_THREADS={variable}; torchrun sets it to 1" if variable else "see torch.set_num_threads"
         reasons.append(f"On the CPU, PyTorch uses {threads} of {cores} cores ({why})")
-    built_for = str(_native.record().get("archs") or "")
+    archs = str(library.record().get("archs") or "")
     for gpu in [] if reason_cuda else gpus:
         architecture = "{}.{}".format(*torch.cuda.get_device_capability(gpu))
-        built = re.findall(r"\d+\.\d+", built_for)  # "8.0;9.0a 12.0+PTX", or names that say nothing
+        built = re.findall(r"\d+\.\d+", archs)  # of "8.0;9.0a 12.0+PTX"; names like "Hopper" say nothing
         if built and not any(_runs_on(each, architecture) for each in built):
             reasons.append(
-                f"{gpu} has compute capability {architecture}, and the kernel was built for {built_for}: its first "
-                f"launch compiles it, or fails; {_native.REBUILD}"
+                f"{gpu} has compute capability {architecture}, but the kernel was built for {archs}, so its first "
+                f"launch is slow, or fails; {library.REBUILD}"
             )
     return reasons
 
@@ -101,8 +100,8 @@ def info() -> int:
         ("python", platform.python_version()),
         ("nvcc", _nvcc()),
     ]
-    if path := _native.path():
-        lines += [("extension", str(path)), ("", _built_for(_native.record()))]
+    if path := library.path():
+        lines += [("extension", str(path)), ("", _described(library.record()))]
     else:
         lines.append(("extension", "none"))
     cpu = f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -110,7 +109,7 @@ def info() -> int:
     gpus = _gpus()
     lines += [("", f"{gpu} ({torch.cuda.get_device_name(gpu)}): {fused_ema.backend(gpu)}") for gpu in gpus]
     if not gpus:
-        lines.append(("", f"cuda: no GPU visible; the kernel: {_native.cuda_kernel_why_not() or 'ready'}"))
+        lines.append(("", f"cuda: no GPU is visible; kernel: {library.cuda_kernel_why_not() or 'ready'}"))
     for name, text in lines:
         print(f"{name:<10} {text}".rstrip())
     reasons = _reasons()
@@ -118,25 +117,23 @@ def info() -> int:
         table, slow = _table(device)
         print("\n" + "\n".join(map(str.rstrip, table)))
         reasons += [slow] if slow else []
-    print("\nWhat holds it back:" if reasons else "\nNothing here holds it back.")
+    print("\nUpdates are slower here than they could be:" if reasons else "\nUpdates are as fast here as they can be.")
     for reason in reasons:
         print(f"- {reason}")
-    print(
-        "Slow in a program of yours? fused_ema.bind(ema, model).describe() tells what it does; docs/faq.md, what to do."
-    )
+    print("If they are slow in your program, see fused_ema.bind(ema, model).describe() and docs/faq.md.")
     return 0
 
 
 def build(into: Path | None, force: bool) -> int:
     try:
-        path, compiled = _build.build(into, force)
-    except (_build.BuildError, OSError, ValueError) as error:
+        path, compiled = cache.build(into, force)
+    except (BuildError, OSError, ValueError) as error:
         print(f"fused_ema: no extension was built: {error}", file=sys.stderr)
         return 1
-    record = _build.read_record(path.parent) or {}
-    print(f"{path}\n{'Compiled now' if compiled else 'It was there already'}: {_built_for(record)}.")
+    record = cache.read_record(path.parent) or {}
+    print(f"{path}\n{'This was compiled now' if compiled else 'This is up to date'}: {_described(record)}.")
     if reason := record.get("cuda_why_not"):
-        print(f"Without CUDA: {reason}")
+        print(f"It has no CUDA kernel: {reason}.")
     return 0
 
 
@@ -144,8 +141,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{build}")
     command = commands.add_parser("build", help="compile the extension for the installed torch")
-    command.add_argument("--force", action="store_true", help="even where it is there already")
-    command.add_argument("--into", type=Path, metavar="DIR", help="another folder than the user's cache")
+    command.add_argument("--force", action="store_true", help="compile even if the extension is up to date")
+    command.add_argument("--into", type=Path, metavar="DIR", help="put it into this folder instead of the user's cache")
     arguments = parser.parse_args()
     return build(arguments.into, arguments.force) if arguments.command == "build" else info()
 

@@ -1,10 +1,11 @@
-"""What an update costs on this machine, in a second, for `python -m fused_ema`. benchmarks/ measures in earnest."""
+"""A measurement of updates that takes about a second, for `python -m fused_ema`; benchmarks/ measures thoroughly."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .functional import bind
 
 MANY = (1000, 1000)  # tensors, and elements of each
 LARGE = (1, 1 << 24)
-CALLS, SECONDS = 7, 0.1  # at least, for each
+CALLS, SECONDS = 7, 0.1  # the least of both, for each measurement
 
 
 class Cost(NamedTuple):
@@ -21,11 +22,11 @@ class Cost(NamedTuple):
 
     fused: tuple[float, float]
     foreach: tuple[float, float]  # torch._foreach_lerp_ on the same lists
-    stream: float  # torch.add(a, b, out=c) on what has the bytes of LARGE
+    stream: float  # torch.add(a, b, out=c), which reads and writes as many bytes, on tensors of LARGE
 
     @property
     def share(self) -> float:
-        """Of the speed at which the same bytes can be read and written."""
+        """The update's speed, as a share of the speed at which memory can be read and written."""
         return self.stream / self.fused[1]
 
 
@@ -42,7 +43,7 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
         call()
         wait()
         times.append(time.perf_counter() - start)
-    return min(times)  # of a machine that others use too
+    return min(times)  # other programs only ever make a call slower
 
 
 def measure(device: torch.device) -> Cost:
@@ -50,14 +51,13 @@ def measure(device: torch.device) -> Cost:
     fused, foreach = [], []
     for tensors, elements in (MANY, LARGE):
         ema, model = ([torch.zeros(elements, device=device) for _ in range(tensors)] for _ in range(2))
-        handle = bind(ema, model)
-        fused.append(_best(lambda handle=handle: handle.update(0.999), device))  # type: ignore[misc]
-        foreach.append(_best(lambda a=ema, b=model: torch._foreach_lerp_(a, b, 0.001), device))  # type: ignore[misc]
+        fused.append(_best(partial(bind(ema, model).update, 0.999), device))
+        foreach.append(_best(partial(torch._foreach_lerp_, ema, model, 0.001), device))
     out = torch.zeros_like(ema[0])
-    stream = _best(lambda: torch.add(ema[0], model[0], out=out), device)
+    stream = _best(partial(torch.add, ema[0], model[0], out=out), device)
     return Cost((fused[0], fused[1]), (foreach[0], foreach[1]), stream)
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

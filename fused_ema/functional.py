@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from . import plan as plans
 from .pairs import shards
-from .pairs.arguments import check_buffers, decay_number
-from .pairs.checks import PLAIN_TYPES, has_address
+from .pairs.arguments import check_buffers, check_decay, decay_number
+from .pairs.checks import PLAIN_TYPES
+from .pairs.memory import has_address
 from .pairs.pairing import Pairs, Source, pair
-from .plan import Buffers, OpName, Plan, backend_on, watch
+from .plan import Buffers, Plan
+from .runners import choose
+from .runners.base import Call, OpName
+from .runners.watch import watch
 
 
 def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy") -> None:
@@ -90,39 +95,47 @@ class Binding:
 
     def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
         self._sources = (ema, model, buffers)
-        self._plan: Plan | None = _new_plan(ema, model, buffers)
+        self._plan: Plan | None = None
+        self._current_plan()
 
     def update(self, decay: float | Tensor) -> None:
         """`fused_ema.update` of what is bound."""
         if _recorded():
             _reshard(*self._sources[:2])
             return ops.trace_update(pair(*self._sources), decay, self._sources[2])
-        self._plan = _run(self._plan, "update", decay, *self._sources)
+        self._run(_call("update", decay))
 
     def copy_(self) -> None:
         """`fused_ema.copy_` of what is bound."""
-        self._plan = _run(self._plan, "copy", 0.0, *self._sources)
+        self._run(Call("copy"))
 
     def swap_(self) -> None:
         """`fused_ema.swap_` of what is bound."""
-        self._plan = _run(self._plan, "swap", 0.0, *self._sources)
+        self._run(Call("swap"))
+
+    def _run(self, call: Call) -> None:
+        self._keep(plans.run(self._plan, lambda: _new_plan(*self._sources), call))
 
     def prepare(self) -> None:
-        """Makes ready for a CUDA graph capture: pairs anew what was replaced since, and uploads its addresses. Call it
-        right before; within a capture a plan that no longer fits raises RuntimeError."""
-        self._prepared()
+        """Makes ready for a CUDA graph capture: pairs what was replaced since the last call, and uploads the new
+        addresses. Call it right before the capture; inside one, a plan that no longer fits raises RuntimeError."""
+        self._current_plan()
 
-    def _prepared(self) -> Plan:
+    def _current_plan(self) -> Plan:
         if self._plan is None or not self._plan.current():
-            self._plan = _new_plan(*self._sources)
+            return self._keep(_new_plan(*self._sources))
         return self._plan
+
+    def _keep(self, plan: Plan) -> Plan:
+        self._plan = plan if plan.lasts else None
+        return plan
 
     def describe(self) -> dict[str, Any]:
         """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
-        (empty and repeated ones left out), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
+        (without empty and repeated ones), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
         written), `launches_per_update` (of kernels; on the CPU, of parallel loops) and `dtypes` (pairs of tensors per
         "average←model")."""
-        return self._prepared().describe()
+        return self._current_plan().describe()
 
     def __repr__(self) -> str:
         about = self.describe()
@@ -138,15 +151,15 @@ class Binding:
 def _rebind(ema: Source, model: Source, buffers: Buffers) -> Binding:
     binding = Binding.__new__(Binding)
     binding._sources = (ema, model, buffers)
-    binding._plan = None  # not yet: a module that holds its binding is copied before what it holds
+    binding._plan = None  # made by the first call: a module that holds its binding may not be complete yet
     return binding
 
 
 def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
     """A handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
 
-    Takes and raises what `update` does. Each call still re-reads what the modules, dicts or lists hold: parameters
-    that were replaced, moved, cast, added, removed or tied since are seen, and paired anew.
+    Takes and raises what `update` does. Each call still re-reads what the modules, dicts or lists hold, and pairs them
+    again where parameters were replaced, moved, cast, added, removed or tied.
     """
     return Binding(ema, model, buffers=buffers)
 
@@ -158,7 +171,8 @@ def backend(device: torch.device | str | int | None = None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return backend_on("cuda" if isinstance(device, int) else torch.device(device).type)
+    kind = "cuda" if isinstance(device, int) else torch.device(device).type
+    return choose([kind]).backend(kind)
 
 
 class EMAMultiAvgFn:
@@ -186,49 +200,43 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
     return EMAMultiAvgFn(decay)
 
 
+def _call(op: OpName, decay: float | Tensor) -> Call:
+    value = check_decay(decay)
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            return Call(op, (1.0,), value)
+        value = decay_number(value.item())
+    return Call(op, (value,))
+
+
 def _reshard(*sides: Source) -> None:
-    """Else an update would go into what FSDP2 throws away."""
+    """So that an update does not go into the full parameters that FSDP2 throws away."""
     for side in sides:
         if isinstance(side, nn.Module):
             shards.reshard(side)
 
 
-def _watched_pairs(ema: Source, model: Source, buffers: Buffers) -> tuple[Any, Pairs]:
-    """In this order: what another thread changes while they are paired is seen when the plan runs."""
-    _reshard(ema, model)
-    return watch(ema, model), pair(ema, model, buffers)
-
-
 def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
-    watched, pairs = _watched_pairs(ema, model, buffers)
-    return Plan(pairs, buffers, watched)
+    """Watches the sources, then pairs them: what another thread changes in between is seen when the plan runs."""
+    _reshard(ema, model)
+    watched = watch(ema, model)
+    pairs = pair(ema, model, buffers)
+    return Plan(pairs, buffers, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
 
 
-def _run(plan: Plan | None, op: OpName, decay: float | Tensor, ema: Source, model: Source, buffers: Buffers) -> Plan:
-    """Runs `plan` if it still fits what the sources hold, else a new one; returns the one that ran."""
-    if plan and plan.watches and plan.run(op, decay):
-        return plan
-    watched, pairs = _watched_pairs(ema, model, buffers)
-    if plan and not plan.watches and plan.run(op, decay, pairs):
-        return plan
-    plan = Plan(pairs, buffers, watched)
-    plan.run(op, decay, None if plan.watches else pairs, fresh=True)
-    return plan
-
-
-# The plans of `update` and its kin. Those of modules end with the modules; the others hold no tensors, and the least
-# recently used goes when there are too many.
+# The plans of `update`, `copy_` and `swap_`. Those of two modules end with the modules; of the others, which hold no
+# tensors, the least recently used goes when there are too many.
 _module_plans: dict[tuple[int, int, str], tuple[Plan, tuple[Any, ...]]] = {}
 _list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _MOST_LISTS = 16
 
 
 def _recorded() -> bool:
-    """Whether the call has to be an operation of PyTorch's, which a tracer or a dispatch mode sees."""
+    """Whether a tracer or a dispatch mode has to see the call, so that it must be an operation of PyTorch's."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     if torch._C._get_tracing_state():
-        raise RuntimeError("fused_ema.update: expected to run, found torch.jit.trace, which would leave it out")
+        raise RuntimeError("fused_ema.update: expected to run, found torch.jit.trace, which would leave the update out")
     return False
 
 
@@ -238,11 +246,11 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         check_buffers(buffers)
         key = (id(ema), id(model), buffers)
-        plan = _module_plans.get(key, (None, ()))[0]
-        used = _run(plan, op, decay, ema, model, buffers)
-        if used is not plan and used.reusable:
+        kept = _module_plans.get(key, (None, ()))[0]
+        plan = plans.run(kept, lambda: _new_plan(ema, model, buffers), _call(op, decay))
+        if plan is not kept and plan.lasts:
             ends = tuple(weakref.ref(side, lambda _: _module_plans.pop(key, None)) for side in (ema, model))
-            _module_plans[key] = (used, ends)
+            _module_plans[key] = (plan, ends)
     else:
         _run_lists(op, pair(ema, model, buffers), decay, buffers)
 
@@ -252,14 +260,10 @@ def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
     key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
-    plan = _list_plans.pop(key, None)
-    if plan is None or not plan.run(op, decay, pairs):
-        plan = Plan(pairs, buffers)
-        plan.run(op, decay, pairs, fresh=True)
-    if plan.reusable:
-        _list_plans[key] = plan
-        while len(_list_plans) > _MOST_LISTS:
-            _list_plans.popitem(last=False)
+    kept = _list_plans.pop(key, None)
+    _list_plans[key] = plans.run(kept, lambda: Plan(pairs, buffers), _call(op, decay), pairs)
+    while len(_list_plans) > _MOST_LISTS:
+        _list_plans.popitem(last=False)
 
 
 ops.implement(lambda pairs, decay, buffers: _run_lists("update", pairs, decay, buffers))  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""`update` as one node of a traced graph, `torch.ops.fused_ema.lerp_`: used while torch.compile traces, and only then
-(outside, the plain call is several times cheaper than the dispatcher with its lists)."""
+"""`update` as one node of a traced graph, `torch.ops.fused_ema.lerp_`. Used while torch.compile traces, and only then:
+otherwise the plain call is several times cheaper than the dispatcher with its lists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ torch.library.register_fake("fused_ema::lerp_", lambda *_, **__: None)
 
 
 def implement(update: Callable[[Pairs, Tensor, str], None]) -> None:
-    """Makes `update` what the operation runs, checks and all, once real tensors arrive."""
+    """Makes the operation run `update`, with all its checks, once real tensors arrive."""
 
     def run(
         ema: list[Tensor],
@@ -37,6 +37,7 @@ def implement(update: Callable[[Pairs, Tensor, str], None]) -> None:
 
 
 def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
+    """Records an update of these pairs as one call of the operation."""
     if not pairs.ema:
         return
     if not isinstance(decay, Tensor):

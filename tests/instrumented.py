@@ -37,11 +37,11 @@ ENVIRONMENT = {
 # The library's record says what it is with the flags that users get: else it would not be loaded.
 BUILD = """
 import pathlib, sys
-from fused_ema._build import compile as _build
+from fused_ema._build import cache, compile as _build
 digest, flags = _build.sources_digest(), _build.cxx_flags()
 _build.sources_digest = lambda: digest
 _build.cxx_flags = lambda: tuple(each + sys.argv[2:] for each in flags)
-_build.place(_build.compile_extension(pathlib.Path(sys.argv[1])), _build.PACKAGE)
+cache.place(_build.compile_extension(pathlib.Path(sys.argv[1]), *_build.find_target()), _build.PACKAGE)
 """
 COVERAGE = r"""
 [run]
@@ -49,7 +49,6 @@ branch = true
 include =
     {copy}/fused_ema/*
     */checkout/fused_ema/*
-    */fused_ema_probe/*
 parallel = true
 patch = subprocess, _exit
 data_file = {copy}/.coverage
@@ -57,7 +56,6 @@ data_file = {copy}/.coverage
 package =
     {copy}/fused_ema
     */checkout/fused_ema
-    */fused_ema_probe
 [report]
 show_missing = true
 skip_covered = true

@@ -68,7 +68,7 @@ def test_memory_of_a_step():
 def test_turns_are_fair():
     calls = []
     steps = {name: [lambda name=name, k=k: calls.append((name, k)) for k in range(3)] for name in "ab"}
-    times = measure.in_turns(steps, CPU, 0.0)
+    times = measure.alternating(steps, CPU, 0.0)
     rounds = measure.WARM_UP + measure.ROUNDS
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys("ab", measure.ROUNDS)
     assert [k for _, k in calls] == [call % 3 for call in range(2 * rounds)], "no set twice in a row"
@@ -77,7 +77,7 @@ def test_turns_are_fair():
 
 def test_collection_goes_on_after_a_method_that_raises():
     with pytest.raises(ZeroDivisionError):
-        measure.in_turns({"a": [lambda: 1 // 0]}, CPU, 0.0)
+        measure.alternating({"a": [lambda: 1 // 0]}, CPU, 0.0)
     assert gc.isenabled()
 
 

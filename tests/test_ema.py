@@ -260,7 +260,7 @@ def test_names_that_are_one_without_wrappers():
             super().__init__(2, 2)
             self.module = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are one name .*; expected names that"):
+    with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are the same name .*; expected names that"):
         EMA(Inner())
 
 
@@ -276,7 +276,7 @@ def test_indices(member):
 def test_copy_to_an_empty_module_is_refused(backend):
     ema = EMA(net(), 0.5)
     nudge(ema.model)
-    refused(ValueError, lambda: ema.copy_to(nn.Sequential()), ema.model, names=["EMA.copy_to", "same names"])
+    refused(ValueError, lambda: ema.copy_to(nn.Sequential()), ema.model, names=["EMA.copy_to", "expected the names"])
 
 
 def test_describe_sees_what_changed(backend):

@@ -116,8 +116,7 @@ def test_a_plan_that_raises(backend, way, monkeypatch):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Plan, "run", fail)
-        patched.setattr(Plan, "run_call", fail)
+        patched.setattr(Plan, "try_run", fail)
         with pytest.raises(RuntimeError, match="launch failure"):
             step.call()
     assert same_bits(before, *flat(step.averages()))

@@ -12,7 +12,7 @@ import torch
 from conftest import refused
 
 import fused_ema
-from fused_ema._build import compile as _build
+from fused_ema._build import cache, library
 from fused_ema.runners import extension as _native
 
 # ---- 35: where there is no extension, or a broken one
@@ -50,7 +50,7 @@ def extension():
     """The extension and its record; skips where there is none, as the fixture `backend` does."""
     if _native.path() is None:
         pytest.skip(f"no native extension: {_native.why_not()}")
-    return _native.path(), _native.path().with_name(_build.RECORD)
+    return _native.path(), _native.path().with_name(cache.RECORD)
 
 
 def test_35_absent_extension(package):
@@ -81,7 +81,7 @@ def test_35_switched_off(package):
 
 def test_35_unknown_switch_is_refused(monkeypatch):
     monkeypatch.setenv("FUSED_EMA_EXT", "yes")
-    refused(ValueError, _native._find, names=["FUSED_EMA_EXT='yes'", "expected 0", "1"])
+    refused(ValueError, library._find, names=["FUSED_EMA_EXT='yes'", "expected 0", "1"])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "other torch", "no record"])
@@ -99,7 +99,7 @@ def test_35_broken_extension(package, damage):
     reason = {
         "truncated": "damaged",
         "garbage": "importing",
-        "other torch": f"was built for torch 2.0.1+cu999, but torch {torch.__version__} is installed",
+        "other torch": f"for torch 2.0.1+cu999 and fused_ema {fused_ema.__version__}, but torch {torch.__version__}",
         "no record": "no readable",
     }
     assert done.stdout.startswith("torch | ")

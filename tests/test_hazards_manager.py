@@ -380,7 +380,7 @@ def test_40_a_new_plan_takes_over(backend):
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-@pytest.mark.parametrize("where", ["__init__", "run_call"])
+@pytest.mark.parametrize("where", ["__init__", "try_run"])
 def test_40_failed_update(backend, monkeypatch, error, where):
     ema = trained()
     true = clones(averages(ema))
@@ -398,10 +398,8 @@ def test_40_failed_update(backend, monkeypatch, error, where):
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-@pytest.mark.parametrize("where", ["__init__", "run_call", "aside"])
+@pytest.mark.parametrize("where", ["__init__", "try_run", "new_scratch"])
 def test_40_failed_exchange(backend, monkeypatch, error, where):
-    if backend == "torch" and where != "__init__":
-        pytest.skip("it takes copies instead")
     ema = trained(net().bfloat16())
     raw, true = clones(parameters(ema.model)), clones(averages(ema))
     ema.model[0].weight = nn.Parameter(ema.model[0].weight.detach().clone())

@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fused_ema
-from fused_ema import functional, plan
+from fused_ema import functional
+from fused_ema.runners.base import one_at_a_time
 
 # ---- 29: threads and forks
 
@@ -187,7 +188,7 @@ def test_29_a_forked_child_updates_where_another_thread_was_updating(backend):
     held, forked = threading.Event(), threading.Event()
 
     def update_for_long():
-        with plan._one_at_a_time:
+        with one_at_a_time():
             held.set()
             forked.wait(60)
 

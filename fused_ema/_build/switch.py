@@ -6,9 +6,8 @@ import os
 
 
 def switch(name: str) -> bool | None:
-    """FUSED_EMA_EXT, FUSED_EMA_CUDA: False leaves the part out, True makes its absence an error, None takes
-    what there is."""
+    """FUSED_EMA_EXT or FUSED_EMA_CUDA: False leaves the part out, True makes its absence an error, None does neither."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{name}={value!r}: expected 0 (leave it out), 1 (an error without it), or nothing")
+        raise ValueError(f"{name}={value!r}: expected 0 (leave it out), 1 (its absence is an error) or nothing")
     return None if value == "" else value == "1"

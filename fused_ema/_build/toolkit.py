@@ -1,6 +1,6 @@
 """The CUDA toolkit to build with: where it is, whether it fits the installed torch, which GPUs it can build for.
 
-setup.py loads this in an environment that may lack torch: nothing here imports torch.
+setup.py imports this in an environment that may lack torch: nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .switch import switch
 
 USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
 
-# Architectures with the first nvcc and the first torch that know them.
+# Each architecture, with the first nvcc and the first torch that know it.
 ARCHITECTURES = (
     ("7.5", (10, 0), (2, 0)),
     ("8.0", (11, 0), (2, 0)),
@@ -53,7 +53,7 @@ def _cuda_homes() -> Iterator[Path]:
             yield Path(os.environ[name])
     if found := shutil.which("nvcc"):
         yield Path(found).resolve().parent.parent
-        # That nvcc may be a wrapper script far away from the toolkit: ask it.
+        # That nvcc may be a wrapper script outside the toolkit, but it knows where the toolkit is.
         top = re.search(r"^#\$ TOP=(.+)$", _output_of(found, "--dryrun", "-c", "none.cu"), re.MULTILINE)
         if top:
             yield Path(top[1].strip()).resolve()
@@ -76,7 +76,7 @@ def nvcc_version(home: Path) -> tuple[int, int] | None:
 
 
 def arch_list(nvcc: tuple[int, int], torch: tuple[int, int]) -> str:
-    """What to set TORCH_CUDA_ARCH_LIST to: all that this nvcc and this torch support, and PTX of the last."""
+    """The value for TORCH_CUDA_ARCH_LIST: all that this nvcc and this torch support, and PTX of the last."""
     known = [arch for arch, since_nvcc, since_torch in ARCHITECTURES if nvcc >= since_nvcc and torch >= since_torch]
     return ";".join(known) + "+PTX"
 
@@ -88,27 +88,34 @@ class Toolkit:
     archs: str
 
 
-def find_toolkit(torch: Any) -> Toolkit | str:
-    """The CUDA toolkit to build with, or a sentence that says why there is none."""
+def no_cuda_in(torch: Any) -> str | None:
+    """Why the CUDA kernel can be neither built for this torch nor run in it; None where it can."""
     if switch("FUSED_EMA_CUDA") is False:
-        return "FUSED_EMA_CUDA=0 switched CUDA off"
+        return "FUSED_EMA_CUDA=0 switches the CUDA kernel off; unset it"
     if torch.version.hip is not None:
         return f"torch {torch.__version__} is a ROCm build, and the kernel is CUDA only"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA: install a CUDA build of torch"
+        return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+    return None
+
+
+def find_toolkit(torch: Any) -> Toolkit | str:
+    """The CUDA toolkit to build with, or a sentence that says why there is none."""
+    if reason := no_cuda_in(torch):
+        return reason
     home = find_cuda_home()
     if home is None:
         return (
-            "no toolkit (bin/nvcc and include/cuda_runtime.h) at $CUDA_HOME, $CUDA_PATH, the nvcc on PATH, "
-            f"/usr/local/cuda* or /opt/cuda: install that of CUDA {torch.version.cuda}, or set CUDA_HOME"
+            "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found at $CUDA_HOME, $CUDA_PATH, the nvcc on "
+            f"PATH, /usr/local/cuda* or /opt/cuda*; install CUDA {torch.version.cuda}, or set CUDA_HOME"
         )
     version = nvcc_version(home)
     if version is None:
-        return f"{_nvcc(home)} --version failed: repair that toolkit, or set CUDA_HOME to another"
+        return f"`{_nvcc(home)} --version` failed; repair that toolkit, or set CUDA_HOME to another"
     if version[0] != int(torch.version.cuda.split(".")[0]):
         return (
             f"{home} is CUDA {version[0]}.{version[1]}, but torch {torch.__version__} was built "
-            f"with CUDA {torch.version.cuda}, and the major versions must agree: set CUDA_HOME to another"
+            f"with CUDA {torch.version.cuda}, and the major versions must agree; set CUDA_HOME to another toolkit"
         )
     major, minor = _numbers(torch.__version__)[:2]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version, (major, minor))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..manager.ema import EMA
 from ..manager.selection import tensors_of
 from ..manager.timetable import Timetable
-from ..pairs.arguments import average_index, first_five, whole_number
+from ..pairs.arguments import average_index, whole_number
+from ..pairs.pairing import first_few, listed
 from ..pairs.shards import local
 from ..schedules import inverse_power, tf_warmup
 from .names import unwrapped
@@ -131,7 +132,7 @@ class Positional(Layout):
         those = list(model.parameters() if parameters is None else parameters)
         known = {id(tensor) for tensor in tensors_of(model).values()}
         if strangers := [str(i) for i, tensor in enumerate(those) if id(tensor) not in known]:
-            at = first_five(strangers, ", ")
+            at = first_few(strangers, ", ")
             raise ValueError(f"parameters: expected parameters of the manager's model, found other tensors at {at}")
         return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
@@ -190,10 +191,8 @@ def _latest_decay(ema: EMA, index: int) -> float:
 def averaged_tensors(ema: EMA, averages: Iterable[str]) -> dict[str, Tensor]:
     """The model's tensor for each name of an average."""
     current = tensors_of(ema.model)
-    if gone := [repr(name) for name in averages if name not in current]:
-        raise ValueError(
-            f"model: expected the names it had when the manager was made; missing from it: {first_five(gone, ', ')}"
-        )
+    if gone := [name for name in averages if name not in current]:
+        raise ValueError(f"model: expected the names it had when the manager was made; missing from it: {listed(gone)}")
     return {name: current[name] for name in averages}
 
 
@@ -233,5 +232,4 @@ def layout_of(state: Any, name: str | None) -> Layout:
     else:
         wanted = f"one layout of {', '.join(LAYOUTS)}"
     found = " and ".join(each.name for each in told) or "none"
-    keys = first_five([*map(repr, state)], ", ") or "none"
-    raise ValueError(f"state: expected {wanted}, found {found}; the keys are {keys}")
+    raise ValueError(f"state: expected {wanted}, found {found}; the keys are {listed(list(state)) or 'none'}")

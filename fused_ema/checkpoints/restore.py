@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..manager.ema import EMA
-from ..pairs.arguments import average_index, first_five, whole_number
+from ..pairs.arguments import average_index, whole_number
 from ..pairs.checks import check_tensor, equal_values
-from ..pairs.pairing import by_plain_name, plain_name
+from ..pairs.pairing import by_plain_name, first_few, listed, plain_name
 from .layouts import Layout, Positional, averaged_tensors, layout_of
 
 
@@ -104,10 +104,10 @@ def _matched(
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
     differences = [
-        f"{what} the state: {first_five([*map(repr, names)], ', ')}"
+        f"{what} the state: {listed(names)}"
         for what, names in (("missing from", missing), ("unexpected in", unexpected))
         if names
     ]
     if differences or problems:
-        raise ValueError(f"state: {'; '.join(differences) or first_five(problems)}")
+        raise ValueError(f"state: {'; '.join(differences) or first_few(problems, '; ')}")
     return {name: found[tensor] for name, tensor in wanted.items()}

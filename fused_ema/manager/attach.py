@@ -6,65 +6,87 @@ import contextlib
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..plan import one_at_a_time
-
-if TYPE_CHECKING:
-    from .ema import EMA
+from .._warning import warn
+from ..runners.base import one_at_a_time
 
 Undo = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
 
 
+class Manager(Protocol):
+    """What an attachment needs of the manager that it updates."""
+
+    model: nn.Module
+    on_host: bool  # whether the averages of a model on CUDA devices lie in host memory
+
+    def refuse_swapped(self) -> None:
+        """Raises where an optimizer step would train the averages."""
+
+    def update(self, skipped: Tensor | None) -> None:
+        """One step. `skipped`: on the averages' device, not 0 where the optimizer skipped its own; None: it did not."""
+
+    def progress(self) -> object:
+        """What the next update changes, apart from the averages."""
+
+    def rewind(self, progress: Any) -> None:
+        """Goes back to that, since the latest update changed no average."""
+
+    def cuda_devices(self) -> list[torch.device]:
+        """The devices that updates run on."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def checked_state(self, saved: Any) -> Callable[[], None]:
+        """Raises where the state does not fit; returns what takes it over."""
+
+    def detached(self, attachment: Attachment) -> None:
+        """The attachment has ended."""
+
+
 class _News(NamedTuple):
-    """Whether the latest step was skipped, on its way from the device, and what to go back to then."""
+    """Whether the latest step was skipped, on its way from the device, and what to go back to in that case."""
 
     skipped: Tensor
     arrived: torch.cuda.Event
-    before: tuple[int, tuple[float, ...]]  # step and decays
+    before: object
 
 
 class Attachment:
     """A manager that updates after each step of an optimizer, until `remove()`.
 
-    Where `optimizer` wraps another (`.optimizer`, as accelerate's or a Lookahead do), a step is one of the innermost,
-    which tells steps that were left out; the update comes once the outermost has returned, which may write to the
-    parameters after it.
+    Where `optimizer` wraps another (in `.optimizer`, as accelerate's and Lookahead do), the innermost one tells which
+    steps were skipped; the update comes once the outermost has returned, which may write to the parameters last.
     """
 
-    def __init__(self, ema: EMA, optimizer: torch.optim.Optimizer, overlap: bool, save: bool) -> None:
+    def __init__(self, manager: Manager, optimizer: torch.optim.Optimizer, overlap: bool, save: bool) -> None:
         layers = [optimizer]
         while isinstance(inner := getattr(layers[-1], "optimizer", None), torch.optim.Optimizer):
             layers.append(inner)
         inner = layers[-1]
         if not isinstance(inner, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(inner).__name__}")
-        ours = {id(tensor) for tensor in ema.model.parameters()}
+        averaged = {id(tensor) for tensor in manager.model.parameters()}
         stepped = (id(tensor) for each in layers for group in each.param_groups for tensor in group["params"])
-        if ours and not any(each in ours for each in stepped):
+        if averaged and not any(each in averaged for each in stepped):
             # Not an error: some optimizers step copies of the parameters in higher precision.
-            warnings.warn(
+            warn(
                 "EMA.attach: expected an optimizer of the averaged model's parameters, found none of them in its "
-                "groups; is it another model's?",
-                stacklevel=3,
+                "groups; is it another model's?"
             )
-        self._ema = ema
-        # Where a class and its base both define step(), torch runs the hooks after each of the two.
-        steps = [kind for kind in type(inner).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
-        self._nested = len(steps) > 1
-        self._overlap = overlap or ema._averages.on_host  # the bus is slow: nothing on the device should wait for it
+        self._manager = manager
+        self._overlap = overlap or manager.on_host  # the bus is slow: nothing on the device should wait for it
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
-        self._checked: Callable[[], None] | None = None  # what takes over the state that the optimizer is loading
-        self._rehearsed = False  # the step that is under way trains nothing
-        self._outside = 0  # calls of the outermost step() that are under way
+        self._checked: Callable[[], None] | None = None  # takes over the state that the optimizer is loading
+        self._rehearsed = False  # the step that is running trains nothing
+        self._running = 0  # calls of the outermost step()
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
         if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
             inner._patch_step_function()
@@ -84,17 +106,18 @@ class Attachment:
                 inner.register_load_state_dict_pre_hook(self._check_loaded).remove,
                 inner.register_load_state_dict_post_hook(self._load).remove,
             ]
-        if layers[0] is not inner:
-            self._undo.append(_wrap_step(layers[0], self._around_outer))
+        # Where a class and its base both define step(), torch runs the hooks after each of the two.
+        steps = [kind for kind in type(inner).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
+        if layers[0] is not inner or len(steps) > 1:
+            self._undo.append(_wrap_step(layers[0], self._around_step))
 
     def remove(self) -> None:
-        """Ends it, once the update that may be under way is done. Again: does nothing."""
+        """Ends it, once an update that may be running is done. A second call does nothing."""
         self.join()
         for undo in self._undo:
             undo()
         self._undo = []
-        if self._ema._attachment is self:
-            self._ema._attachment = None
+        self._manager.detached(self)
 
     def join(self) -> None:
         """Makes the current streams wait for the update on the others, and learns whether its step was skipped."""
@@ -103,24 +126,23 @@ class Attachment:
             self._news = None
             arrived.synchronize()  # recorded a step ago
             if skipped.item():
-                self._ema._step, self._ema._decays = before
+                self._manager.rewind(before)
         for device, event in self._done:
             torch.cuda.current_stream(device).wait_event(event)
         self._done = []
 
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, STATE: self._ema.state_dict()}
+        return {**state, STATE: self._manager.state_dict()}
 
     def _check_loaded(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """Before the optimizer checks its part: taken over is either both or none."""
+        """Runs before the optimizer checks its own part, so that both are taken over or neither."""
         self._checked = None
         if STATE in state:
-            self._checked = self._ema._checked_state(state[STATE])
+            self._checked = self._manager.checked_state(state[STATE])
         else:
-            warnings.warn(
-                f"EMA.attach: expected averages in the optimizer's state, under {STATE!r}, found none: the manager "
-                "goes on with those it has",
-                stacklevel=4,
+            warn(
+                f"EMA.attach: the optimizer's state has no averages under {STATE!r}: the manager goes on with those "
+                "it has"
             )
         return {key: value for key, value in state.items() if key != STATE}
 
@@ -132,47 +154,47 @@ class Attachment:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
-        self._ema._check_unswapped("attach", "optimizer.step() would train the averages; ")
+        self._manager.refuse_swapped()
         if self._overlap:
             self.join()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if self._rehearsed or (self._nested and _depth(optimizer) > 1):
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._rehearsed:
             return
         found_inf = getattr(optimizer, "found_inf", None)
         found = found_inf if isinstance(found_inf, Tensor) else None
-        if self._outside:
+        if self._running:
             self._pending = (found,)
         else:
             self._update(found)
 
     @contextlib.contextmanager
-    def _around_outer(self) -> Any:
-        if not self._outside:
-            self._pending = None  # of a call that raised
-        self._outside += 1
+    def _around_step(self) -> Iterator[None]:
+        if not self._running:
+            self._pending = None  # left by a call that raised
+        self._running += 1
         try:
             yield
         finally:
-            self._outside -= 1
-        if self._pending and not self._outside:
+            self._running -= 1
+        if self._pending and not self._running:
             (found_inf,), self._pending = self._pending, None
             self._update(found_inf)
 
     def _update(self, found_inf: Tensor | None) -> None:
-        # A GradScaler does not call step() where gradients overflowed, but for optimizers that skip by themselves:
+        # A GradScaler does not call step() where gradients overflowed, except for optimizers that skip by themselves:
         # those get a tensor that tells.
         self.join()
         if found_inf is not None and not found_inf.is_cuda:
             if found_inf.item():
                 return
             found_inf = None
-        devices = self._ema._cuda_devices() if self._overlap or found_inf is not None else []
+        devices = self._manager.cuda_devices() if self._overlap or found_inf is not None else []
         if found_inf is not None and devices != [found_inf.device]:
             if found_inf.item():  # averages elsewhere can't read it there
                 return
             found_inf = None
-        before = (self._ema._step, self._ema._decays)
+        before = self._manager.progress()
         with contextlib.ExitStack() as streams:
             if self._overlap:
                 for device in devices:
@@ -183,7 +205,7 @@ class Attachment:
                     streams.enter_context(torch.cuda.stream(stream))
                     if found_inf is not None:
                         found_inf.record_stream(stream)  # the scaler frees it when the step returns
-            self._ema._update_attached(found_inf)
+            self._manager.update(found_inf)
             if found_inf is not None:
                 skipped = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
                 skipped.copy_(found_inf, non_blocking=True)
@@ -202,7 +224,7 @@ def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextMa
         with around() if active else contextlib.nullcontext():
             return original(*args, **kwargs)
 
-    wrapped = types.MethodType(step, optimizer)  # which schedulers of the learning rate wrap in turn
+    wrapped = types.MethodType(step, optimizer)  # which schedulers of the learning rate wrap again
 
     def undo() -> None:
         active.clear()
@@ -216,21 +238,12 @@ def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextMa
     return undo
 
 
-_WRAPPER = sys.modules[torch.optim.Optimizer.__module__].__file__
-
-
-def _callers() -> Iterator[types.FrameType]:
-    frame = sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
-        yield frame
-
-
-def _depth(optimizer: torch.optim.Optimizer) -> int:
-    """How many of torch's wrappers around `optimizer.step` are under way."""
-    wrappers = (f for f in _callers() if f.f_code.co_name == "wrapper" and f.f_code.co_filename == _WRAPPER)
-    return sum(frame.f_locals.get("self") is optimizer for frame in wrappers)
-
-
 def _makes_state() -> bool:
-    """Whether this is the step, all gradients 0, by which torch.distributed.checkpoint makes an optimizer's state."""
-    return any(frame.f_code.co_name == "_init_optim_state" for frame in _callers())
+    """Whether this is the step, with gradients of 0, by which torch.distributed.checkpoint makes an optimizer's state.
+
+    Only the call stack tells; without a look at it each resumed sharded run would count one step too many.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..pairs.checks import check_tensor
-from ..pairs.shards import Spread, is_sharded, local
-from ..plan import nth_average
+from ..pairs.memory import nth_average, storage
+from ..pairs.shards import Sharding, is_sharded, local
 
 _ALIGNMENT = 128  # bytes from one average of a tensor to the next are a multiple of this: whole vectors, whole lines
 
@@ -21,18 +21,18 @@ class Averages:
 
     Args:
         tensors: what is averaged, by name.
-        count: of averages.
+        count: how many averages of each tensor there are.
         dtype: see `fused_ema.EMA`.
-        device: None, or where all of it goes.
+        device: where all of them go; None: each average lies on its tensor's device.
     """
 
     def __init__(self, tensors: dict[str, Tensor], count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         self.count = count
-        # In memory of the host that kernels on CUDA devices write to, so pinned.
+        # On the host for a model on CUDA devices, whose kernels write to them: so in pinned memory.
         self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
-        self._first: dict[str, Tensor] = {}  # of sharded ones, what lies on this rank
-        self._spread = {name: spread for name, tensor in tensors.items() if (spread := Spread.of(tensor))}
-        if device is not None and self._spread:
+        self._first: dict[str, Tensor] = {}  # the first average of each; of sharded ones, the shard on this rank
+        self._shardings = {name: sharding for name, tensor in tensors.items() if (sharding := Sharding.of(tensor))}
+        if device is not None and self._shardings:
             raise ValueError(f"device: expected None for a model that is sharded over a mesh, found {device}")
         tied: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
@@ -51,64 +51,74 @@ class Averages:
         return {name: self._first[name] for name in {id(tensor): name for name, tensor in self._first.items()}.values()}
 
     def storages(self) -> set[int]:
-        """Where the memory begins that they lie in, on this rank."""
-        return {tensor.untyped_storage().data_ptr() for tensor in self._first.values() if tensor.numel()}
+        """Where the storages of all averages on this rank begin."""
+        return {storage(tensor) for tensor in self._first.values() if tensor.numel()}
 
     def firsts(self) -> list[Tensor]:
-        return [self.spread(name, tensor) for name, tensor in self._first.items()]
+        """The first average of each name, sharded as the model's tensor is."""
+        return [self.as_sharded(name, tensor) for name, tensor in self._first.items()]
 
-    def spread(self, name: str, shard: Tensor) -> Tensor:
-        """`shard`, which lies on this rank, as the tensor that it is part of; itself where nothing is sharded."""
-        return self._spread[name].tensor(shard) if name in self._spread else shard
+    def as_sharded(self, name: str, shard: Tensor) -> Tensor:
+        """The sharded tensor that `shard` is the part on this rank of; itself where the name is not sharded."""
+        return self._shardings[name].tensor(shard) if name in self._shardings else shard
 
     def sharded(self) -> bool:
-        return bool(self._spread)
+        return bool(self._shardings)
 
     def gathered(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether some of the model's tensors are whole now, of which the averages are shards."""
-        return any(name in self._spread and not is_sharded(tensor) for name, tensor in tensors.items())
+        """Whether some of the model's tensors are gathered now, of which the averages are shards."""
+        return any(name in self._shardings and not is_sharded(tensor) for name, tensor in tensors.items())
 
-    def apart(self) -> list[int]:
-        """Elements from one average to the next, for each name."""
-        return [self._apart(tensor) for tensor in self._first.values()]
+    def strides(self) -> list[int]:
+        """For each name, the elements from one average to the next."""
+        return [self._stride(tensor) for tensor in self._first.values()]
 
     def get(self, name: str, k: int) -> Tensor:
-        """Average k; of a sharded one, what lies on this rank."""
+        """Average number `k` of a name; of a sharded one, the shard on this rank."""
         first = self._first[name]
-        return first.detach() if k == 0 else nth_average(first, self._apart(first), k)
+        return first.detach() if k == 0 else nth_average(first, self._stride(first), k)
 
-    def _apart(self, first: Tensor) -> int:
-        return _apart(first.numel(), first.dtype, self.count)
+    def _stride(self, first: Tensor) -> int:
+        return _stride(first.numel(), first.dtype, self.count)
 
     def cuda_devices(self) -> list[torch.device]:
         return list(dict.fromkeys(tensor.device for tensor in self._first.values() if tensor.is_cuda))
 
     def to(self, device: torch.device) -> None:
-        if self._spread:
+        if self._shardings:
             raise ValueError(f"device: expected the mesh's own for averages that are sharded over one, found {device}")
         from_cuda = bool(self.cuda_devices())
         self.on_host = device.type == "cpu" and (self.on_host or from_cuda)
-        self._move(lambda whole: whole.to(device))
+        self._move(lambda memory: memory.to(device))
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         moved: dict[int, Tensor] = {}
         for name, tensor in self._first.items():
             if id(tensor) not in moved:
-                whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-                whole = move(whole)
+                memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+                memory = move(memory)
                 if self.on_host and torch.cuda.is_available():
-                    whole = whole.pin_memory()
-                moved[id(tensor)] = whole.as_strided(tensor.shape, tensor.stride(), 0)
+                    memory = memory.pin_memory()
+                moved[id(tensor)] = memory.as_strided(tensor.shape, tensor.stride(), 0)
             self._first[name] = moved[id(tensor)]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def to_plain(self) -> dict[str, Any]:
+        """What a pickle of a manager holds: names, numbers and tensors, and no class of this package."""
+        shardings = {name: tuple(sharding) for name, sharding in self._shardings.items()}
+        return {"count": self.count, "on_host": self.on_host, "first": self._first, "shardings": shardings}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Averages:
+        self = cls.__new__(cls)
+        self.count, self.on_host, self._first = plain["count"], plain["on_host"], plain["first"]
+        self._shardings = {name: Sharding(*each) for name, each in plain["shardings"].items()}
         if self.on_host:  # neither a pickle nor a copy is pinned
-            self._move(lambda whole: whole)
+            self._move(lambda memory: memory)
+        return self
 
 
 def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Memory for the averages of one tensor, as the first of them, with the tensor's strides where it is dense."""
+    """Memory for the averages of one tensor, seen as the first of them, with the strides of a dense tensor."""
     check_tensor(f"model[{name!r}]", tensor)
     tensor = local(tensor)
     target = tensor.device if device is None else device
@@ -118,11 +128,11 @@ def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: to
     dtype = _average_dtype(tensor, dtype)
     pinned = target.type == "cpu" and tensor.is_cuda
     with torch.inference_mode(False):
-        size = count * _apart(tensor.numel(), dtype, count)
+        size = count * _stride(tensor.numel(), dtype, count)
         return torch.empty(size, dtype=dtype, device=target, pin_memory=pinned).as_strided(tensor.shape, strides)
 
 
-def _apart(numel: int, dtype: torch.dtype, count: int) -> int:
+def _stride(numel: int, dtype: torch.dtype, count: int) -> int:
     unit = _ALIGNMENT // dtype.itemsize
     return math.ceil(numel / unit) * unit if count > 1 else numel
 

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import plan as plans
 from ..pairs import shards
 from ..pairs.arguments import average_index, check_buffers
-from ..pairs.checks import check_targets, check_tensor, dtype_name, write_refusal
 from ..pairs.pairing import Pairs, difference
-from ..plan import Buffers, Call, OpName, Plan, one_at_a_time, watch, watchable
+from ..plan import Buffers, Plan
+from ..runners.base import Call, one_at_a_time
+from ..runners.watch import watch
 from ..schedules import Schedule
-from . import report as view
-from . import state
+from . import report
 from .attach import Attachment
 from .averages import Averages
+from .copying import copy_into
 from .selection import Select, Selection, tensors_of
-from .swap import Exchange, exchanging, hold_average
+from .state import State, parse
+from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
 
 
@@ -29,31 +32,34 @@ class EMA:
     """Exponential moving averages of a model's parameters, in one kernel launch per update.
 
     Args:
-        model: the module that is trained. Its tensors are found by name at each call; it is never copied, so that
+        model: the module that is trained. Its tensors are found by name at each call, and it is never copied, so
             parametrized, wrapped and compiled modules work.
-        decay: a number in [0, 1], a schedule (`fused_ema.schedules`, or any function from the number of the step after
-            `update_after_step`, counted from 1, to a decay), or up to 8 of them: as many averages, for which each
-            parameter is read once.
-        dtype: of the averages: float32 (the default) or float64, in which wider parameters keep their own type, or
-            bfloat16 or float16, in which all real ones are kept. Complex ones keep theirs, complex64 at least.
-        device: None: each average lies on its parameter's device. "cpu", for a model on CUDA devices: in pinned memory
-            of the host, written by the same kernel over the bus. For a model on the CPU it makes no difference.
-        buffers: "copy" or "ignore": buffers are not kept, wherever they are needed they are the model's. "average":
-            floating buffers are averaged as parameters are, but for those that are not persistent.
-        select: `select(name, tensor) -> bool`, asked when the manager is made for each name, which is without the
-            segments of wrappers; of tied names, one yes is enough. What it turns down takes no memory, and counts as
-            the model's. Default: everything real or complex.
-        update_every: k: only each k-th `update()` moves the averages, with the k-th power of the decay at that step.
-            (Schedules with `per_step = False`, as `power_function`, are asked by the number of the update instead, and
-            their decay is taken as it is.)
+        decay: a number in [0, 1]; a schedule (`fused_ema.schedules`, or any function from the number of the step after
+            `update_after_step`, counted from 1, to a decay); or a sequence of up to 8 of them, for as many averages,
+            which read each parameter once.
+        dtype: of the averages. float32 (the default) or float64: wider parameters keep their own type. bfloat16 or
+            float16: all real averages have this type, whatever the parameters'. Complex averages keep the parameter's
+            type, complex64 at least.
+        device: where the averages lie. None: each on its parameter's device. "cpu", for a model on CUDA devices: in
+            pinned memory of the host, which the same kernel writes over the bus. For a model on the CPU it makes no
+            difference.
+        buffers: "copy" or "ignore": the manager keeps no buffers; wherever some are needed they are the model's.
+            "average": floating buffers are averaged as parameters are, except those that are not persistent.
+        select: `select(name, tensor) -> bool`, called for each name when the manager is made; names are without the
+            segments of wrappers, and of tied names one yes is enough. A tensor that it turns down takes no memory, and
+            the model's own is used in its place. Default: everything real or complex.
+        update_every: k moves the averages at each k-th `update()` only, with the k-th power of the decay at that step.
+            (A schedule with `per_step = False`, such as `power_function`, gets the number of the update instead of the
+            step, and its decay is taken as it is.)
         update_after_step: up to this step the averages are copies of the model; schedules count from here.
-        rounding: "nearest", or "stochastic" for averages in 16 bits, which stand still with the former: up or down by
-            chance, so that the mean is right. Reproducible: the bits depend on `seed`, the step and the element alone.
+        rounding: "nearest" or "stochastic". 16-bit averages stand still when rounded to nearest; stochastic rounding
+            goes up or down by chance, so that the mean is right. It is reproducible: the random bits depend on `seed`,
+            the step and the element alone.
         seed: of stochastic rounding.
 
     Raises:
-        ValueError, TypeError, RuntimeError: the argument or the tensor that can't be used, what was expected and what
-            was found.
+        ValueError, TypeError, RuntimeError: an argument or a tensor can't be used. The text names it, and says what was
+            expected and what was found.
 
     Equivalent to::
 
@@ -93,12 +99,12 @@ class EMA:
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+        self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
         shards.reshard(model)
         self._model = model
-        self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         self._step = 0
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
@@ -107,17 +113,17 @@ class EMA:
         self._selection = Selection(model, buffers, select)
         where = None if device is None else torch.device(device)
         self._averages = Averages(self._selection.chosen(model), len(self.schedules), dtype, where)
-        self._check_unswapped("__init__")
-        self._run("copy", Call((0.0,) * len(self.schedules)))
+        self._refuse_swapped("EMA()")
+        self._run(Call("copy", (0.0,) * len(self.schedules)))
 
     @property
     def model(self) -> nn.Module:
-        """The one that is averaged. Another one takes another manager."""
+        """The model that is averaged. For another model, make another manager."""
         return self._model
 
     @property
     def timetable(self) -> Timetable:
-        """From the step to decays, keys of random bits, and updates: the options that decide it, as a frozen value."""
+        """The options that decide what happens at which step, as a frozen value."""
         return self._timetable
 
     @property
@@ -127,7 +133,7 @@ class EMA:
 
     @property
     def update_every(self) -> int:
-        """Each so-many-th step moves the averages."""
+        """One in so many steps moves the averages."""
         return self._timetable.update_every
 
     @property
@@ -137,7 +143,7 @@ class EMA:
 
     @property
     def rounding(self) -> Rounding:
-        """ "nearest" or "stochastic"."""
+        """How 16-bit averages are rounded: "nearest" or "stochastic"."""
         return self._timetable.rounding
 
     @property
@@ -150,7 +156,7 @@ class EMA:
     @property
     def step(self) -> int:
         """Calls of `update` so far."""
-        self._join()
+        self.wait()
         return self._step
 
     @property
@@ -160,33 +166,33 @@ class EMA:
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """The decay of the latest update (before one: of the first), one for each average where there are several."""
-        self._join()
+        """The decay of the latest update (before any: of the first), one for each average where there are several."""
+        self.wait()
         decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
         return decays[0] if len(decays) == 1 else decays
 
     def update(self) -> None:
         """One step: counts it, asks the schedules, and moves all averages in one kernel launch per device.
 
-        Threads take turns.
+        Updates from several threads run one after the other.
 
         Raises:
-            RuntimeError: while swapped.
+            RuntimeError: inside `swapped()`.
             ValueError, TypeError, RuntimeError: a tensor no longer fits its average. Nothing is written or counted.
         """
         if self._attachment:
             self._attachment.join()
-        self._update_attached(None)
+        self._update(None)
 
-    def _update_attached(self, skipped: Tensor | None) -> None:
+    def _update(self, skipped: Tensor | None) -> None:
         """`skipped`, where given: on the averages' device, not 0 where the optimizer's step was skipped."""
-        with one_at_a_time():  # else two threads would make the same step
-            self._check_unswapped("update")
+        with one_at_a_time():  # so that two threads never make the same step
+            self._refuse_swapped("EMA.update()")
             step = self._step + 1
             if self._timetable.moves_at(step):
                 decays, keys = self._timetable.decays_at(step), self._timetable.keys_at(step)
                 on_device = None if skipped is None else _unless(skipped, decays)
-                self._run("update_stochastic" if keys else "update", Call(decays, on_device, keys))
+                self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
                 self._decays = decays
             self._step = step
 
@@ -196,26 +202,26 @@ class EMA:
     def swapped(self, index: int = 0) -> Iterator[nn.Module]:
         """A context in which the model holds the average, in place: its tensors keep their addresses.
 
-        One kernel launch on the way in and one on the way out, which restores the model bitwise, whatever the block
-        raised. Where an average has its parameter's type the two exchange values; where not, the parameter's bytes are
-        kept aside meanwhile. So the block may replace the model's tensors, but must not train them: what it writes to
-        those that exchanged values stays in the average, and what it writes to the others is gone afterwards, with a
-        warning each (not seen: writes through `.data`). What it writes to buffers that are not averaged stays there:
-        for BatchNorm's statistics of the averages, copy the model, `copy_to` the copy, and measure them there. A
-        forward pass and its backward pass belong on one side of a swap; autograd sees it otherwise, and raises. Gives
-        the model.
+        One kernel launch on the way in and one on the way out, which restores the model bitwise whatever the block
+        raised. Where an average has its parameter's type, the two exchange values; where not, the parameter's values
+        wait in scratch memory. So the block may replace the model's tensors, but must not train them: what it writes to
+        parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
+        names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
+        to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
+        Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Gives the model.
 
         Raises:
-            RuntimeError: already swapped, by this manager or another. At the end: the block replaced tensors by some of
-                other shapes, or put them where others lie, and they keep its values; or it freed memory that averages
-                were in, which begin anew with the model's values. All other averages and tensors are what they were.
+            RuntimeError: the model is already swapped, by this manager or another. At the end: the block replaced
+                tensors by some that can't take the model's own values, and they keep the block's; or it freed memory
+                that averages were in, and these start again from the model's values. The error names them; all other
+                averages and tensors are restored.
         """
-        self._join()
+        self.wait()
         index = self._check_index(index)
         swap: Exchange | None = None
         try:
             with one_at_a_time():
-                self._check_unswapped("swapped")
+                self._refuse_swapped("EMA.swapped()")
                 current = self._current()
                 averaged = {id(tensor) for tensor in current.values()}
                 others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
@@ -229,7 +235,7 @@ class EMA:
             while swap is not None and self._swap is swap and tries:  # no call here, which Ctrl-C could interrupt
                 try:
                     with one_at_a_time():
-                        tries -= 1  # not where it is interrupted while it waits
+                        tries -= 1  # not counted where it is interrupted while it waits
                         self._leave(swap)
                 except BaseException as found:
                     problem = found
@@ -245,14 +251,14 @@ class EMA:
         try:
             try:
                 if self._averages.sharded():
-                    shards.reshard(self.model)  # of which a forward pass may have made some whole
+                    shards.reshard(self.model)  # a forward pass may have gathered some parameters
             finally:
                 swap.leave(self._new_plan, lambda: tensors_of(self.model))
         finally:
             if swap.over:
                 self._swap = None
                 if swap.replaced:
-                    self._plan = None  # it takes the model for swapped still
+                    self._plan = None  # it still takes the model for swapped
 
     def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
@@ -260,60 +266,41 @@ class EMA:
         Another model gets everything: what is not averaged comes from the averaged model, as it is now.
 
         Raises:
-            ValueError, TypeError: names, shapes or types differ, or tensors share memory that get different values.
+            ValueError, TypeError: names, shapes or types differ, or tensors that get different values share memory.
                 Nothing is written.
-            RuntimeError: into the averaged model while it is swapped.
+            RuntimeError: into the averaged model inside `swapped()`.
         """
-        with one_at_a_time():
-            self._copy_to(model, index)
-
-    def _copy_to(self, model: nn.Module | None, index: int) -> None:
         if not isinstance(model, nn.Module | None):
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-        self._join()
-        index = self._check_index(index)
-        target = self.model if model is None else model
-        values = {name: self._average(name, index) for name in self._averages}
-        self._current()  # or raises
-        shards.reshard(target)
-        if target is self.model:
-            self._check_unswapped("copy_to")
-        else:
+        with one_at_a_time():
+            self.wait()
+            index = self._check_index(index)
+            values = {name: self._average(name, index) for name in self._averages}
+            self._current()  # raises where the model's names have changed
+            if model is None or model is self.model:
+                self._refuse_swapped("EMA.copy_to()")
+                shards.reshard(self.model)
+                copy_into(values, tensors_of(self.model), self._averages)
+                return
+            shards.reshard(model)
             values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
-        into = tensors_of(target)
-        if target is not self.model and hold_average(into.values()):
-            raise RuntimeError("EMA.copy_to: expected a model with its own weights, found it swapped with averages")
-        if target is not self.model and (differ := difference(into, values, "the model", "what was averaged")):
-            raise ValueError(f"EMA.copy_to: expected the same names, found {differ}")
-        for name, value in values.items():
-            check_tensor(f"the average or averaged model[{name!r}]", value)
-            check_tensor(f"model[{name!r}]", into[name])
-            if refusal := write_refusal(f"model[{name!r}]", into[name]):
-                raise refusal
-            if not torch.can_cast(value.dtype, into[name].dtype):
-                ours, kind = dtype_name(value), dtype_name(into[name])
-                raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {kind}")
-            if refusal := shards.refusal(f"model[{name!r}]", into[name], value):
-                raise refusal
-            if into[name].shape != value.shape:
-                wanted, found = tuple(value.shape), tuple(into[name].shape)
-                raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {found}")
-        check_targets(values, into, self._averages)
-        torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
-        with torch.no_grad():
-            for name, value in values.items():
-                into[name].copy_(value)
+            into = tensors_of(model)
+            if holds_average(into.values):
+                raise RuntimeError("EMA.copy_to(): the model that is to be written is inside swapped(); leave it first")
+            if differ := difference(into, values, "the model"):
+                raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
+            copy_into(values, into, self._averages)
 
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages are in their own dtype; not copies, but where there are several, or while they are in the model. Tied
-        ones are tied here too. The rest is the model's.
+        Averages keep their own dtype. They are copies only where the manager has several, or inside `swapped()`. Tied
+        tensors are tied here too. Everything else is the model's.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
         """
-        self._join()
+        self.wait()
         index = self._check_index(index)
         found = self.model.state_dict(keep_vars=True)  # which may make other tensors of sharded ones
         averages = self._by_tensor(index)
@@ -322,18 +309,18 @@ class EMA:
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         for key, value in tensors.items():
-            if not is_lazy(value):  # which is left out, and has no values yet
+            if not is_lazy(value):  # which has no values yet, and is not averaged
                 found[key] = averages.get(id(value), value.detach())
         return found
 
     def _by_tensor(self, index: int) -> dict[int, Tensor]:
-        """The average of each of the model's tensors, by its id, in memory that torch.save writes no more of."""
+        """The average of each of the model's tensors, by its id, in memory of which torch.save writes no more."""
         averages: dict[int, Tensor] = {}
         for name, tensor in self._current().items():
             if id(tensor) not in averages:
                 average, own = self._shard(name, index), self._averages.get(name, index)
                 shared = self._averages.count > 1 and average.data_ptr() == own.data_ptr()
-                averages[id(tensor)] = self._averages.spread(name, average.clone() if shared else average)
+                averages[id(tensor)] = self._averages.as_sharded(name, average.clone() if shared else average)
         return averages
 
     # ---- Saving
@@ -341,86 +328,110 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
-        The averages are not copies, as in a module's `state_dict`, but while they are in the model, swapped: those are
-        copies, and the true ones. To come back to a state without a file, `copy.deepcopy` it.
+        The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
+        the true average. To come back to a state without a file, `copy.deepcopy` it.
         """
-        self._join()
-        return state.to_dict(self)
+        self.wait()
+        return self._state().to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes over averages, step, schedules and options, so that it goes on with the bits it would have had.
+        """Takes over averages, step, schedules and options; goes on with the bits that the saved run would have had.
 
         Schedules of `fused_ema.schedules` take the place of those there are; one of your own, which a state can't hold,
-        has to be there already. To go on with other decays, put those into it first:
+        has to be there already. To go on with other decays, put those into the state first:
         ``saved["schedules"] = ema.state_dict()["schedules"]``.
 
         Raises:
-            ValueError: a schedule of your own was saved and is not there; other names, shapes, wider types or another
-                number of averages: the differences. Nothing is changed.
-            RuntimeError: while swapped.
+            ValueError: a schedule of your own was saved and is not there; or names, shapes, types or the number of
+                averages differ. Nothing is changed.
+            RuntimeError: inside `swapped()`.
         """
         with one_at_a_time():
-            self._checked_state(saved)()
+            self._take(self._parse(saved))
 
-    def _checked_state(self, saved: Any) -> Callable[[], None]:
-        """What takes it over, which fails where it is swapped by then."""
-        self._check_unswapped("load_state_dict")
-        self._join()
-        return state.checked(self, saved)
+    def _state(self) -> State:
+        averages = [{name: self._average(name, k) for name in self._averages} for k in range(self._averages.count)]
+        return State(self._step, self._decays, self._timetable, tuple(averages))
+
+    def _parse(self, saved: Any) -> State:
+        self._refuse_swapped("EMA.load_state_dict()")
+        self.wait()
+        return parse(saved, self._state())
+
+    @torch.no_grad()
+    def _take(self, state: State) -> None:
+        self._refuse_swapped("EMA.load_state_dict()")  # another thread may have swapped since
+        for own, saved in zip(self._state().averages, state.averages, strict=True):
+            for name, average in own.items():
+                average.copy_(saved[name])
+        self._step, self._decays, self._timetable = state.step, state.decays, state.timetable
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
         with one_at_a_time():
-            self._check_unswapped("to")
-            self._join()
+            self._refuse_swapped("EMA.to()")
+            self.wait()
             self._averages.to(torch.device(device))
             self._plan = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        """Names, numbers, tensors, the model and the schedules: a pickle names no class of this package but public
+        ones."""
         if self._swap or self._attachment:
-            raise RuntimeError("EMA: expected neither a swap nor an attached optimizer while it is copied or pickled")
-        self._join()
-        return {**self.__dict__, "_plan": None}
+            raise RuntimeError("EMA: leave swapped() and detach the optimizer before you copy or pickle the manager")
+        self.wait()
+        return {
+            "model": self._model,
+            "step": self._step,
+            "decays": self._decays,
+            "timetable": dict(vars(self._timetable)),
+            "selection": self._selection.to_plain(),
+            "averages": self._averages.to_plain(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model, self._step, self._decays = state["model"], state["step"], state["decays"]
+        self._timetable = Timetable(**state["timetable"])
+        self._selection = Selection.from_plain(state["selection"])
+        self._averages = Averages.from_plain(state["averages"])
+        self._plan = self._swap = self._attachment = None
 
     # ---- Hands-free
 
     def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
-        """Updates after each `optimizer.step()`: not after one that a GradScaler skipped.
+        """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
 
         Args:
             optimizer: the one that steps last, where there are several; of one that wraps another, the outermost. A
                 warning says where it has none of the model's parameters.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
-                the next optimizer step waits for it; always so for averages in host memory. Everything here waits for
-                it too; what else writes to the parameters between steps, or replaces them, has to read `step` first,
-                which does.
+                the next optimizer step waits for it. Averages in host memory are always updated so. Every method here
+                waits for it too; code that writes to the parameters between steps, or replaces them, calls `wait()`
+                first.
             save: the state of the manager is part of `optimizer.state_dict()`, under "fused_ema", and is loaded with
-                it. Attach first: an optimizer by itself ignores that part. It warns of a state without it, and raises
-                what `load_state_dict` does. Not with `torch.distributed.checkpoint.state_dict`, which drops it.
+                it. Attach before you load: an optimizer by itself ignores that part. A state without it gives a
+                warning, one that does not fit raises what `load_state_dict` does. Not with
+                `torch.distributed.checkpoint.state_dict`, which drops that part.
 
         Returns:
             A handle, whose `remove()` ends it.
 
         Raises:
-            RuntimeError: already attached. From `optimizer.step()`: while swapped, before anything moves.
+            RuntimeError: already attached. From `optimizer.step()`: inside `swapped()`, before anything moves.
             TypeError: not an optimizer.
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
-        self._attachment = Attachment(self, optimizer, overlap, save)
+        self._attachment = Attachment(_Attached(self), optimizer, overlap, save)
         return self._attachment
 
     def wait(self) -> None:
-        """Makes what comes next on the current streams see the latest update, where one runs on a stream of its own.
+        """Makes what comes next on the current streams see the latest update, where that runs on a stream of its own.
 
         Needed only by code that writes to the parameters between two optimizer steps, or replaces them, with
-        `attach(overlap=True)`, and by code that reads averages in host memory; every method here does it by itself.
+        `attach(overlap=True)`, and by code that reads averages in host memory: every method here waits by itself.
         """
-        self._join()
-
-    def _join(self) -> None:
-        """Waits for what still writes to the averages, and for the news of whether the latest step was skipped."""
         if self._attachment:
             self._attachment.join()
         if self._averages.on_host:  # the host would read what a kernel is still writing
@@ -432,11 +443,24 @@ class EMA:
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
-        average in the model, or None) and `not_averaged` (names); `problem`, where the model has other names."""
-        return view.describe(self)
+        average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
+        try:
+            plan = (self._plan if self._plan and self._plan.current() else self._new_plan()).describe()
+        except (ValueError, TypeError, RuntimeError) as problem:
+            plan = {"problem": str(problem)}
+        return report.describe(
+            plan,
+            self._averages,
+            self._timetable,
+            decay=self.decay,
+            step=self.step,
+            updates=self.updates,
+            swapped=self.swapped_index,
+            not_averaged=self._selection.left_out(),
+        )
 
     def __repr__(self) -> str:
-        return view.summary(self)
+        return report.summary(self.describe(), type(self.model).__name__)
 
     def distance(self, index: int = 0) -> dict[str, float]:
         """How far the average is from the model, and whether it still moves; computed now, in float64.
@@ -447,86 +471,104 @@ class EMA:
             rounded to nearest, would leave as they are.
 
         Raises:
-            RuntimeError: while swapped.
+            RuntimeError: inside `swapped()`.
         """
-        self._check_unswapped("distance")
-        self._join()
-        return view.distance(self, self._check_index(index))
+        self._refuse_swapped("EMA.distance()")
+        self.wait()
+        index = self._check_index(index)
+        decays = self.decay
+        current = self._current()
+        pairs = ((name, self._shard(name, index), current[name]) for name in self._averages.untied())
+        return report.distance(pairs, decays[index] if isinstance(decays, tuple) else decays)
 
     # ---- Inside
 
     def _current(self) -> dict[str, Tensor]:
-        """The model's tensors that are averaged; raises where the names are others than when the manager was made."""
+        """The model's tensors that are averaged; raises where its names have changed since the manager was made."""
         current = self._selection.chosen(self.model)
-        if self._averages.gathered(current):  # FSDP2 keeps the outermost ones so after a forward pass alone
+        if self._averages.gathered(current):  # FSDP2 leaves the outermost ones so after a forward pass alone
             shards.reshard(self.model)
             current = self._selection.chosen(self.model)
         return current
 
     def _cuda_devices(self) -> list[torch.device]:
-        """Those that updates run on."""
+        """The CUDA devices that updates run on."""
         if not self._averages.on_host:
             return self._averages.cuda_devices()
         return list(dict.fromkeys(tensor.device for tensor in tensors_of(self.model).values() if tensor.is_cuda))
 
     def _average(self, name: str, k: int) -> Tensor:
-        """The true average, whether swapped or not; a copy where it is in the model."""
-        return self._averages.spread(name, self._shard(name, k))
+        """The true average, inside `swapped()` too: there a copy of what is in the model."""
+        return self._averages.as_sharded(name, self._shard(name, k))
 
     def _shard(self, name: str, k: int) -> Tensor:
-        """What of it lies on this rank."""
+        """The shard of it on this rank."""
         average = self._averages.get(name, k)
         return self._swap.true_average(name, k, average) if self._swap else average
 
-    def _run(self, op: OpName, call: Call) -> None:
-        if self._plan and self._plan.run_call(op, call):
-            return
-        plan = self._new_plan()
-        plan.run_call(op, call, fresh=True)
-        self._keep(plan)
+    def _run(self, call: Call) -> None:
+        self._keep(plans.run(self._plan, self._new_plan, call))
 
     def _keep(self, plan: Plan) -> None:
-        self._plan = plan if plan.reusable and watchable(self.model) else None
-
-    def _fitting_plan(self) -> Plan:
-        return self._plan if self._plan and self._plan.current() else self._new_plan()
+        self._plan = plan if plan.lasts else None
 
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
-        """For the model, or for `tensors` (of sharded ones, what lies on this rank) in the place of its own."""
+        """For the model, or for `tensors` (of sharded ones, the shards on this rank) in the place of its own."""
         names, firsts = list(self._averages), self._averages.firsts()
         watched = None
         if tensors is None:
             if self._averages.sharded():
-                self._current()  # makes shards of what FSDP2 kept whole, before it is looked at
+                self._current()  # makes shards of what FSDP2 left gathered, before it is watched
             watched = watch(self.model, firsts)
             current = self._current()
             tensors = [current[name] for name in names]
         else:
-            tensors = [self._averages.spread(name, shard) for name, shard in zip(names, tensors, strict=True)]
-        if watched is None:  # as for a script module: its tensors are, for the one run that such a plan is good for
-            watched = watch(list(tensors), firsts)
+            tensors = [self._averages.as_sharded(name, shard) for name, shard in zip(names, tensors, strict=True)]
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
         return Plan(
             pairs,
             "average",
-            watched,
+            watched or watch(list(tensors), firsts),
+            lasts=watched is not None,
             averages=self._averages.count,
-            next_averages=self._averages.apart(),
+            strides=self._averages.strides(),
             free_types=True,
         )
 
     def _check_index(self, index: int) -> int:
         return average_index(index, len(self.schedules))
 
-    def _check_unswapped(self, member: str, why: str = "") -> None:
+    def _refuse_swapped(self, call: str) -> None:
         if self._swap:
-            raise RuntimeError(
-                f"EMA.{member}: {why}expected the model's own weights, found it swapped with the averages"
-            )
-        if exchanging() and hold_average(self._current().values()):
-            raise RuntimeError(
-                f"EMA.{member}: {why}expected the model's own weights, found it swapped with another manager's averages"
-            )
+            raise RuntimeError(f"{call} was called inside swapped(); leave the block first")
+        if holds_average(lambda: self._current().values()):
+            raise RuntimeError(f"{call} was called inside another manager's swapped(); leave that block first")
+
+
+class _Attached:
+    """A manager as its attachment sees it; see `attach.Manager`."""
+
+    def __init__(self, ema: EMA) -> None:
+        self._ema = ema
+        self.model, self.on_host = ema.model, ema._averages.on_host
+        self.update, self.cuda_devices, self.state_dict = ema._update, ema._cuda_devices, ema.state_dict
+
+    def refuse_swapped(self) -> None:
+        self._ema._refuse_swapped("optimizer.step(), which would train the averages,")
+
+    def progress(self) -> tuple[int, tuple[float, ...]]:
+        return self._ema._step, self._ema._decays
+
+    def rewind(self, progress: tuple[int, tuple[float, ...]]) -> None:
+        self._ema._step, self._ema._decays = progress
+
+    def checked_state(self, saved: Any) -> Callable[[], None]:
+        state = self._ema._parse(saved)
+        return lambda: self._ema._take(state)
+
+    def detached(self, attachment: Attachment) -> None:
+        if self._ema._attachment is attachment:
+            self._ema._attachment = None
 
 
 def _unless(skipped: Tensor, decays: tuple[float, ...]) -> Tensor:

@@ -3,64 +3,55 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..pairs.checks import check_tensor, dtype_name, storage_refusal
 from ..pairs.shards import local
 from ..runners import reference
+from .averages import Averages
+from .timetable import Timetable
 
-if TYPE_CHECKING:
-    from .ema import EMA
 
-
-def describe(ema: EMA) -> dict[str, Any]:
-    try:
-        plan = ema._fitting_plan().describe()
-    except (ValueError, TypeError, RuntimeError) as problem:
-        plan = {"problem": str(problem)}
-    untied = ema._averages.untied().values()
+def describe(plan: dict[str, Any], averages: Averages, timetable: Timetable, **more: Any) -> dict[str, Any]:
+    """See `EMA.describe`. `plan` describes what an update does, `more` is the manager's to add."""
+    untied = averages.untied().values()
     return {
         **plan,
-        "averages": len(ema.schedules),
+        "averages": averages.count,
         "average_bytes": sum(tensor.untyped_storage().nbytes() for tensor in untied),
         "dtype": ", ".join(sorted({dtype_name(tensor) for tensor in untied})),
-        "rounding": ema.rounding,
-        "schedules": [repr(schedule) for schedule in ema.schedules],
-        "decay": ema.decay,
-        "step": ema.step,
-        "updates": ema.updates,
-        "swapped": ema._swap.index if ema._swap else None,
-        "not_averaged": ema._selection.left_out(),
+        "rounding": timetable.rounding,
+        "schedules": [repr(schedule) for schedule in timetable.schedules],
+        **more,
     }
 
 
-def summary(ema: EMA) -> str:
-    about = describe(ema)
+def summary(about: dict[str, Any], model: str) -> str:
+    """One line, from what `describe` returns."""
     if "problem" in about:
-        return f"EMA({type(ema.model).__name__}: {about['problem']})"
+        return f"EMA({model}: {about['problem']})"
     left = f" ({len(about['not_averaged'])} left out)" if about["not_averaged"] else ""
     return (
-        f"EMA({type(ema.model).__name__}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
+        f"EMA({model}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
         f"{about['averages']} x {about['dtype']}, backend {about['backend']!r}, "
         f"{about['bytes_per_update']:,} bytes per update; schedule {', '.join(about['schedules'])}; "
-        f"step {about['step']}, decay {about['decay']}{', swapped' if ema._swap else ''})"
+        f"step {about['step']}, decay {about['decay']}{'' if about['swapped'] is None else ', swapped'})"
     )
 
 
 @torch.no_grad()
-def distance(ema: EMA, index: int) -> dict[str, float]:
-    decays = ema.decay
-    decay = decays[index] if isinstance(decays, tuple) else decays
-    current = ema._current()
+def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float) -> dict[str, float]:
+    """See `EMA.distance`. `pairs`: a name, its average and its tensor in the model; of sharded ones, shards."""
     apart = size = still = elements = 0.0
-    for name in ema._averages.untied():
-        average = ema._shard(name, index)
+    for name, average, tensor in pairs:
         if refusal := storage_refusal(f"the average of {name!r}", average):
             raise refusal
-        check_tensor(f"model[{name!r}]", current[name])
-        parameter = local(current[name]).detach().to(average.device)
+        check_tensor(f"model[{name!r}]", tensor)
+        parameter = local(tensor).detach().to(average.device)
         wide = torch.complex128 if average.is_complex() else torch.float64
         apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
         size += parameter.to(wide).abs().square().sum().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,15 +42,26 @@ class Selection:
     def chosen(self, model: nn.Module) -> dict[str, Tensor]:
         """What is averaged. Raises where the names are others than when the manager was made."""
         candidates = self._candidates(model)
-        if differ := difference(candidates, self._known, "the model", "the manager"):
+        if differ := difference(candidates, self._known, "the model"):
             raise ValueError(
-                f"model: expected the names it had when the manager was made, found {differ}; "
+                f"model: expected the names it had when the manager was made; {differ}; "
                 "make a new fused_ema.EMA, and load the state of this one if it fits"
             )
         return {name: tensor for name, tensor in candidates.items() if self._known[name]}
 
     def left_out(self) -> list[str]:
+        """The names that are not averaged."""
         return [name for name, taken in self._known.items() if not taken]
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a pickle of a manager holds."""
+        return {"buffers": self._buffers, "known": self._known}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Selection:
+        self = cls.__new__(cls)
+        self._buffers, self._known = plain["buffers"], plain["known"]
+        return self
 
     def _candidates(self, model: nn.Module) -> dict[str, Tensor]:
         found = plain_tensors("model", model)

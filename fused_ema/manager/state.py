@@ -1,60 +1,70 @@
-"""What `EMA.state_dict` holds, and how it is checked before anything is taken over."""
+"""What a manager saves: a frozen value, which is parsed and checked as a whole before anything is taken over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from .. import schedules
 from ..pairs import shards
 from ..pairs.arguments import shown, whole_number
-from ..pairs.checks import PLAIN_TYPES, WIDTH, dtype_name, equal_values, storage_refusal
-from ..pairs.pairing import difference
-
-if TYPE_CHECKING:
-    from .ema import EMA
-
+from ..pairs.checks import WIDTH, check_tensor, dtype_name, equal_values, storage_refusal
+from ..pairs.memory import storage
+from ..pairs.pairing import difference, first_few
 from .timetable import Timetable
 
 VERSION = 1
-_LISTED = 5  # problems in one message
 
 
-def to_dict(ema: EMA) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "step": ema.step,
-        "updates": ema.updates,
-        "update_every": ema.update_every,
-        "update_after_step": ema.update_after_step,
-        "rounding": ema.rounding,
-        "seed": ema.seed,
-        "decays": list(ema._decays),
-        "schedules": [schedules.to_state(schedule) for schedule in ema.schedules],
-        "averages": [{name: ema._average(name, k) for name in ema._averages} for k in range(len(ema.schedules))],
-    }
+@dataclass(frozen=True)
+class State:
+    """The step, the decays of the latest update, the options, and for each average a tensor by name."""
+
+    step: int
+    decays: tuple[float, ...]
+    timetable: Timetable
+    averages: tuple[dict[str, Tensor], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings alone."""
+        table = self.timetable
+        return {
+            "version": VERSION,
+            "step": self.step,
+            "updates": table.updates_at(self.step),
+            "update_every": table.update_every,
+            "update_after_step": table.update_after_step,
+            "rounding": table.rounding,
+            "seed": table.seed,
+            "decays": list(self.decays),
+            "schedules": [schedules.to_state(schedule) for schedule in table.schedules],
+            "averages": [dict(each) for each in self.averages],
+        }
 
 
-def checked(ema: EMA, saved: Any) -> Callable[[], None]:
-    """Raises where it does not fit; returns what takes it over."""
-    ours = to_dict(ema)
+def parse(saved: Any, own: State) -> State:
+    """The state that a dict describes. Raises where it doesn't fit a manager whose state is `own` now.
+
+    The averages are the dict's tensors, or copies of those that lie in the manager's own memory.
+    """
+    expected = own.to_dict()
     if not isinstance(saved, Mapping):
-        raise ValueError(f"state: expected the keys {list(ours)}, found {type(saved).__name__}")
+        raise ValueError(f"state: expected the keys {list(expected)}, found {type(saved).__name__}")
     version = saved.get("version", VERSION)
     if not isinstance(version, int) or version != VERSION:  # a tensor would compare its elements
         raise ValueError(f"state: expected version {VERSION}, found {shown(version)}")
-    if saved.keys() != ours.keys():
-        raise ValueError(f"state: expected the keys {list(ours)}, found {list(saved)}")
+    if saved.keys() != expected.keys():
+        raise ValueError(f"state: expected the keys {list(expected)}, found {list(saved)}")
     rounding = saved["rounding"]
-    if not isinstance(rounding, str) or rounding != ours["rounding"]:
-        raise ValueError(f"state: expected rounding {ours['rounding']!r}, found {shown(rounding)}")
+    if not isinstance(rounding, str) or rounding != own.timetable.rounding:
+        raise ValueError(f"state: expected rounding {own.timetable.rounding!r}, found {shown(rounding)}")
     least = {"step": 0, "updates": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
     numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
-    count = len(ema.schedules)
+    count = len(own.averages)
     for key in ("averages", "schedules", "decays"):
         found = saved[key]
         if not isinstance(found, list) or len(found) not in ({0, count} if key == "decays" else {count}):
@@ -63,26 +73,22 @@ def checked(ema: EMA, saved: Any) -> Callable[[], None]:
     for decay in saved["decays"]:
         if not isinstance(decay, float) or not 0.0 <= decay <= 1.0:
             raise ValueError(f"state: expected decays in [0, 1], found {shown(decay)}")
-    taken = tuple(map(_schedule, saved["schedules"], ema.schedules))
-    pairs = [pair for k in range(count) for pair in _fitting(k, ours["averages"][k], saved["averages"][k])]
-    own = {_storage(average) for average, _ in pairs}  # of which a state_dict() holds no copies
-    pairs = [(average, theirs.clone() if _storage(theirs) in own else theirs) for average, theirs in pairs]
-    step, decays = numbers.pop("step"), tuple(saved["decays"])
-    del numbers["updates"]  # which follow from the others
-
-    @torch.no_grad()
-    def take() -> None:
-        ema._check_unswapped("load_state_dict")  # another thread may have swapped since
-        for average, theirs in pairs:
-            average.copy_(theirs)
-        ema._timetable = Timetable(taken, **numbers, rounding=ema.rounding)
-        ema._step, ema._decays = step, decays
-
-    return take
-
-
-def _storage(tensor: Tensor) -> int:
-    return shards.local(tensor).untyped_storage().data_ptr()
+    timetable = Timetable(
+        tuple(map(_schedule, saved["schedules"], own.timetable.schedules)),
+        numbers["update_every"],
+        numbers["update_after_step"],
+        own.timetable.rounding,
+        numbers["seed"],
+    )
+    averages = [
+        _fitting(k, ours, theirs) for k, (ours, theirs) in enumerate(zip(own.averages, saved["averages"], strict=True))
+    ]
+    ours = {storage(shards.local(average)) for each in own.averages for average in each.values()}
+    copied = (
+        {name: each.clone() if storage(shards.local(each)) in ours else each for name, each in average.items()}
+        for average in averages
+    )
+    return State(numbers["step"], tuple(saved["decays"]), timetable, tuple(copied))
 
 
 def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
@@ -95,44 +101,35 @@ def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
     return own
 
 
-def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> list[tuple[Tensor, Tensor]]:
-    """Average k of each name, and what it is to become."""
+def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> dict[str, Tensor]:
+    """What average `k` of each name is to become."""
     if not isinstance(theirs, Mapping):
         raise ValueError(f"state: expected average {k} by name, found {type(theirs).__name__}")
-    if differ := difference(theirs, ours, "the state", "the manager"):
-        raise ValueError(f"state: expected the same names in average {k}, found {differ}")
-    problems = []
-    for name, average in ours.items():
-        found = theirs[name]
-        if not isinstance(found, Tensor):
-            problems.append(f"{name!r}: expected a tensor, found {type(found).__name__}")
-        elif is_lazy(found) or found.is_nested:
-            problems.append(
-                f"{name!r}: expected a dense tensor, found {'a lazy' if is_lazy(found) else 'a nested'} one"
-            )
-        elif type(shards.local(found)) not in PLAIN_TYPES:
-            problems.append(f"{name!r}: expected a plain tensor, found {type(found).__name__}")
-        elif found.shape != average.shape:
-            problems.append(f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}")
-        elif refusal := shards.refusal(repr(name), found, average):
-            problems.append(str(refusal))
-        elif found.layout is not torch.strided or found.is_meta:
-            kind = "one on the meta device" if found.is_meta else f"layout {found.layout}"
-            problems.append(f"{name!r}: expected a dense tensor, found {kind}")
-        elif found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
-            problems.append(f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}")
-        elif refusal := storage_refusal(repr(name), shards.local(found)) or storage_refusal(
-            f"the manager's {name!r}", shards.local(average)
-        ):
-            problems.append(str(refusal))
-    if not problems:
-        first: dict[int, str] = {}
-        for name, average in ours.items():
-            mine = shards.local(average)
-            tied = first.setdefault(mine.data_ptr(), name) if mine.numel() else name  # no memory to share
-            if not equal_values(shards.local(theirs[tied]), shards.local(theirs[name])):
-                problems.append(f"{name!r}: expected what {tied!r} has, which it is tied to, found other values")
+    if differ := difference(theirs, ours, "the state"):
+        raise ValueError(f"state: expected the manager's names in average {k}; {differ}")
+    problems = [problem for name, average in ours.items() if (problem := _problem(name, average, theirs[name]))]
+    first: dict[int, str] = {}
+    for name, average in ours.items() if not problems else ():
+        mine = shards.local(average)
+        tied = first.setdefault(mine.data_ptr(), name) if mine.numel() else name  # empty tensors share no memory
+        if not equal_values(shards.local(theirs[tied]), shards.local(theirs[name])):
+            problems.append(f"{name!r}: expected the values of {tied!r}, which it is tied to, found others")
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"state: in average {k}, " + "; ".join(problems[:_LISTED]) + more)
-    return [(average, theirs[name]) for name, average in ours.items()]
+        raise ValueError(f"state: in average {k}, {first_few(problems, '; ')}")
+    return {name: theirs[name] for name in ours}
+
+
+def _problem(name: str, average: Tensor, found: Any) -> str:
+    """Why a value can't become this average; "" where it can."""
+    try:
+        check_tensor(repr(name), found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    if found.shape != average.shape:
+        return f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}"
+    if refusal := shards.refusal(repr(name), found, average):
+        return str(refusal)
+    if found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
+        return f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}"
+    refusal = storage_refusal(f"the manager's {name!r}", shards.local(average))
+    return str(refusal) if refusal else ""

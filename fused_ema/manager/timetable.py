@@ -49,15 +49,14 @@ class Timetable:
 
     def decays_at(self, step: int) -> tuple[float, ...]:
         """The decay of each average at this step; 0, which copies, up to `update_after_step`."""
-        after = step - self.update_after_step
+        return tuple(self._decay(schedule, step - self.update_after_step) for schedule in self.schedules)
+
+    def _decay(self, schedule: Schedule, after: int) -> float:
         if after <= 0:
-            return (0.0,) * len(self.schedules)
-        decays = []
-        for schedule in self.schedules:
-            per_step = getattr(schedule, "per_step", True)
-            decay = decay_number(schedule(after if per_step else after // self.update_every))
-            decays.append(decay**self.update_every if per_step and self.update_every > 1 else decay)
-        return tuple(decays)
+            return 0.0
+        per_step = getattr(schedule, "per_step", True)
+        decay = decay_number(schedule(after if per_step else after // self.update_every))
+        return decay**self.update_every if per_step and self.update_every > 1 else decay
 
     def keys_at(self, step: int) -> tuple[int, ...]:
         """The key of the random bits for each average at this step; none where rounding is to nearest."""

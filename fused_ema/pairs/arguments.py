@@ -6,7 +6,6 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -62,12 +61,6 @@ def average_index(index: SupportsIndex, count: int) -> int:
     if not 0 <= index < count:
         raise IndexError(f"index: expected one of {count} averages, found {index}")
     return index
-
-
-def first_five(texts: Sequence[str], separator: str = "; ") -> str:
-    """Problems or names for an error: the first five, and how many more there are."""
-    more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
-    return separator.join(texts[:5]) + more
 
 
 def shown(value: object) -> str:

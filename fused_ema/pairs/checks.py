@@ -1,12 +1,9 @@
-"""What a pair of tensors must be. Everything here runs before the first byte is written, on every backend."""
+"""What a pair of tensors must be. All of this runs before the first byte is written, whichever runner follows."""
 
 from __future__ import annotations
 
 import enum
-import itertools
-from bisect import bisect_right
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from . import shards
 from .arguments import check_buffers
+from .memory import Span, extent, has_address, is_functorch, overlaps, overlaps_itself, place, span
 from .pairing import Pairs
-
-if TYPE_CHECKING:
-    from ..manager.averages import Averages
 
 # Width in bits orders the real types an average may have; each complex type counts as its real part.
 WIDTH = {
@@ -44,31 +39,23 @@ class Action(enum.IntEnum):
 
 
 class Checked(NamedTuple):
-    """Pairs that may be written, and why an operation on them may not (None where it may)."""
+    """Pairs that may be written, and the operations on them that may not."""
 
-    pairs: Pairs  # of what lies on this rank, where they are sharded
-    sharded: Pairs | None  # those that were asked for, where some of them are
+    pairs: Pairs  # where tensors are sharded, the shards on this rank
+    sharded: Pairs | None  # the pairs as they were given, where some of them are sharded
     actions: list[Action]
-    no_update: Exception | None
-    no_swap: Exception | None
-
-
-class _Span(NamedTuple):
-    """The bytes a tensor touches, [begin, end)."""
-
-    begin: int
-    end: int
-    name: str
+    no_update: Exception | None  # the reason, where an update is refused
+    no_swap: Exception | None  # the reason, where a swap is refused
 
 
 def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     """Raises ValueError, TypeError or RuntimeError, naming the tensor, where a pair can't be used.
 
-    `free_types`: averages may be narrower than the model, exchanged with it though the types differ, and kept in pinned
-    memory of the host.
+    `free_types` lets averages be narrower than the model, be exchanged with it though the types differ, and lie in
+    pinned memory of the host.
     """
     check_buffers(buffers)
-    whole = pairs
+    given = pairs
     if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
         for label, ema, model in zip(*pairs[:3], strict=True):
             if refusal := shards.refusal(f"ema{label}", ema, model):
@@ -89,28 +76,26 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
         for label, ema, model, action in zip(*pairs[:3], actions, strict=True)
         if action is not Action.NONE
     ]
-    ema_spans = sorted(_span(name, ema) for name, ema, _, _, _ in active)
-    model_spans = sorted(_span(name, model) for _, _, name, model, _ in active)
-    if shared := _overlap(ema_spans):
-        raise shared
-    _check_apart(ema_spans, model_spans)
-    refusals = (_update_refusal(name, ema, model) for name, ema, _, model, act in active if act is Action.AVERAGE)
-    no_update = next((refusal for refusal in refusals if refusal and not free_types), None)
-    refusals = (_swap_refusal(name, ema, other, model, free_types) for name, ema, other, model, _ in active)
-    no_swap = next((refusal for refusal in refusals if refusal), None) or _overlap(model_spans)
-    return Checked(pairs, whole if sharded else None, actions, no_update, no_swap)
+    ema_spans = {span(name, ema) for name, ema, _, _, _ in active}
+    no_swap = _overlap_refusal(ema_spans, {span(name, model) for _, _, name, model, _ in active})
+    no_update = None
+    for ema_name, ema, model_name, model, action in active:
+        if action is Action.AVERAGE and not free_types:
+            no_update = no_update or _update_refusal(ema_name, ema, model)
+        no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model, free_types)
+    return Checked(pairs, given if sharded else None, actions, no_update, no_swap)
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
-    """Tied tensors: a pair that comes again runs once; one average for two different tensors is an error."""
+    """A tied pair that comes again runs once. One average of two different tensors is an error."""
     first: dict[tuple[object, ...], int] = {}
     for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
         if actions[i] is Action.NONE:
             continue
-        before = first.setdefault(memory(ema), i)
+        before = first.setdefault(place(ema), i)
         if before == i:
             continue
-        if memory(pairs.model[before]) != memory(model):
+        if place(pairs.model[before]) != place(model):
             one, other = pairs.labels[before], pairs.labels[i]
             raise ValueError(
                 f"ema{other}: expected one model tensor for each average, "
@@ -119,7 +104,24 @@ def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
         actions[i] = Action.NONE
 
 
+def _overlap_refusal(ema: set[Span], model: set[Span]) -> Exception | None:
+    """Raises where an average shares bytes with anything else. Where tensors of the model share bytes, a swap alone is
+    refused: returns the reason."""
+    refusal = None
+    for before, after in overlaps(ema | model):
+        if before in model and after in model:
+            refusal = refusal or ValueError(
+                f"{after.name}: expected memory of its own, found bytes shared with {before.name}"
+            )
+            continue
+        average, other = (after, before) if after in ema else (before, after)
+        hint = "" if other in ema else "; make the average a copy of the model (copy.deepcopy, or clone each tensor)"
+        raise ValueError(f"{average.name}: expected memory of its own, found bytes shared with {other.name}{hint}")
+    return refusal
+
+
 def check_tensor(name: str, tensor: object) -> None:
+    """Raises where a tensor is of a kind that no operation here can read."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if why := _elsewhere(tensor):
@@ -133,7 +135,7 @@ def check_tensor(name: str, tensor: object) -> None:
         raise RuntimeError(
             f"{name}: expected a tensor with memory of its own, found one that stands for zeros or a trace"
         )
-    if _is_functorch(tensor):
+    if is_functorch(tensor):
         raise RuntimeError(f"{name}: expected a plain tensor, found one inside a torch.func transform such as vmap")
     if tensor.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, found a nested one")
@@ -153,10 +155,10 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
-    """Where a dense tensor has less memory than it says; to read it would end the process."""
+    """The reason where a dense tensor has less memory than it says; reading it would end the process."""
     if not tensor.numel() or not has_address(tensor):
         return None
-    needed = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
+    needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
     found = tensor.untyped_storage().nbytes()
     if found >= needed:
         return None
@@ -164,13 +166,19 @@ def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
     return RuntimeError(f"{name}: expected a storage of at least {needed} bytes; storage of {name!r} is {state}")
 
 
-def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Of whatever types; NaN equals NaN."""
-    return a is b or (a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True))
+def write_refusal(name: str, tensor: Tensor) -> Exception | None:
+    """The reason where a tensor can't be written in place."""
+    tensor = shards.local(tensor)
+    if tensor.numel() and overlaps_itself(tensor):
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        return ValueError(f"{name}: expected elements with memory of their own, found {shape} with strides {strides}")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return RuntimeError(f"{name}: Inplace update to inference tensor outside InferenceMode is not allowed")
+    return None
 
 
 def _elsewhere(tensor: Tensor) -> str:
-    """What to do about a parameter whose values lie somewhere else, as some trainers have it; "" where they don't."""
+    """What to do about a parameter whose values a trainer keeps somewhere else; "" where the tensor holds them."""
     if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
         return (
             "expected a parameter of its own, found one of FullyShardedDataParallel (FSDP1), which keeps its values in "
@@ -178,7 +186,7 @@ def _elsewhere(tensor: Tensor) -> str:
         )
     if getattr(tensor, "ds_numel", 0) and tensor.numel() == 0:
         return (
-            "expected a parameter with values, found an empty one, which DeepSpeed's ZeRO-3 has spread: update within "
+            "expected a parameter with values, found an empty one, which DeepSpeed's ZeRO-3 has sharded: update within "
             "deepspeed.zero.GatheredParameters(model.parameters()), or train with stage 2"
         )
     return ""
@@ -201,29 +209,6 @@ def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None
         raise refusal
 
 
-def check_targets(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
-    """Raises where to write `values` into the tensors of their names would write to some other of them, or to the
-    averages: of tensors that share memory, as tied ones do, all have to get the same. (Others than the averaged ones
-    may lie on one another, as in the model that they come from.)"""
-    targets = {name: tensor for name in values if (tensor := shards.local(into[name])).numel()}
-    first: dict[tuple[object, ...], str] = {}
-    for name, target in targets.items():
-        before = first.setdefault(memory(target), name)
-        one, other = (shards.local(values[each]) for each in (before, name))
-        if memory(one) != memory(other) and not equal_values(one, other):
-            raise ValueError(
-                f"model[{name!r}]: expected memory of its own, found that of {before!r}, whose average is another"
-            )
-    shared = overlapping(targets)
-    both = [name for name, target in targets.items() if memory(target) in shared]
-    if any(name in averages for name in both):
-        raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
-    ours = averages.storages()
-    for name, target in targets.items():
-        if target.untyped_storage().data_ptr() in ours and memory(target) != memory(shards.local(values[name])):
-            raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")
-
-
 def _update_refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
     if WIDTH[ema.dtype] >= WIDTH[model.dtype]:
         return None
@@ -238,90 +223,9 @@ def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, fr
     return write_refusal(model_name, model)
 
 
-def write_refusal(name: str, tensor: Tensor) -> Exception | None:
-    tensor = shards.local(tensor)
-    if tensor.numel() and _overlaps_itself(tensor):
-        shape, strides = tuple(tensor.shape), tensor.stride()
-        return ValueError(f"{name}: expected elements with memory of their own, found {shape} with strides {strides}")
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return RuntimeError(f"{name}: Inplace update to inference tensor outside InferenceMode is not allowed")
-    return None
-
-
-def _overlap(spans: list[_Span]) -> Exception | None:
-    """An error where two of the sorted spans share bytes."""
-    for before, after in itertools.pairwise(spans):
-        if after.begin < before.end:
-            return ValueError(f"{after.name}: expected memory of its own, found bytes shared with {before.name}")
-    return None
-
-
-def overlapping(tensors: Mapping[str, Tensor]) -> set[tuple[object, ...]]:
-    """The memory of those that share some bytes with another, but are not the same elements."""
-    spans = {memory(tensor): _span(name, tensor) for name, tensor in tensors.items() if tensor.numel()}
-    found: set[tuple[object, ...]] = set()
-    widest = None
-    for key, span in sorted(spans.items(), key=lambda each: each[1]):
-        if widest and span.begin < widest[1].end:
-            found |= {key, widest[0]}
-        if widest is None or span.end > widest[1].end:
-            widest = (key, span)
-    return found
-
-
-def _check_apart(ema_spans: list[_Span], model_spans: list[_Span]) -> None:
-    # The averages are disjoint by now, so the only ones that can reach into a model's span are the last one that
-    # begins before it ends.
-    begins = [span.begin for span in ema_spans]
-    for span in model_spans:
-        at = bisect_right(begins, span.end - 1) - 1
-        if at >= 0 and ema_spans[at].end > span.begin:
-            raise ValueError(
-                f"{ema_spans[at].name}: expected memory of its own, found bytes shared with {span.name}; "
-                "make the average a copy of the model (copy.deepcopy, or clone each tensor)"
-            )
-
-
-def memory(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the same elements."""
-    return (address(tensor), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _span(name: str, tensor: Tensor) -> _Span:
-    begin = address(tensor)
-    return _Span(begin, begin + _extent(tensor) * tensor.element_size(), name)
-
-
-def address(tensor: Tensor) -> int:
-    """Where its memory begins; for kinds that have no address, a number of its own."""
-    return tensor.data_ptr() if has_address(tensor) else id(tensor) << 64
-
-
-def has_address(tensor: Tensor) -> bool:
-    """Whether data_ptr() is an address of bytes, which raises or means nothing for other kinds."""
-    return tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided and not _is_functorch(tensor)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to one past the last, of a tensor that has any."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
-
-
-def _is_functorch(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def equal_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of whatever types hold equal values; NaN equals NaN."""
+    return a is b or (a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True))
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -14,12 +14,12 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsd
 
 
 class Pairs(NamedTuple):
-    """Tensors that belong together, by position. A label is what stands behind `ema` or `model` in an error."""
+    """Tensors that belong together, by position. Errors put a label behind `ema` or `model`: `ema['weight']`."""
 
     labels: list[str]
     ema: list[Tensor]
     model: list[Tensor]
-    parameter: list[bool]  # else a buffer
+    parameter: list[bool]  # False: a buffer
 
 
 def pair(ema: Source, model: Source, buffers: str) -> Pairs:
@@ -64,7 +64,7 @@ def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
 
 
 def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Every name, tied ones too, with its tensor and whether that is a parameter."""
+    """Every name, tied names too, with its tensor and whether that is a parameter."""
     found: dict[str, tuple[Tensor, bool]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
@@ -76,52 +76,56 @@ def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
 
 
 def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """By name without the segments of wrappers: the tensor, and whether it is a parameter."""
+    """Each tensor by its plain name, and whether it is a parameter."""
     tensors = named_tensors(module)
     return {plain: tensors[name] for plain, name in by_plain_name(side, tensors).items()}
 
 
-def difference(found: Iterable[str], wanted: Iterable[str], finder: str, wanter: str) -> str:
-    """The names that only one of two sides has, in words; "" where they have the same."""
+def difference(found: Iterable[str], wanted: Iterable[str], finder: str) -> str:
+    """The names that `found` lacks or has too many, in words; "" where both have the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
-    extra = listed([name for name in found if name not in wanted])
-    missing = listed([name for name in wanted if name not in found])
-    return "" if extra == missing == "none" else f"{extra} only in {finder} and {missing} only in {wanter}"
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    parts = [f"missing from {finder}: {listed(missing)}"] if missing else []
+    return "; ".join([*parts, f"unexpected in {finder}: {listed(unexpected)}"] if unexpected else parts)
 
 
 def plain_name(name: str) -> str:
-    if not isinstance(name, str):  # the key of a mapping
+    """A name without the segments of wrappers."""
+    if not isinstance(name, str):  # mappings may have other keys
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
 def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name in ema, name in model) for each tensor: the same name, or the same once wrappers' segments are dropped."""
+    """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers."""
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
-    unequal = ", and the names of the other side differ from both; expected equal names on both sides"
+    unequal = ", and the other side has neither of them; expected equal names on both sides"
     plain_ours, plain_theirs = by_plain_name("ema", ours, unequal), by_plain_name("model", theirs, unequal)
-    if differ := difference(plain_theirs, plain_ours, "model", "ema"):
-        raise ValueError(f"ema and model: expected the same names, found {differ}")
+    if differ := difference(plain_ours, plain_theirs, "ema"):
+        raise ValueError(f"ema and model: expected the same names; {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
 def by_plain_name(
     side: str, names: Iterable[str], hint: str = "; expected names that differ by more"
 ) -> dict[str, str]:
-    """`hint`: what more there is to say where two names are one."""
+    """Each name under its plain name, without the segments of wrappers. `hint` ends the error where two collide."""
     plain_names: dict[str, str] = {}
     for name in names:
         other = plain_names.setdefault(plain_name(name), name)
         if other != name:
-            raise ValueError(
-                f"{side}: {other!r} and {name!r} are one name once the segments of wrappers are dropped{hint}"
-            )
+            raise ValueError(f"{side}: {other!r} and {name!r} are the same name without the segments of wrappers{hint}")
     return plain_names
 
 
 def listed(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + more
+    """The first five names, quoted, and how many more there are."""
+    return first_few(list(map(repr, names)), ", ")
+
+
+def first_few(items: list[str], between: str) -> str:
+    """The first five, and how many more there are."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return between.join(items[:5]) + more

@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor: FSDP2, tensor parallelism): what of them lies on this rank. An update needs no more."""
+"""Sharded tensors (DTensor: FSDP2, tensor parallelism). An update needs only the shards on its own rank."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .pairing import Pairs
 
 
 def is_sharded(tensor: object) -> bool:
-    library = sys.modules.get("torch.distributed.tensor")  # as long as nothing imports it, there are none
+    library = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before something imports it
     return library is not None and isinstance(tensor, library.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What lies here: the very tensor that holds the memory."""
+    """The shard on this rank, as the very tensor that holds the memory; a plain tensor as it is."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The same, put together from all ranks, each of which calls it, if it is sharded."""
+    """The full tensor. Of a sharded tensor every rank has to call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def first_here(tensor: Tensor) -> bool:
-    """Whether this rank is the one that acts for all that share the tensor."""
+    """Whether this rank is the first of those that share the tensor, and acts for all of them."""
     if not is_sharded(tensor):
         return True
     coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
@@ -36,34 +36,34 @@ def first_here(tensor: Tensor) -> bool:
 
 
 def localized(pairs: Pairs) -> Pairs:
-    """Of each tensor, what lies here."""
+    """The pairs with the shard on this rank in the place of each sharded tensor."""
     return pairs._replace(ema=[*map(local, pairs.ema)], model=[*map(local, pairs.model)])
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 has put together for a forward pass: parameters are shards again. Nothing is sent."""
+    """Frees the full parameters that FSDP2 gathered for a forward pass, without communication."""
     library = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if library else ():
         if isinstance(module, library.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
 
 
-class Spread(NamedTuple):
-    """How a tensor lies on the ranks of a mesh."""
+class Sharding(NamedTuple):
+    """How a tensor is sharded over the ranks of a mesh."""
 
     mesh: Any  # DeviceMesh
     placements: tuple[Any, ...]  # Shard, Replicate
-    shape: torch.Size  # of the whole
+    shape: torch.Size  # of the full tensor
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Spread | None:
+    def of(cls, tensor: Tensor) -> Sharding | None:
         if not is_sharded(tensor):
             return None
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())  # type: ignore[attr-defined]
 
     def tensor(self, shard: Tensor) -> Tensor:
-        """The DTensor of which `shard` lies here. Nothing is sent: the shape is known, though shards may be uneven."""
+        """The DTensor with this shard. The shape is known, so even uneven shards need no communication."""
         with torch.no_grad():
             return torch.distributed.tensor.DTensor.from_local(
                 shard, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
@@ -74,13 +74,13 @@ class Spread(NamedTuple):
 
 
 def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
-    """Why two tensors don't lie alike. (What they must be apart from that, is asked of their shards.)"""
-    ours, theirs = Spread.of(ema), Spread.of(model)
+    """The reason where two tensors are not sharded alike. All other checks look at their shards."""
+    ours, theirs = Sharding.of(ema), Sharding.of(model)
     if ours is None and theirs is None:
         return None
     for side in (ours, theirs):
         if side and any(placement.is_partial() for placement in side.placements):
-            return ValueError(f"{name}: expected shards or replicas, found {side}, which waits for a reduction")
+            return ValueError(f"{name}: expected shards or replicas, found {side}, which still has to be reduced")
     if ours and theirs and ours.shape != theirs.shape:
         return ValueError(
             f"{name}: expected shape {tuple(theirs.shape)}, as on the other side, found {tuple(ours.shape)}"
@@ -95,7 +95,7 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
 
 
 def written(tensors: Iterable[Tensor]) -> None:
-    """Tells autograd that what the sharded ones hold has changed; their shards know already."""
+    """Tells autograd that sharded tensors have changed; their shards' own counters are up to date already."""
     for tensor in tensors:
         if is_sharded(tensor) and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import PathLike
-from ..pairs.arguments import check_floating, first_five, whole_number
+from ..pairs.arguments import check_floating, whole_number
 from ..pairs.checks import dtype_name
+from ..pairs.pairing import first_few
 from ..schedules import gamma_of
 from .profiles import profile_error, solve_weights
 from .snapshots import opened, snapshots
@@ -117,4 +118,4 @@ def _check_same(path: Path, found: dict[str, str], first: Path, expected: dict[s
         if expected.get(name) != found.get(name)
     ]
     if differences:
-        raise ValueError(f"{path}: the tensors differ from those in {first.name}: {first_five(differences)}")
+        raise ValueError(f"{path}: the tensors differ from those in {first.name}: {first_few(differences, '; ')}")

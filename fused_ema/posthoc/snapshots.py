@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..checkpoints.files import PathLike, safetensors, save, storable
 from ..manager.ema import EMA
-from ..pairs.arguments import check_floating, first_five, shown, whole_number
+from ..pairs.arguments import check_floating, shown, whole_number
+from ..pairs.pairing import first_few
 from ..pairs.shards import is_sharded
 from ..schedules import gamma_of
 
@@ -78,7 +79,7 @@ def save_snapshot(folder: PathLike, ema: EMA, *, dtype: torch.dtype | None = Non
     later = sorted(each.name for each in path.parent.iterdir() if (count := _updates_of(each)) and count > updates)
     if later and not any(tensor is None for tensor in tensors.values()):
         warnings.warn(
-            f"{folder}: {first_five(later, ', ')} had more updates than {path.name}, which was saved now; they belong "
+            f"{folder}: {first_few(later, ', ')} had more updates than {path.name}, which was saved now; they belong "
             "to another run, or to this one before it went back to an earlier state. reconstruct() would mix them with "
             "the new ones; remove them, or use another folder",
             stacklevel=2,

@@ -1,0 +1,17 @@
+"""What runs updates. base.py has the interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .base import Runner
+from .extension import Extension
+from .reference import Reference
+
+RUNNERS: tuple[Runner, ...] = (Extension(), Reference())  # the fastest first
+
+
+def choose(device_types: Iterable[str]) -> Runner:
+    """The fastest runner that can run on devices of all these types, here and now."""
+    types = list(device_types)
+    return next(runner for runner in RUNNERS if not any(map(runner.why_not, types)))

@@ -1,4 +1,4 @@
-"""The pure-PyTorch path: what runs where no kernel does, and the oracle of the tests.
+"""The pure-PyTorch runner: runs where no kernel does, and is the oracle of the tests.
 
 It keeps the one-step bound of the numeric contract, not the kernels' bits: arithmetic in float64, rounded once (in
 float32 on MPS, which has no float64).
@@ -6,14 +6,164 @@ float32 on MPS, which has no float64).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..pairs import shards
+from ..pairs.checks import Action
+from ..pairs.memory import has_address, nth_average, place
+from .base import Call, Job, Prepared, Tensors, Watch, one_at_a_time
+from .watch import SlotWatch
+
 CALLS_PER_AVERAGE = 7  # PyTorch operations, so launches on a device
 CALLS_PER_COPY = 1
 _BLOCK = 1 << 16  # elements
+
+
+class Reference:
+    """One pair after the other, by PyTorch's own operations."""
+
+    name = "reference"
+
+    def backend(self, device_type: str) -> str:
+        return "torch"
+
+    def why_not(self, device_type: str) -> str | None:
+        return None
+
+    def prepare(self, job: Job, watch: Watch | None) -> Prepared:
+        return _Pairs(job, watch)
+
+
+class _Row(NamedTuple):
+    """What the pairs alone decide of one of them."""
+
+    pair: int
+    average: bool  # False: copied
+    stride: int
+    number: int  # of its first element among all, for the random bits
+    scratch: slice | None  # of its device's scratch memory, where the types differ
+
+
+class _Pairs:
+    """See `Prepared`."""
+
+    def __init__(self, job: Job, watch: Watch | None) -> None:
+        self._averages = job.averages
+        self._rows: list[_Row] = []
+        self._sizes: Counter[torch.device] = Counter()
+        number = 0
+        for pair, (ema, model, action, stride) in enumerate(
+            zip(job.ema, job.model, job.actions, job.strides, strict=True)
+        ):
+            if action is not Action.NONE:
+                scratch = None
+                if ema.dtype != model.dtype:
+                    begin = self._sizes[model.device]
+                    scratch = slice(begin, begin + model.numel() * model.element_size())
+                    self._sizes[model.device] = (scratch.stop + 15) // 16 * 16
+                self._rows.append(_Row(pair, action is Action.AVERAGE, stride, number, scratch))
+                number += 2 * ema.numel()  # as csrc/plan.cpp counts: a complex element has two
+        tensors = [*job.ema, *job.model]
+        self._records = list(map(_record, tensors))
+        self._inference = [any(map(Tensor.is_inference, side)) for side in (job.ema, job.model)]
+        self._watch = watch if isinstance(watch, SlotWatch) else None
+        self._places = self._watch.places(tensors) if self._watch else None
+        self._exchanged = 0  # rows that a swap has done and no restore has undone
+
+    def launches(self) -> int:
+        averaged = sum(row.average for row in self._rows)
+        return self._averages * (averaged * CALLS_PER_AVERAGE + (len(self._rows) - averaged) * CALLS_PER_COPY)
+
+    def scratch(self) -> list[tuple[torch.device, int]]:
+        return list(self._sizes.items())
+
+    def current(self) -> bool:
+        return self._watched() is not None
+
+    def exchanged(self) -> bool:
+        return self._exchanged > 0
+
+    def mark_exchanged(self) -> None:
+        self._exchanged = len(self._rows)
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        writes_model = call.op in ("swap", "restore")
+        whole = self._watched() if ema is None or model is None else [*ema, *model]
+        if whole is None:
+            return False
+        if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
+            return False  # a new plan refuses it, in words
+        tensors = list(map(shards.local, whole))
+        if len(tensors) != len(self._records) or list(map(_record, tensors)) != self._records:
+            return False
+        with one_at_a_time(), torch.no_grad():
+            self._run(call, tensors)
+        half = len(whole) // 2
+        shards.written(whole if writes_model else whole[:half])
+        return True
+
+    def _watched(self) -> Tensors | None:
+        """The tensors that the watched sources hold, if those are in the slots where they were."""
+        values = self._watch.values() if self._watch and self._places is not None else None
+        return None if values is None else [values[place] for place in self._places or ()]
+
+    def _run(self, call: Call, tensors: list[Tensor]) -> None:
+        half = len(tensors) // 2
+        if call.op == "restore":
+            while self._exchanged:
+                row = self._rows[self._exchanged - 1]
+                ema, model = self._average(row, tensors, call.average), tensors[half + row.pair]
+                self._exchange(row, ema, model, call, self._exchanged - 1)
+            return
+        averages = range(len(call.decays)) if call.average < 0 else [call.average]
+        decays = call.decays if call.device_decays is None else call.device_decays.reshape(-1).unbind()
+        for done, row in enumerate(self._rows):
+            model = tensors[half + row.pair]
+            for position, k in enumerate(averages):
+                ema = self._average(row, tensors, k)
+                if call.op == "swap":
+                    self._exchange(row, ema, model, call, done + 1)
+                elif call.op == "copy":
+                    copy_(ema, model)
+                else:
+                    random = (call.keys[position], row.number) if call.op == "update_stochastic" else None
+                    update_(ema, model, decays[position], average=row.average, random=random)
+
+    def _average(self, row: _Row, tensors: list[Tensor], k: int) -> Tensor:
+        first = tensors[row.pair]
+        return first if k <= 0 else nth_average(first, row.stride, k)
+
+    def _exchange(self, row: _Row, ema: Tensor, model: Tensor, call: Call, done: int) -> None:
+        """Exchanges one pair, or undoes that, and counts it: both or, where Ctrl-C comes in between, neither."""
+        old_ema, old_model = ema.clone(), model.clone()
+        before = self._exchanged
+        try:
+            if row.scratch is None:
+                ema.copy_(old_model)
+                model.copy_(old_ema)
+            else:
+                memory = next(each for each in call.scratch if each.device == model.device)
+                waiting = memory[row.scratch].view(model.dtype).view(model.shape)
+                if call.op == "swap":
+                    waiting.copy_(model)
+                model.copy_(ema if call.op == "swap" else waiting)
+            self._exchanged = done
+        except BaseException:
+            ema.copy_(old_ema)
+            model.copy_(old_model)
+            self._exchanged = before
+            raise
+
+
+def _record(tensor: Tensor) -> tuple[object, ...]:
+    """Equal as long as a tensor is of one kind and in one place."""
+    size = tensor.untyped_storage().nbytes() if has_address(tensor) else 0
+    return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg())
 
 
 @torch.no_grad()
@@ -69,19 +219,6 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
 def copy_(ema: Tensor, model: Tensor) -> None:
     """ema ← model."""
     ema.copy_(model)
-
-
-@torch.no_grad()
-def swap_(ema: Tensor, model: Tensor) -> None:
-    """Exchanges the values of two tensors of one shape and dtype; undone where Ctrl-C comes in between."""
-    old_ema, old_model = ema.clone(), model.clone()
-    try:
-        ema.copy_(old_model)
-        model.copy_(old_ema)
-    except BaseException:
-        ema.copy_(old_ema)
-        model.copy_(old_model)
-        raise
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:

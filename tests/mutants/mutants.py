@@ -453,20 +453,20 @@ MUTANTS = [
     ),
     Mutant(
         "any folder for code",
-        "fused_ema/_build/compile.py",
-        "folder.mkdir(mode=0o700, exist_ok=True)",
-        "folder.mkdir(exist_ok=True)",
+        "fused_ema/_build/cache.py",
+        "each.mkdir(mode=0o700, exist_ok=True)",
+        "each.mkdir(exist_ok=True)",
     ),
     Mutant(
         "builds without a lock",
-        "fused_ema/_build/compile.py",
+        "fused_ema/_build/cache.py",
         "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
     ),
     Mutant(
         "half a library",
-        "fused_ema/_build/compile.py",
-        'return same and record.get("size") == (folder / LIBRARY).stat().st_size',
-        "return same",
+        "fused_ema/_build/cache.py",
+        'return library.is_file() and read_record(folder) == {**wanted, "size": library.stat().st_size}',
+        "return (read_record(folder) or {}).items() >= wanted.items()",
     ),
 ]

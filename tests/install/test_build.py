@@ -1,4 +1,4 @@
-"""What is compiled, when, and what is kept; with a real compiler, that is in .ci/run."""
+"""What is compiled, when, and what is kept. The compiler is a fake; .ci/packaging builds with a real one."""
 
 import errno
 import json
@@ -14,6 +14,7 @@ import pytest
 from build_fakes import CPU_TORCH, CUDA_TORCH, toolkit
 
 import fused_ema
+from fused_ema._build import cache
 from fused_ema._build import compile as _build
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
@@ -64,42 +65,42 @@ def test_build_into_the_cache_once(compiled, tmp_path):
     folder = tmp_path / "cache" / "fused_ema" / f"torch-2.13.0+cpu-{_build.PYTHON_TAG}"
     folder.mkdir(parents=True)
     (folder / ".lock").touch()  # as a killed build leaves it
-    assert _build.build() == (folder / _build.LIBRARY, True)
-    assert _build.build() == (folder / _build.LIBRARY, False)
+    assert cache.build() == (folder / cache.LIBRARY, True)
+    assert cache.build() == (folder / cache.LIBRARY, False)
     assert len(compiled) == 1
-    record = json.loads((folder / _build.RECORD).read_text())
-    assert (record["torch"], record["cuda"], record["archs"]) == ("2.13.0+cpu", None, None)
-    assert (record["version"], record["python"]) == (fused_ema.__version__, _build.PYTHON_TAG)
-    assert _build.build(force=True)[1]
-    assert (folder / _build.LIBRARY).read_bytes() == b"library 2"
-    assert {path.name for path in folder.iterdir()} == {".lock", _build.LIBRARY, _build.RECORD}
+    record = cache.read_record(folder)
+    assert (record["torch"], record["version"]) == ("2.13.0+cpu", fused_ema.__version__)
+    assert "without CUDA" in record["cuda_why_not"]
+    assert cache.build(force=True)[1]
+    assert (folder / cache.LIBRARY).read_bytes() == b"library 2"
+    assert {path.name for path in folder.iterdir()} == {".lock", cache.LIBRARY, cache.RECORD}
 
 
 def test_the_cache_is_private(compiled, tmp_path):
     before = os.umask(0)
     try:
-        path, _ = _build.build()
+        path, _ = cache.build()
     finally:
         os.umask(before)
     assert path.parent.stat().st_mode & 0o777 == 0o700
     path.parent.chmod(0o777)
     with pytest.raises(_build.BuildError, match="can be written by others"):
-        _build.build()
+        cache.build()
 
 
 def test_the_cache_of_someone_else(compiled, monkeypatch):
-    path, _ = _build.build()
+    path, _ = cache.build()
     monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     with pytest.raises(_build.BuildError, match="belongs to user"):
-        _build.build()
+        cache.build()
 
 
 @pytest.mark.parametrize("change", ["torch", "sources", "size", "cuda"])
 def test_a_library_that_does_not_fit_is_built_again(compiled, change, tmp_path):
-    path, _ = _build.build(tmp_path / "here")
-    record = json.loads((path.parent / _build.RECORD).read_text())
-    (path.parent / _build.RECORD).write_text(json.dumps({**record, change: "other"}))
-    assert _build.build(tmp_path / "here")[1]
+    path, _ = cache.build(tmp_path / "here")
+    record = cache.read_record(path.parent)
+    (path.parent / cache.RECORD).write_text(json.dumps({**record, change: "other"}))
+    assert cache.build(tmp_path / "here")[1]
 
 
 # ---- place ---------------------------------------------------------------------------------------
@@ -107,12 +108,12 @@ def test_a_library_that_does_not_fit_is_built_again(compiled, change, tmp_path):
 
 @pytest.fixture
 def placed(tmp_path):
-    """place(content) puts such a library, and a record that says so, into a folder, which it returns; one is there."""
+    """place(content) puts a library with that content, and its record, into the folder that it returns."""
 
     def place(content):
         library = tmp_path / "compiled.so"
         library.write_bytes(content)
-        _build.place(_build.Built(library, {"sources": content.decode()}), tmp_path / "here")
+        cache.place(_build.Built(library, {"sources": content.decode()}), tmp_path / "here")
         return tmp_path / "here"
 
     place(b"old")
@@ -120,24 +121,24 @@ def placed(tmp_path):
 
 
 def pair_in(folder):
-    """The library, and what the record says it is; None for what is not there."""
-    library, record = folder / _build.LIBRARY, _build.read_record(folder)
+    """The library's content, and that which the record names; None for what is missing."""
+    library, record = folder / cache.LIBRARY, cache.read_record(folder)
     return library.read_bytes() if library.exists() else None, record and record["sources"].encode()
 
 
 def test_a_loaded_library_stays_as_it_was(placed, tmp_path):
-    """Or the processes that have it mapped would crash."""
-    library = tmp_path / "here" / _build.LIBRARY
+    """Processes that have it mapped would crash if it changed."""
+    library = tmp_path / "here" / cache.LIBRARY
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         folder = placed(b"new")
         assert mapped[:] == b"old"
         assert os.fstat(file.fileno()).st_ino != library.stat().st_ino
     assert pair_in(folder) == (b"new", b"new")
-    assert {path.name for path in folder.iterdir()} == {_build.LIBRARY, _build.RECORD}
+    assert {path.name for path in folder.iterdir()} == {cache.LIBRARY, cache.RECORD}
 
 
-def test_no_library_lies_beside_the_record_of_another(placed, monkeypatch, tmp_path):
-    """Whatever a reader finds, before and after each file takes its place, or is left with."""
+def test_no_library_is_left_with_the_record_of_another(placed, monkeypatch, tmp_path):
+    """A reader may come at any time: the pair fits before and after each file takes its place."""
     folder, replace, seen = tmp_path / "here", os.replace, []
 
     def observed(source, target):
@@ -153,7 +154,7 @@ def test_no_library_lies_beside_the_record_of_another(placed, monkeypatch, tmp_p
 @pytest.mark.parametrize("failing", ["copyfile", "copymode", "write_text"])
 def test_a_failing_copy_leaves_the_old_pair(placed, monkeypatch, tmp_path, failing):
     def fail(_, target, **__):
-        """Half of it is written, as on a full disk."""
+        """Fails after a part is written, as on a full disk."""
         Path(target).write_bytes(b"n")
         raise OSError(errno.ENOSPC, "no space")
 
@@ -166,7 +167,7 @@ def test_a_failing_copy_leaves_the_old_pair(placed, monkeypatch, tmp_path, faili
     assert after == before
 
 
-@pytest.mark.parametrize("failing", [_build.LIBRARY, _build.RECORD])
+@pytest.mark.parametrize("failing", [cache.LIBRARY, cache.RECORD])
 def test_a_failing_replacement_leaves_no_record(placed, monkeypatch, tmp_path, failing):
     replace = os.replace
 
@@ -178,10 +179,10 @@ def test_a_failing_replacement_leaves_no_record(placed, monkeypatch, tmp_path, f
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="not allowed"):
         placed(b"new")
-    assert pair_in(tmp_path / "here") == (b"old" if failing == _build.LIBRARY else b"new", None)
+    assert pair_in(tmp_path / "here") == (b"old" if failing == cache.LIBRARY else b"new", None)
 
 
-# ---- build, at once and in vain ------------------------------------------------------------------
+# ---- Builds at the same time, and builds that fail -----------------------------------------------
 
 
 def test_two_builds_at_once(compiled, monkeypatch, tmp_path):
@@ -189,11 +190,11 @@ def test_two_builds_at_once(compiled, monkeypatch, tmp_path):
     compile_nothing = _build._compile
 
     def compile_slowly(temp, tools):
-        time.sleep(0.5)  # the other comes meanwhile
+        time.sleep(0.5)  # until the other build has begun
         return compile_nothing(temp, tools)
 
     monkeypatch.setattr(_build, "_compile", compile_slowly)
-    threads = [threading.Thread(target=lambda: results.append(_build.build(tmp_path))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(cache.build(tmp_path))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -204,7 +205,7 @@ def test_two_builds_at_once(compiled, monkeypatch, tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch, tmp_path, compiled):
-    """CUDA is there, but does not compile; with the argument, nothing does."""
+    """CUDA is there but does not compile; with "cpu" set to True, nothing compiles."""
     toolkit(tmp_path / "local" / "cuda")
     succeed = _build._compile
     broken = {"cpu": False}
@@ -220,9 +221,9 @@ def failing(monkeypatch, tmp_path, compiled):
 
 
 def test_without_cuda_where_cuda_fails(failing, capsys, tmp_path):
-    path, _ = _build.build(tmp_path / "here")
-    record = json.loads((path.parent / _build.RECORD).read_text())
-    assert record["cuda"] is None
+    path, _ = cache.build(tmp_path / "here")
+    record = cache.read_record(path.parent)
+    assert "cuda" not in record
     assert "ninja says no" in record["cuda_why_not"]
     assert "WITHOUT CUDA" in capsys.readouterr().err
 
@@ -230,24 +231,24 @@ def test_without_cuda_where_cuda_fails(failing, capsys, tmp_path):
 def test_failing_cuda_as_an_error(failing, monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_EMA_CUDA", "1")
     with pytest.raises(_build.BuildError, match="FUSED_EMA_CUDA=1, but compiling with CUDA failed: ninja"):
-        _build.build(tmp_path / "here")
+        cache.build(tmp_path / "here")
 
 
 def test_missing_cuda_as_an_error(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_EMA_CUDA", "1")
     with pytest.raises(_build.BuildError, match=r"FUSED_EMA_CUDA=1, but torch 2.13.0\+cpu was built without"):
-        _build.build(tmp_path / "here")
+        cache.build(tmp_path / "here")
 
 
 def test_nothing_compiles(failing, tmp_path):
     failing["cpu"] = True
     with pytest.raises(_build.BuildError, match="compiling failed"):
-        _build.build(tmp_path / "here")
-    assert not (tmp_path / "here" / _build.LIBRARY).exists()
+        cache.build(tmp_path / "here")
+    assert not (tmp_path / "here" / cache.LIBRARY).exists()
 
 
 def test_switched_off(compiled, monkeypatch, tmp_path):
-    _build.build(tmp_path / "here")
+    cache.build(tmp_path / "here")
     monkeypatch.setenv("FUSED_EMA_EXT", "0")
     with pytest.raises(_build.BuildError, match="FUSED_EMA_EXT=0"):
-        _build.build(tmp_path / "here")
+        cache.build(tmp_path / "here")

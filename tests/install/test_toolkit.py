@@ -1,4 +1,4 @@
-"""The search for a CUDA toolkit."""
+"""Which CUDA toolkit is found, and the reasons that are given where none is."""
 
 import pytest
 from build_fakes import CPU_TORCH, CUDA_TORCH, ROCM_TORCH, script, toolkit
@@ -40,7 +40,7 @@ def test_nvcc_on_the_path_is_a_wrapper_script(tmp_path):
 
 def test_nvcc_on_the_path_is_a_link(tmp_path):
     home = toolkit(tmp_path / "far" / "away")
-    (home / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")  # says nothing of where it lies
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")  # it does not say where it is
     (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
     assert _toolkit.find_cuda_home() == home
 
@@ -92,7 +92,7 @@ def test_reasons_for_no_toolkit(tmp_path):
     assert "CUDA 12.8" in _toolkit.find_toolkit(CUDA_TORCH)
     assert "with CUDA 13.0" in _toolkit.find_toolkit(CUDA_TORCH)
     script(tmp_path / "local" / "cuda" / "bin" / "nvcc", "exit 1")
-    assert "--version failed" in _toolkit.find_toolkit(CUDA_TORCH)
+    assert "--version` failed" in _toolkit.find_toolkit(CUDA_TORCH)
 
 
 def test_switch(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the package must never do: run what a file says, talk to a network, or hand a line to a shell."""
+"""What the package must never do: run code from a file, use a network, or start a shell."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import fused_ema
 
 PACKAGE = Path(fused_ema.__file__).parent
 FILES = [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "setup.py"]
-ALLOWED = {  # what is imported, all of it: a module more is to be thought about first, and then added here
+ALLOWED = {  # exactly what is imported: think about what another module can do before you add it
     "__future__",
     "argparse",
     "bisect",
@@ -58,7 +58,7 @@ CODE = {"__import__", "builtins.__import__", "builtins.compile", "compile", "run
 UNPICKLE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "torch.hub.load"}
 SHELL = {"os.startfile", *(f"subprocess.{name}" for name in ("call", "check_call", "check_output", "Popen"))}
 FORBIDDEN = CODE | UNPICKLE | SHELL
-# Whatever they belong to, where there are arguments: a module's own eval() takes none.
+# Calls of any object's member of that name, if they have arguments: nn.Module.eval() has none.
 LAST = {
     "download_url_to_file",
     "eval",
@@ -71,19 +71,20 @@ LAST = {
 }
 PROCESSES = ("os.exec", "os.posix_spawn", "os.spawn")
 LOADS = {"torch.load", "torch.serialization.load"}
-HIDING = {"builtins", "importlib", "os", "pickle", "runpy", "subprocess", "torch"}  # all under their own names
+# Modules that may only be imported under their own names.
+HIDING = {"builtins", "importlib", "os", "pickle", "runpy", "subprocess", "torch"}
 PARTS = {"importlib.import_module", "torch.hub", "torch.jit", "torch.serialization"}
 SHELLS = {"bash", "cmd", "cmd.exe", "powershell", "sh"}
 
 
 def imported(node):
-    """The modules that an import, or a call of import_module, names."""
+    """The modules that an import or a call of import_module names."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         return [] if node.level else [node.module]
     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-        return [getattr(node.args[0], "value", None) or "what is not known here"]
+        return [getattr(node.args[0], "value", None) or "a module that is not named here"]
     return []
 
 
@@ -96,7 +97,7 @@ def forbidden(name):
 
 
 def hides(node):
-    """Names that an import gives to what is then called unseen."""
+    """What an import makes callable under a name that the checks below do not know."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.asname and top(alias.name) in HIDING]
     if isinstance(node, ast.ImportFrom) and not node.level:
@@ -114,7 +115,7 @@ def options(call):
 
 
 def faults(source):
-    """What in the source must not be there, with the line."""
+    """Everything in the source that is forbidden, with its line."""
     nodes = list(ast.walk(ast.parse(source)))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     safe = {call.func for call in calls if options(call).get("weights_only") == "True"}
@@ -123,7 +124,7 @@ def faults(source):
             if top(module) not in ALLOWED:
                 yield node.lineno, f"imports {module}"
         for name in hides(node):
-            yield node.lineno, f"imports {name} so that its use is not seen"
+            yield node.lineno, f"imports {name} under a name that hides its use"
         if isinstance(node, ast.Name | ast.Attribute):
             name = ast.unparse(node)
             if forbidden(name):
@@ -151,8 +152,8 @@ def test_what_is_imported():
     assert {top(module) for tree in trees for node in ast.walk(tree) for module in imported(node)} == ALLOWED
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_file_does_what_none_may(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE.parent).as_posix())
+def test_no_file_does_what_is_forbidden(path):
     assert not list(faults(path.read_text(encoding="utf-8")))
 
 
@@ -203,7 +204,7 @@ def test_each_fault_is_seen(line):
     assert list(faults(line))
 
 
-def test_what_may_be_there():
+def test_what_is_allowed():
     for line in (
         "torch.load(path, weights_only=True)",
         "subprocess.run([nvcc, '--version'])",

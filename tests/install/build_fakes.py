@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from fused_ema._build import compile as _build
+from fused_ema._build import cache
+from fused_ema._build.compile import describe
 
 CPU_TORCH = SimpleNamespace(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None, hip=None))
 CUDA_TORCH = SimpleNamespace(__version__="2.13.0+cu130", version=SimpleNamespace(cuda="13.0", hip=None))
@@ -20,7 +21,7 @@ def script(path, text):
 
 
 def toolkit(home, version="13.0", headers=True):
-    """A folder that looks like a CUDA toolkit; its nvcc answers what is asked of it here."""
+    """Makes a folder that looks like a CUDA toolkit, with an nvcc that answers what fused_ema asks it."""
     script(home / "bin" / "nvcc", f'echo "release {version}, V{version}.1"; echo "#\\$ TOP={home}/bin/.." >&2')
     if headers:
         (home / "include").mkdir()
@@ -29,8 +30,8 @@ def toolkit(home, version="13.0", headers=True):
 
 
 def install(folder, content=b"this is no shared library", **changes):
-    """A library that cannot be imported, with a record that says it fits but for `changes`."""
+    """Writes a library that cannot be imported, with a record that fits it except for `changes`."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (folder / _build.LIBRARY).write_bytes(content)
-    record = {**_build.describe(torch, "no CUDA here"), "size": len(content), **changes}
-    (folder / _build.RECORD).write_text(json.dumps(record))
+    (folder / cache.LIBRARY).write_bytes(content)
+    record = {**describe(torch, "no CUDA here"), "size": len(content), **changes}
+    (folder / cache.RECORD).write_text(json.dumps(record))

@@ -14,10 +14,10 @@ from build_fakes import install
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
 from fused_ema import _cost
-from fused_ema._build import compile as _build
+from fused_ema._build import cache
+from fused_ema._build.compile import PACKAGE
 
-ROOT = Path(__file__).resolve().parent.parent
-
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 
@@ -34,20 +34,12 @@ def python(*arguments, cwd=ROOT, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_info_without_the_extension():
-    code, output = python("-m", "fused_ema", FUSED_EMA_EXT="0")
-    assert code == 0
-    versions = (f"fused_ema  {fused_ema.__version__}", f"torch      {torch.__version__}")
-    for text in (*versions, "cpu: torch", "FUSED_EMA_EXT=0"):
-        assert text in output
-
-
 def test_info_about_the_extension():
     code, output = python("-m", "fused_ema")
     assert code == 0
-    record = _build.read_record(_build.PACKAGE)
+    record = cache.read_record(PACKAGE)
     if record and record["torch"] == str(torch.__version__):
-        assert str(_build.PACKAGE / _build.LIBRARY) in output
+        assert str(PACKAGE / cache.LIBRARY) in output
         assert f"built for torch {torch.__version__}" in output
         assert "backend    cpu: cpu" in output
     else:
@@ -55,13 +47,15 @@ def test_info_about_the_extension():
         assert "run `python -m fused_ema build`" in output
 
 
-def test_info_tells_why_it_is_slow_in_one_screen():
+def test_info_without_the_extension_says_why_it_is_slow_in_one_screen():
     code, output = python("-m", "fused_ema", FUSED_EMA_EXT="0", OMP_NUM_THREADS="1")
     assert code == 0
-    holds_back = output.partition("What holds it back:\n")[2]
-    assert "- The compiled CPU kernel is not active: FUSED_EMA_EXT=0" in holds_back
+    for text in (f"fused_ema  {fused_ema.__version__}", f"torch      {torch.__version__}", "backend    cpu: torch"):
+        assert text in output
+    reasons = output.partition("Updates are slower here than they could be:\n")[2]
+    assert "- The compiled CPU kernel is not active: FUSED_EMA_EXT=0" in reasons
     one_of_many = f"- On the CPU, PyTorch uses 1 of {_cost.cores()} cores (OMP_NUM_THREADS=1; torchrun sets it to 1)"
-    assert (one_of_many in holds_back) == (_cost.cores() > 1)
+    assert (one_of_many in reasons) == (_cost.cores() > 1)
     for row in ("fused_ema (torch)", "torch._foreach_lerp_"):
         assert re.search(rf"{re.escape(row)} +[\d,]+ us +[\d.]+ ms +[\d.]+ GB/s", output)
     assert output.count("\n") <= 24 + 3 * torch.cuda.device_count()
@@ -73,7 +67,7 @@ def test_info_tells_why_it_is_slow_in_one_screen():
         ((1e-4, 0.01), 0.009, "cpu", False),
         ((1e-4, 0.02), 0.009, "cpu", True),
         ((1e-2, 0.01), 0.009, "cpu", True),
-        ((1e-2, 0.02), 0.009, "torch", False),  # the reason is another, and told
+        ((1e-2, 0.02), 0.009, "torch", False),  # for another reason, which is in the list
     ],
 )
 def test_info_says_when_it_is_slower_than_it_should_be(monkeypatch, fused, stream, active, complains):
@@ -89,7 +83,7 @@ def test_info_survives_a_device_without_memory(monkeypatch):
         raise torch.OutOfMemoryError("no room\nlong traceback")
 
     monkeypatch.setattr(_cost, "measure", measure)
-    assert fused_ema_main._table("cpu") == (["cpu: not measured: no room"], None)
+    assert fused_ema_main._table("cpu") == (["cpu could not be measured: no room"], None)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +94,14 @@ def test_info_knows_what_machine_code_runs_on(built, architecture, runs):
     assert fused_ema_main._runs_on(built, architecture) == runs
 
 
-def test_build_fails_with_a_sentence(tmp_path):
+def test_build_fails_with_a_sentence(monkeypatch, capsys):
     assert python("-m", "fused_ema", "build", FUSED_EMA_EXT="0") == (
         1,
-        "fused_ema: no extension was built: FUSED_EMA_EXT=0 switched the extension off: unset it to build one\n",
+        "fused_ema: no extension was built: FUSED_EMA_EXT=0 switches the extension off; unset it to build one\n",
     )
-    code, output = python("-m", "fused_ema", "build", FUSED_EMA_CUDA="maybe")
-    assert code != 0
-    assert "FUSED_EMA_CUDA='maybe'" in output
+    monkeypatch.setenv("FUSED_EMA_CUDA", "maybe")
+    assert fused_ema_main.build(None, force=False) == 1
+    assert "no extension was built: FUSED_EMA_CUDA='maybe': expected 0" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -118,8 +112,8 @@ def checkout(tmp_path):
         "pyproject.toml",
         "LICENSE",
         "csrc/*",
-        "fused_ema/*.py*",
-        "fused_ema/integrations/*.py",
+        "fused_ema/**/*.py",
+        "fused_ema/*.pyi",
         "fused_ema/py.typed",
     ):
         for path in ROOT.glob(pattern):
@@ -148,12 +142,10 @@ def test_wheel_without_torch(checkout, no_torch):
     assert "pip install --no-build-isolation ." in output
     (wheel,) = (checkout / "dist").iterdir()
     assert wheel.name == f"fused_ema-{fused_ema.__version__}-py3-none-any.whl"
-    names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {path.name for path in (ROOT / "csrc").iterdir()}
-    assert {f"fused_ema/_csrc/{name}" for name in sources} <= names
-    assert {"fused_ema/py.typed", "fused_ema/_C.pyi", "fused_ema/_build/compile.py", "fused_ema/__main__.py"} <= names
-    assert {"fused_ema/integrations/lightning.py", "fused_ema/integrations/transformers.py"} <= names
-    assert not [name for name in names if name.endswith(".so")]
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fused_ema").rglob("*.py")}
+    sources = {f"fused_ema/_csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert packed == modules | sources | {"fused_ema/py.typed", "fused_ema/_C.pyi"}
 
 
 @pytest.mark.parametrize("name", ["FUSED_EMA_EXT", "FUSED_EMA_CUDA"])
@@ -161,7 +153,7 @@ def test_wheel_without_torch_as_an_error(checkout, no_torch, name):
     code, output = python("setup.py", "-q", "bdist_wheel", cwd=checkout, PYTHONPATH=no_torch, **{name: "1"})
     assert code != 0
     assert "torch cannot be imported" in output
-    assert f"{name}=1 makes that an error" in output
+    assert f"{name}=1 makes this an error" in output
 
 
 def test_setup_names_a_wrong_switch(checkout):
@@ -171,6 +163,7 @@ def test_setup_names_a_wrong_switch(checkout):
 
 
 def test_setup_switched_off(checkout):
+    install(checkout / "fused_ema")  # as an earlier build left it
     code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, FUSED_EMA_EXT="0")
     assert code == 0
     assert "NO COMPILED EXTENSION" in output
@@ -179,7 +172,7 @@ def test_setup_switched_off(checkout):
 
 @pytest.mark.parametrize("required", [False, True])
 def test_setup_where_nothing_compiles(checkout, required):
-    install(checkout / "fused_ema")  # of an earlier build
+    install(checkout / "fused_ema")  # as an earlier build left it
     switches = {
         "CXX": "false",
         "CC": "false",
@@ -188,15 +181,15 @@ def test_setup_where_nothing_compiles(checkout, required):
     }
     code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **switches)
     assert "compiling failed" in output
-    assert ("FUSED_EMA_EXT=1 makes that an error" if required else "NO COMPILED EXTENSION") in output
+    assert ("FUSED_EMA_EXT=1 makes this an error" if required else "NO COMPILED EXTENSION") in output
     assert (code == 0) is not required
     assert not list((checkout / "fused_ema").glob("_C*.so"))
 
 
-def test_the_description_needs_no_torch():
+def test_what_setup_imports_needs_no_torch():
     code = (
         "import sys, types; package = sys.modules['fused_ema'] = types.ModuleType('fused_ema'); "
-        "package.__path__ = [sys.argv[1]]; import fused_ema._build.compile; "
+        "package.__path__ = [sys.argv[1]]; import fused_ema._build.cache, fused_ema._build.compile; "
         "assert not {'torch', 'setuptools'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT / "fused_ema")], check=True)

@@ -1,0 +1,113 @@
+"""Where a library is put, with a record of what it was built for: the user's cache, or another folder.
+
+setup.py imports this in an environment that may lack torch: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .compile import PYTHON_TAG, BuildError, Built, Record, compile_extension, describe, find_target, say
+
+LIBRARY = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+RECORD = LIBRARY.rpartition(".")[0] + ".json"
+
+
+def place(built: Built, folder: Path) -> None:
+    """Moves a library and its record into a folder. A process that has loaded the old library keeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = built.library.stat().st_size  # recorded because loading a library that was cut off would crash
+    with tempfile.TemporaryDirectory(prefix=".fused_ema-", dir=folder) as staging:
+        library, text = Path(staging) / LIBRARY, Path(staging) / RECORD
+        shutil.copyfile(built.library, library)
+        shutil.copymode(built.library, library)
+        text.write_text(json.dumps({**built.record, "size": size}, indent=1) + "\n", encoding="utf-8")
+        # A reader in between sees no extension, never a library with the record of another.
+        (folder / RECORD).unlink(missing_ok=True)
+        os.replace(library, folder / LIBRARY)
+        os.replace(text, folder / RECORD)
+
+
+def remove(folder: Path) -> None:
+    for name in (RECORD, LIBRARY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> Record | None:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def is_built(folder: Path, wanted: Record) -> bool:
+    library = folder / LIBRARY
+    return library.is_file() and read_record(folder) == {**wanted, "size": library.stat().st_size}
+
+
+# ---- The user's cache ----------------------------------------------------------------------------
+
+
+def cache_folder(torch_version: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "fused_ema" / f"torch-{torch_version}-{PYTHON_TAG}"
+
+
+def distrust(folder: Path) -> str | None:
+    """Why code in this folder must not be loaded: someone else could have put it there."""
+    if not hasattr(os, "getuid"):
+        return None
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        return f"{folder} belongs to user {status.st_uid}, not to you ({os.getuid()})"
+    if status.st_mode & 0o022:
+        return f"{folder} can be written by others: run `chmod go-w {folder}`"
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Allows one build per folder at a time. The system releases the lock of a process that dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another build in {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(folder: Path | None = None, force: bool = False) -> tuple[Path, bool]:
+    """Compiles the extension for the installed torch into a folder, by default the user's cache.
+
+    Returns the library's path, and whether it was compiled now rather than found there. Raises BuildError.
+    """
+    torch, toolkit = find_target()
+    if folder is None:
+        folder = cache_folder(torch.__version__)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+            if reason := distrust(each):
+                raise BuildError(f"{reason}; set XDG_CACHE_HOME to a folder of your own, or use --into")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not force and is_built(folder, describe(torch, toolkit)):
+            return folder / LIBRARY, False
+        with tempfile.TemporaryDirectory(prefix="fused_ema-") as temp:
+            place(compile_extension(Path(temp), torch, toolkit), folder)
+    return folder / LIBRARY, True

@@ -1,0 +1,64 @@
+"""The averages into a model: what `EMA.copy_to` checks and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..pairs import shards
+from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
+from ..pairs.memory import overlaps, place, span, storage
+from .averages import Averages
+
+
+def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
+    """Writes each value into the tensor of its name, with the cast that its dtype needs; all or, where one can't be
+    written, none."""
+    for name, value in values.items():
+        _check_pair(name, value, into[name])
+    _check_memory(values, into, averages)
+    torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
+    with torch.no_grad():
+        for name, value in values.items():
+            into[name].copy_(value)
+
+
+def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
+    check_tensor(f"the average or averaged model[{name!r}]", value)
+    check_tensor(f"model[{name!r}]", target)
+    if refusal := write_refusal(f"model[{name!r}]", target):
+        raise refusal
+    if not torch.can_cast(value.dtype, target.dtype):
+        ours, found = dtype_name(value), dtype_name(target)
+        raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {found}")
+    if refusal := shards.refusal(f"model[{name!r}]", target, value):
+        raise refusal
+    if target.shape != value.shape:
+        wanted, shape = tuple(value.shape), tuple(target.shape)
+        raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}")
+
+
+def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
+    """Raises where writing to one tensor would write to another, or to the averages. Tensors that are the same
+    elements, as tied ones are, must get the same values; those that are not averaged may overlap, since they already
+    do in the model that they come from."""
+    targets = {name: tensor for name in values if (tensor := shards.local(into[name])).numel()}
+    first: dict[tuple[object, ...], str] = {}
+    for name, target in targets.items():
+        before = first.setdefault(place(target), name)
+        one, other = (shards.local(values[each]) for each in (before, name))
+        if place(one) != place(other) and not equal_values(one, other):
+            raise ValueError(
+                f"model[{name!r}]: expected memory of its own, found that of {before!r}, whose average is another"
+            )
+    pairs = overlaps(span(name, targets[name]) for name in first.values())
+    if shared := {each.name for pair in pairs for each in pair}:
+        both = [name for name in targets if first[place(targets[name])] in shared]
+        if any(name in averages for name in both):
+            raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
+    ours = averages.storages()
+    for name, target in targets.items():
+        if storage(target) in ours and place(target) != place(shards.local(values[name])):
+            raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")

@@ -1,0 +1,85 @@
+"""Where tensors lie: addresses, the bytes they span, and which of them share bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """The bytes [begin, end) that a tensor touches."""
+
+    begin: int
+    end: int
+    name: str
+
+
+def span(name: str, tensor: Tensor) -> Span:
+    """The span of a tensor that has elements."""
+    begin = address(tensor)
+    return Span(begin, begin + extent(tensor) * tensor.element_size(), name)
+
+
+def overlaps(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
+    """Pairs of spans that share bytes, in order of address.
+
+    Each span that overlaps one before it comes once, with the one of those that reaches farthest; so every span that
+    overlaps any other is in some pair.
+    """
+    farthest = None
+    for each in sorted(spans):
+        if farthest and each.begin < farthest.end:
+            yield farthest, each
+        if farthest is None or each.end > farthest.end:
+            farthest = each
+
+
+def place(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same elements."""
+    return (address(tensor), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; a number of its own for kinds that have no address."""
+    return tensor.data_ptr() if has_address(tensor) else id(tensor) << 64
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether data_ptr() is an address of bytes. For other kinds it raises, or means nothing."""
+    return tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided and not is_functorch(tensor)
+
+
+def storage(tensor: Tensor) -> int:
+    """Where the storage of a tensor begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from the first to one past the last, of a tensor that has any."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of the tensor may share memory, as in one that was expanded."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def is_functorch(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def nth_average(first: Tensor, stride: int, k: int) -> Tensor:
+    """Average number `k` of several averages of one tensor, `stride` elements from one to the next."""
+    return first.detach().as_strided(first.shape, first.stride(), first.storage_offset() + k * stride)

@@ -1,0 +1,126 @@
+"""The interface between a plan and what runs it.
+
+A plan (fused_ema/plan.py) pairs tensors, checks them, and asks a runner to prepare them: to look up whatever the pairs
+alone decide, such as addresses, tables on a device, or lists for `torch._foreach_*`. What the runner returns is kept
+and run at every update, for as long as the tensors stay what they were.
+
+To add a runner, implement `Runner` and `Prepared` in a file of this folder and put it into the list in __init__.py:
+`choose` takes the first of them that can run on a device. It computes what docs/numerics.md promises. reference.py
+shows every operation in a page of plain PyTorch, and tests/runners has one suite that all runners pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..pairs.checks import Action
+
+Tensors: TypeAlias = Sequence[Tensor]
+OpName = Literal["update", "copy", "swap", "restore", "update_stochastic"]
+"""What a call does with each pair:
+
+- "update": averages, or copies where the pair's action is COPY; rounds to nearest.
+- "update_stochastic": the same, but 16-bit averages are rounded stochastically.
+- "copy": the average becomes the model's value.
+- "swap": the two exchange values. Where their types differ, the model's values go to the call's scratch memory, the
+  model gets the average, and the average stays as it is.
+- "restore": undoes a swap: exchanges the values again, or takes the model's from the scratch memory.
+"""
+
+
+class Job(NamedTuple):
+    """What a runner prepares: pairs that were checked. Lists have one entry per pair."""
+
+    names: list[str]  # for errors
+    ema: list[Tensor]  # plain dense tensors; of several averages the first
+    model: list[Tensor]  # plain dense tensors, of the same shapes and devices
+    actions: list[Action]  # NONE: leave the pair out
+    averages: int  # of each tensor of the model, 1 to 8
+    strides: list[int]  # elements from one average of a pair to the next
+
+
+class Call(NamedTuple):
+    """What one call asks for. `decays` and `keys` have one entry for each average that takes part."""
+
+    op: OpName
+    decays: tuple[float, ...] = (0.0,)  # in [0, 1]: 1 leaves the average alone, 0 copies
+    device_decays: Tensor | None = None  # these instead: float32 or float64, on the device, never read on the host
+    keys: tuple[int, ...] = ()  # 64 random bits each, for "update_stochastic"
+    average: int = -1  # the only average that takes part; -1: all of them
+    scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes on each device, as `Prepared.scratch` asks
+
+
+class Watch(Protocol):
+    """Sees whether modules, dicts and lists still hold what they held when it was made; see runners/watch.py."""
+
+    def current(self) -> bool: ...
+
+
+class Prepared(Protocol):
+    """Pairs that a runner has prepared. Holds no reference to a tensor, so that replaced parameters are freed."""
+
+    def launches(self) -> int:
+        """Kernel launches (on the CPU, parallel loops) of one update."""
+
+    def scratch(self) -> list[tuple[torch.device, int]]:
+        """Bytes of scratch memory that a "swap" needs on each device, for pairs whose types differ."""
+
+    def current(self) -> bool:
+        """Whether the watched sources still hold the tensors that were prepared, unchanged in address, type, shape and
+        strides."""
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        """Runs the call and raises the version counter of what it writes. False: something is no longer current, and
+        nothing was written.
+
+        Without `ema` and `model` it runs on the tensors that the watched sources hold; with them on those, which may be
+        new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either as it was or
+        done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
+        """
+
+    def exchanged(self) -> bool:
+        """Whether a "swap" wrote to the model and no "restore" has undone it."""
+
+    def mark_exchanged(self) -> None:
+        """Says that another `Prepared` did the swap on the same memory, so that this one may undo it."""
+
+
+class Runner(Protocol):
+    """Something that can run updates. One instance serves the process."""
+
+    name: str  # the file's
+
+    def backend(self, device_type: str) -> str:
+        """What `fused_ema.backend()` calls it on a device of this type, such as "cuda"."""
+
+    def why_not(self, device_type: str) -> str | None:
+        """Why it can't run on devices of this type here and now, and what to do about it; None where it can."""
+
+    def prepare(self, job: Job, watch: Watch | None) -> Prepared:
+        """Prepares the pairs. `watch` sees what their sources held before they were paired; None where nothing can be
+        watched, so that every `run` is given its tensors."""
+
+
+_lock = threading.RLock()
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """The lock of this process for managers and for runners in Python. (The extension has its own, which other threads
+    can wait for without the interpreter's.)"""
+    return _lock
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one for ever
