@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._warning import warn
 from ..checkpoints.files import PathLike
 from ..pairs.arguments import check_floating, whole_number
 from ..pairs.checks import dtype_name
@@ -61,10 +61,9 @@ def reconstruct(
     gammas = [gamma_of(x) for each in used for x in each.sigma_rels]
     weights = iter(solve_weights(times, gammas, time, gamma).tolist())
     if (error := profile_error(times, gammas, time, gamma)) > 0.25:
-        warnings.warn(
+        warn(
             f"{folder}: the snapshots give the profile of sigma_rel {sigma_rel} after {time} updates with an error of "
             f"{error:.0%}; see fused_ema.posthoc.profile_error",
-            stacklevel=2,
         )
     sums: dict[str, Tensor] = {}
     expected: dict[str, str] = {}

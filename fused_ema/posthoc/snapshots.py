@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._warning import warn
 from ..checkpoints.files import PathLike, safetensors, save, storable
 from ..manager.ema import EMA
 from ..pairs.arguments import check_floating, shown, whole_number
@@ -78,11 +78,10 @@ def save_snapshot(folder: PathLike, ema: EMA, *, dtype: torch.dtype | None = Non
     save(path, tensors, {MARK: FORMAT, **{key: json.dumps(about[key]) for key in KEYS}})
     later = sorted(each.name for each in path.parent.iterdir() if (count := _updates_of(each)) and count > updates)
     if later and not any(tensor is None for tensor in tensors.values()):
-        warnings.warn(
+        warn(
             f"{folder}: {first_few(later, ', ')} had more updates than {path.name}, which was saved now; they belong "
             "to another run, or to this one before it went back to an earlier state. reconstruct() would mix them with "
             "the new ones; remove them, or use another folder",
-            stacklevel=2,
         )
     return path
 
