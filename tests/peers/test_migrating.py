@@ -222,7 +222,7 @@ def test_an_old_checkpoint_is_taken_over(section, tmp_path):
     before["args"].resume = f"{tmp_path}/last.pth.tar"
     exec(block, {**before, "ema": ema, "fused_ema": fused_ema})
     ema.attach(new["optimizer"], save=True)
-    with pytest.warns(UserWarning, match="found none"):
+    with pytest.warns(UserWarning, match="has no averages under"):
         new["optimizer"].load_state_dict(before["optimizer"].state_dict())
     assert ema.step == EPOCHS * BATCHES
     averages = ema.averaged_state_dict()
