@@ -1,10 +1,11 @@
 """Decay schedules: schedule(n) is the decay of update n, a float in [0, 1]; n = 1 for the first update.
 
-Frozen dataclasses, so that they can be pickled, compared, hashed and printed. D is the decay that a schedule keeps or
-arrives at, in [0, 1]. Arguments out of range raise ValueError, other than numbers TypeError; n < 1 raises ValueError.
+They are frozen dataclasses, so that they can be pickled, compared, hashed and printed. D, in [0, 1], is the decay that
+a schedule keeps or approaches. Arguments that are out of range, and n < 1, raise ValueError; arguments that are not
+numbers raise TypeError.
 
-`per_step` says what a decay stands for. True: one optimizer step, so a manager that updates on every k-th step only
-raises it to the k-th power. False: one update, however many steps apart; see `power_function`.
+`per_step` says what a decay stands for. True: one optimizer step, so that a manager with `update_every=k` raises it to
+the k-th power. False: one update, however many steps there are between two; see `power_function`.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class constant(_Checked):
 
 @dataclass(frozen=True)
 class inverse_power(_Checked):
-    """A warm-up during which the average reaches back over about (n/gamma)^power updates.
+    """A warm-up during which the average covers about the last (n/gamma)^power updates.
 
     Args:
         D: the largest decay.
-        gamma: in updates, > 0; the larger, the slower.
-        power: > 0; with 1, and gamma 1, the average is the plain mean until the decay is D.
-        min: the smallest decay, in [0, D], but for the first start + 1 updates, which copy.
-        start: the updates before the one that the average starts from, an integer >= 0.
+        gamma: in updates, > 0; the larger, the slower the warm-up.
+        power: > 0; with power 1 and gamma 1, the average is the plain mean until the decay reaches D.
+        min: the smallest decay, in [0, D], after the first start + 1 updates, whose decay is 0.
+        start: the number of updates before the one that the average starts from, an integer >= 0.
 
     Equivalent to::
 
@@ -91,7 +92,7 @@ class inverse_power(_Checked):
         s = _update(n) - self.start - 1
         if s <= 0:
             return 0.0
-        decay = -math.expm1(-self.power * math.log1p(s / self.gamma))  # 1 - (1 + x)**-power would lose a small x
+        decay = -math.expm1(-self.power * math.log1p(s / self.gamma))  # 1 - (1 + x)**-power loses the digits of small x
         return max(self.min, min(decay, self.D))
 
 
@@ -99,8 +100,8 @@ class inverse_power(_Checked):
 class tf_warmup(_Checked):
     """min(D, (1 + n)/(10 + n)): a short warm-up.
 
-    Source: TensorFlow's ExponentialMovingAverage and torch_ema, whose `num_updates` is n. diffusers' EMAModel without
-    warm-up copies first: its decay is this one at n = optimization_step - update_after_step - 1, and 0 where that is 0.
+    Source: TensorFlow's ExponentialMovingAverage and torch_ema, whose `num_updates` is n. diffusers' EMAModel with
+    `use_ema_warmup=False` has this decay at n = optimization_step - update_after_step - 1, and 0 where that is 0.
     """
 
     D: float
@@ -126,11 +127,11 @@ class exponential_ramp(_Checked):
 
 @dataclass(frozen=True)
 class half_life(_Checked):
-    """2^(-interval/h): the weight of a model in the average halves while h passes.
+    """2^(-interval/h): the weight of a model in the average halves every h steps, samples or tokens.
 
     Args:
         h: in steps, samples or tokens, > 0.
-        interval: what passes between two optimizer steps, in the unit of h, > 0: 1, the batch, or the tokens in it.
+        interval: from one optimizer step to the next, in the unit of h, > 0: 1, or the samples or tokens of a batch.
 
     Source: Composer's EMA; EDM2's traditional EMA without its ramp-up (h in images, interval the batch size).
     """
@@ -145,14 +146,16 @@ class half_life(_Checked):
 
 @dataclass(frozen=True)
 class power_function(_Checked):
-    """(1 - 1/n)^(gamma + 1): after n updates, the model of update t has the share of t^gamma between t - 1 and t.
+    """(1 - 1/n)^(gamma + 1): the weights of the updates in the average are a power function of their numbers.
 
-    Stated per update: the profile depends on t/n alone, so updates on every k-th step give the same one from the same
-    decays, only sampled more coarsely. (EDM2's formula for them, 1 - k/step, is this one at n = step/k.)
+    After n updates, the share of update t's model is ∫ s^gamma from t - 1 to t over the same integral from 0 to n. This
+    profile depends on t/n only, so updates on every k-th step give the same one with the same decays, sampled more
+    coarsely. (EDM2's formula for them, 1 - k/step, is this one at n = step/k.)
 
     Args:
         sigma_rel: the standard deviation of t/n under this profile, in (0, 1/√12 = 0.2887]. At the upper end gamma is
-            0 and the average the plain mean; beyond, up to 0.3003, gamma < 0 would weigh the oldest models most.
+            0 and the average is the plain mean. Above it, up to 0.3003, gamma < 0 would give the oldest models the most
+            weight.
 
     Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", appendix C.
     """
@@ -162,7 +165,7 @@ class power_function(_Checked):
 
     @cached_property
     def gamma(self) -> float:
-        """The exponent: see `gamma_of`."""
+        """The exponent of the profile; see `gamma_of`."""
         return gamma_of(self.sigma_rel)
 
     def __call__(self, n: int) -> float:
@@ -171,41 +174,41 @@ class power_function(_Checked):
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The gamma of the profile t^gamma that is sigma_rel wide, correctly rounded; see `power_function`.
+    """The gamma for which the profile t^gamma has the width sigma_rel, correctly rounded; see `power_function`.
 
     Equivalent to ``numpy.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max()``.
     """
     sigma = _checked("sigma_rel", sigma_rel)
     variance, gamma = Fraction(sigma) ** 2, 1.0 / sigma
-    while True:  # Newton's method, from the right of the largest root of a cubic that is convex there
-        x = Fraction(gamma)  # exact, since the terms cancel
+    while True:  # Newton's method, from the right of the largest root of the cubic, which is convex there
+        x = Fraction(gamma)  # exact, because the terms of the cubic cancel
         excess = variance * (x + 2) ** 2 * (x + 3) - (x + 1)
         nearer = float(x - excess / (variance * (x + 2) * (3 * x + 8) - 1))
         if nearer >= gamma:
-            return max(nearer, 0.0)  # for 1/√12 as rounded, the root may be just below 0
+            return max(nearer, 0.0)  # rounding of 1/√12 may put the root just below 0
         gamma = nearer
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """√((gamma + 1)/((gamma + 2)²·(gamma + 3))), gamma >= 0: how wide the profile t^gamma is; see `power_function`."""
+    """√((gamma + 1)/((gamma + 2)²·(gamma + 3))), gamma >= 0: the width of the profile t^gamma; see `power_function`."""
     value = _checked("gamma", gamma, (0.0, sys.float_info.max, "a finite value >= 0"))
     return math.sqrt((value + 1.0) / (value + 3.0)) / (value + 2.0)
 
 
 def as_schedule(decay: float | Schedule) -> Schedule:
-    """A number in [0, 1] as a constant schedule, a callable as it is.
+    """A number in [0, 1] as a constant schedule; a callable as it is.
 
     Raises:
-        TypeError: it is neither. A bool or a tensor is no number here, and a class no schedule before it is called.
+        TypeError: it is neither a number nor a schedule; bools, tensors and classes are refused.
         ValueError: the number is out of range.
     """
     if isinstance(decay, type):
-        raise TypeError(f"decay: expected a number or a schedule, found the class {decay.__name__}: call it first")
+        raise TypeError(f"decay: expected a number or a schedule, found the class {decay.__name__}; call it first")
     return decay if callable(decay) else constant(_checked("decay", decay))
 
 
 def to_state(schedule: Schedule) -> dict[str, float | int | str] | str:
-    """For checkpoints: the name and the arguments of a schedule of this file, the repr of any other."""
+    """For checkpoints: the name and the arguments of a schedule of this module; the repr of any other."""
     name = type(schedule).__name__
     if _BUILT_IN.get(name) is not type(schedule):
         return repr(schedule)
@@ -213,10 +216,10 @@ def to_state(schedule: Schedule) -> dict[str, float | int | str] | str:
 
 
 def from_state(state: Mapping[str, float | int | str]) -> Schedule:
-    """The schedule from the dict that `to_state` made of it; ValueError where the name or an argument is not right."""
+    """The schedule from the dict that `to_state` made of it; ValueError if the name or an argument is wrong."""
     name = state.get("name") if isinstance(state, Mapping) else None
     if not isinstance(name, str) or name not in _BUILT_IN:
-        raise ValueError(f"schedule: expected a dict with a name among {', '.join(_BUILT_IN)}; found {shown(state)}")
+        raise ValueError(f"schedule: expected a dict with a name among {', '.join(_BUILT_IN)}, found {shown(state)}")
     arguments = {key: value for key, value in state.items() if key != "name"}
     expected = {field.name for field in fields(_BUILT_IN[name])}
     if arguments.keys() != expected:
@@ -242,13 +245,13 @@ def _checked(name: str, value: object, among: tuple[float, float, str] | None = 
     except OverflowError:  # an int
         number = math.inf
     low, high, expected = among or _RANGES[name]
-    if not low <= number <= high or (name == "start" and not isinstance(value, Integral)):  # NaN is not in it either
+    if not low <= number <= high or (name == "start" and not isinstance(value, Integral)):  # refuses NaN too
         raise ValueError(f"{name}: expected {expected}, found {number}")
     return int(value) if isinstance(value, Integral) and name == "start" else number
 
 
 _POSITIVE = (math.ulp(0.0), sys.float_info.max, "a finite value > 0")
-_WIDEST = math.sqrt(1 / 12) * (1 + 2**-51)  # whichever way 1/√12 is computed
+_WIDEST = math.sqrt(1 / 12) * (1 + 2**-51)  # allows for each way to compute 1/√12
 _RANGES = {
     **dict.fromkeys(("decay", "D", "min"), (0.0, 1.0, "a value in [0, 1]")),
     **dict.fromkeys(("gamma", "power", "tau", "h", "interval"), _POSITIVE),

@@ -1,1 +1,1 @@
-"""For trainers of other packages, a file for each. Nothing here is imported by `import fused_ema`."""
+"""Callbacks for the trainers of other packages, a file for each. `import fused_ema` imports none of them."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:  # its older name
+except ImportError:  # the package's older name
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 import torch
@@ -23,19 +23,20 @@ class EMACallback(Callback):
 
     Args:
         decay: as in `fused_ema.EMA`.
-        evaluate: whether validation, test and prediction use the average. The module's own weights come back before
+        evaluate: whether validation, test and prediction use the average. The module has its own weights back before
             any checkpoint is written, and after an exception.
-        save: which copy a checkpoint has as its "state_dict", the one that `load_from_checkpoint` reads: "model", or
-            "average", which leaves the model's under "current_model_state", as Lightning's own callback does. Either
-            way `fit(ckpt_path=...)` goes on with both; and so it does from a checkpoint of Lightning's own callback.
-        optimizer: position in `trainer.optimizers` of the one whose step an update follows.
-        index: of the average that is used, where `decay` is a sequence.
-        options: of `fused_ema.EMA`.
+        save: which weights a checkpoint has as its "state_dict", which `load_from_checkpoint` reads: "model", or
+            "average", which puts the model's own under "current_model_state", as Lightning's own callback does. In
+            both cases `fit(ckpt_path=...)` resumes both. It also resumes from a checkpoint of Lightning's own callback.
+        optimizer: the position in `trainer.optimizers` of the optimizer whose steps the updates follow.
+        index: of the average that is used, if `decay` is a sequence.
+        options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `fit` on.
 
     Raises:
-        ValueError: from `fit`, for "average" beside a ModelCheckpoint that saves weights only, which asks no callback.
+        ValueError: from `fit`, for save="average" with a ModelCheckpoint that saves weights only, since Lightning calls
+            no callback for it.
     """
 
     ema: EMA | None = None
@@ -55,28 +56,28 @@ class EMACallback(Callback):
         self.decay, self.evaluate, self.save, self.optimizer, self.index = decay, evaluate, save, optimizer, index
         self.options = options
         self._state: dict[str, Any] | None = None
-        self._of_lightning: dict[str, Any] | None = None  # what its own callback saved
+        self._of_lightning: dict[str, Any] | None = None  # the state that Lightning's own callback saved
         self._restored = False  # in this fit
         self._attached: Any = None
         self._inside = contextlib.ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         saving = (getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks)
-        if self.save == "average" and any(saving):  # then no callback is asked
+        if self.save == "average" and any(saving):
             raise ValueError(
-                "save: expected 'model' beside a ModelCheckpoint with save_weights_only=True, found 'average': its "
-                "files would have the model's weights"
+                "save: expected 'model', found 'average' with a ModelCheckpoint that has save_weights_only=True; its "
+                "files would hold the model's own weights, since Lightning calls no callback for them"
             )
         self._restored = False
         self._attached = self._manager(pl_module).attach(trainer.optimizers[self.optimizer])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._manager(pl_module)  # FSDP and DeepSpeed restore after on_fit_start
+        self._manager(pl_module)  # FSDP and DeepSpeed load the checkpoint after on_fit_start
         if trainer.ckpt_path is not None and not self._restored:
-            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: a new one begins here", stacklevel=2)
+            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages; new ones start here", stacklevel=2)
 
     def _manager(self, pl_module: LightningModule) -> EMA:
-        """Of this module, with what was loaded for it."""
+        """The manager of this module, with the state that was loaded for it."""
         if self.ema is None or self.ema.model is not pl_module:
             self._detach()
             self.ema = EMA(pl_module, self.decay, **self.options)
@@ -108,9 +109,9 @@ class EMACallback(Callback):
                 return
             manager = self.ema
         elif self._state is None:
-            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages: its own weights are used", stacklevel=2)
+            warnings.warn(f"EMACallback: {trainer.ckpt_path} has no averages; its own weights are used", stacklevel=2)
             return
-        else:  # the average of that checkpoint is meant
+        else:  # the average of that checkpoint is wanted, not the latest one
             manager = EMA(pl_module, self.decay, **self.options)
             manager.load_state_dict(self._state)
         self._inside.enter_context(manager.swapped(self.index))
@@ -127,10 +128,10 @@ class EMACallback(Callback):
         return self.ema.state_dict() if self.ema else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict or None  # until there is a manager
+        self._state = state_dict or None  # _manager() loads it
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        swapped = self.ema is not None and self.ema._swap is not None  # someone saves during an evaluation
+        swapped = self.ema is not None and self.ema.swapped_index is not None  # it is saved during an evaluation
         if swapped:
             self._leave()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
@@ -139,7 +140,7 @@ class EMACallback(Callback):
             checkpoint["state_dict"] = self.ema.averaged_state_dict(self.index)
         if swapped:
             for key in {"state_dict", "current_model_state"} & checkpoint.keys():
-                checkpoint[key] = copy.deepcopy(checkpoint[key])  # it is written when the average is back
+                checkpoint[key] = copy.deepcopy(checkpoint[key])  # the file is written after the next swap
             self._enter(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

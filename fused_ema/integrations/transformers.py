@@ -19,23 +19,23 @@ FOLDER, STATE = "ema", "ema.pt"  # in a checkpoint's folder
 
 
 class EMACallback(TrainerCallback):
-    """Averages the model after each optimizer step, evaluates the average, and saves it beside each checkpoint.
+    """Averages the model after each optimizer step, evaluates the average, and saves it with each checkpoint.
 
     Args:
         decay: as in `fused_ema.EMA`.
-        evaluate: whether the evaluations that the trainer makes while it trains use the average. For your own, and for
-            `trainer.save_model()`: ``with callback.ema.swapped(): trainer.evaluate()``. Where other callbacks ask for
-            evaluations, this one goes last.
-        save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads, and a file `ema.pt`, with
-            which `train(resume_from_checkpoint=...)` goes on.
-        index: of the average that is used, where `decay` is a sequence.
-        options: of `fused_ema.EMA`.
+        evaluate: whether the evaluations during training use the average. For an evaluation of your own, and for
+            `trainer.save_model()`, write ``with callback.ema.swapped(): trainer.evaluate()``. If other callbacks ask
+            for evaluations, pass this one last.
+        save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads, and a file `ema.pt`, from
+            which `train(resume_from_checkpoint=...)` resumes.
+        index: of the average that is used, if `decay` is a sequence.
+        options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `train` on.
 
     Raises:
-        FileNotFoundError: from `train`, which resumed from a checkpoint that has no averages.
-        ValueError: from `train`, for `save` and a sharded model.
+        FileNotFoundError: from `train`, if it resumes from a checkpoint that has no averages.
+        ValueError: from `train`, for save=True with a sharded model.
     """
 
     ema: EMA | None = None
@@ -49,14 +49,14 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        self._inside.close()  # after a training that an exception ended
+        self._inside.close()  # an exception may have ended the previous training inside an evaluation
         model = given["model"]
         if self.ema is None or self.ema.model is not model or state.global_step == 0:
             self.ema = EMA(model, self.decay, **self.options)
         if self.save and any(is_sharded(parameter) for parameter in model.parameters()):
             raise ValueError(
-                "EMACallback: expected save=False for a sharded model, found True; torch.distributed.checkpoint saves "
-                "and loads callback.ema.state_dict()"
+                "EMACallback: expected save=False for a sharded model, found True; save and load "
+                "callback.ema.state_dict() with torch.distributed.checkpoint"
             )
         if state.global_step:
             self._load(_resumed_from() or _checkpoint(args, state))
@@ -71,7 +71,7 @@ class EMACallback(TrainerCallback):
         self._enter(control)
 
     def _enter(self, control: TrainerControl) -> None:
-        if self.ema and self.evaluate and control.should_evaluate and not self.ema._swap:
+        if self.ema and self.evaluate and control.should_evaluate and self.ema.swapped_index is None:
             self._inside.enter_context(self.ema.swapped(self.index))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -85,8 +85,8 @@ class EMACallback(TrainerCallback):
         self._warn_of_raw_weights()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        if self.ema and self.ema._swap:
-            raise RuntimeError("EMACallback: expected the model's own weights in a checkpoint, found the averages")
+        if self.ema and self.ema.swapped_index is not None:
+            raise RuntimeError("EMACallback: a checkpoint was saved inside swapped(), with the averages as the model")
         if not (self.ema and self.save and state.is_world_process_zero):
             return
         model, folder, averages = given["model"], _checkpoint(args, state), self.ema.averaged_state_dict(self.index)
@@ -99,12 +99,12 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if self.save and args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(Path(state.best_model_checkpoint))  # as the trainer did with the model
+            self._load(Path(state.best_model_checkpoint))  # the trainer has loaded its model
 
     def _warn_of_raw_weights(self) -> None:
-        if self.ema and self.evaluate and self.ema.updates and not self.ema._swap:
+        if self.ema and self.evaluate and self.ema.updates and self.ema.swapped_index is None:
             warnings.warn(
-                "EMACallback: these are the metrics of the model's own weights; for those of the average, "
+                "EMACallback: these are the metrics of the model's own weights; to evaluate the average, write "
                 "`with callback.ema.swapped(): trainer.evaluate()`",
                 stacklevel=3,
             )
@@ -121,7 +121,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _trainer_frames(function: str) -> Iterator[dict[str, Any]]:
-    """The variables of the Trainer's functions of that name that called us: it tells its callbacks too little."""
+    """The variables of the Trainer's calls of that function on the stack, as callbacks are not told enough."""
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code.co_name == function and isinstance(frame.f_locals.get("self"), Trainer):
@@ -136,7 +136,7 @@ def _resumed_from() -> Path | None:
 
 
 def _more_datasets(metrics: Mapping[str, float]) -> bool:
-    """Whether this is one of several datasets, and not the last: then the next follows at once."""
+    """Whether this is one of several datasets and not the last, so that the next is evaluated right away."""
     for variables in _trainer_frames("evaluate"):
         if isinstance(datasets := variables.get("eval_dataset"), dict):
             return f"{variables.get('metric_key_prefix', 'eval')}_{list(datasets)[-1]}_runtime" not in metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import plan as plans
 from ..pairs import shards
-from ..pairs.arguments import check_buffers
+from ..pairs.arguments import average_index, check_buffers
 from ..pairs.pairing import Pairs, difference
 from ..plan import Buffers, Plan
 from ..runners.base import Call, one_at_a_time
@@ -537,10 +536,7 @@ class EMA:
         )
 
     def _check_index(self, index: int) -> int:
-        index = operator.index(index)
-        if not 0 <= index < len(self.schedules):
-            raise IndexError(f"index: expected one of {len(self.schedules)} averages, found {index}")
-        return index
+        return average_index(index, len(self.schedules))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._swap:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import reprlib
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ def whole_number(name: str, value: Any, least: int) -> int:
         limit = " and below 2**64" if whole and value >= 2**64 else ""  # what a float can hold
         raise ValueError(f"{name}: expected a whole number, {least} or more{limit}, found {shown(value)}")
     return int(value)
+
+
+def average_index(index: SupportsIndex, count: int) -> int:
+    """The number of one of `count` averages; a negative one is refused."""
+    index = operator.index(index)
+    if not 0 <= index < count:
+        raise IndexError(f"index: expected one of {count} averages, found {index}")
+    return index
 
 
 def shown(value: object) -> str:

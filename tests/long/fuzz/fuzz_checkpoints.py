@@ -2,7 +2,8 @@
 
     python tests/long/fuzz/fuzz_checkpoints.py -runs=2000 -seed=1
 
-A reader gives a result, or raises what its docstring says, leaves the manager as it was, and runs nothing of a file.
+A reader returns a result or raises an error that its docstring names; it runs no code from a file, and a refusal leaves
+the manager as it was.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ def saved(value):
 
 
 def seeds():
-    """Valid files; for states, the objects that are pickled."""
+    """Valid states, and valid files by name."""
     states = {layout: checkpoints.export(EMA, layout) for layout in checkpoints.LAYOUTS}
     states["manager"] = copy.deepcopy(FIRST)
     files = {f"{name}.pt": saved(state) for name, state in states.items()}
@@ -231,7 +232,7 @@ FRESH = state_of(EMA)
 
 
 def attempt_on_manager(call, refusals=TAKEN):
-    """Whether the call succeeded. Restores the manager afterwards."""
+    """Whether the call succeeded; resets the manager afterwards."""
     done = harness.attempt(call, refusals)
     assert not MARKER.exists(), "a file's code ran"
     if done:
@@ -284,7 +285,7 @@ def target(data):
     harness.attempt(lambda: posthoc.snapshots(folder), (ValueError,))
     sigma_rel = choose.of((0.1, 0.07, 0.05, 0.2, *ODD)) if choose.below(4) == 0 else 0.1
     updates = choose.of((None, 3, 4, *HUGE))
-    refusals = (ValueError,) if isinstance(sigma_rel, float) else TAKEN  # no number: TypeError, as from a schedule
+    refusals = (ValueError,) if isinstance(sigma_rel, float) else TAKEN  # TypeError if it is no number
     harness.attempt(lambda: posthoc.reconstruct(folder, sigma_rel, updates=updates), refusals)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert peak < MOST_MIB, f"{peak:.0f} MiB at the most"

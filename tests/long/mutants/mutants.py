@@ -412,7 +412,7 @@ MUTANTS = [
     # ---- Files
     Mutant(
         "pickles that run code",
-        "fused_ema/checkpoints/__init__.py",
+        "fused_ema/checkpoints/load.py",
         "map_location=map_location, weights_only=True)",
         "map_location=map_location, weights_only=False)",
     ),
@@ -430,28 +430,40 @@ MUTANTS = [
     ),
     Mutant(
         "one copy too few",
-        "fused_ema/checkpoints/__init__.py",
+        "fused_ema/checkpoints/layouts.py",
         "copied = 0 < ema.update_after_step <= ema.step",
         "copied = 0 < ema.update_after_step < ema.step",
     ),
     Mutant(
         "empty ones tied",
-        "fused_ema/posthoc/__init__.py",
+        "fused_ema/posthoc/snapshots.py",
         "(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)",
         "(x.data_ptr(), x.dtype, x.device)",
     ),
     Mutant(
-        "another run's snapshots",
-        "fused_ema/posthoc/__init__.py",
-        ".get(_RUN, ema._run_id) != ema._run_id:",
-        ".get(_RUN, ema._run_id) == 0:",
+        "later snapshots of another run",
+        "fused_ema/posthoc/snapshots.py",
+        "and count > updates)",
+        "and count < 0)",
     ),
     Mutant("not yet on the disk", "fused_ema/checkpoints/files.py", "        _sync(temporary)\n", ""),
     Mutant(
         "leftovers of failures", "fused_ema/checkpoints/files.py", "        temporary.unlink(missing_ok=True)\n", ""
     ),
     Mutant(
-        "weights that don't sum to 1", "fused_ema/posthoc/__init__.py", "    return x / x.sum()\n", "    return x\n"
+        "weights that don't sum to 1", "fused_ema/posthoc/profiles.py", "    return x / x.sum()\n", "    return x\n"
+    ),
+    Mutant(
+        "positions of what is not averaged",
+        "fused_ema/checkpoints/restore.py",
+        "(positional or id(place) in averaged)",
+        "(id(place) in averaged)",
+    ),
+    Mutant(
+        "all averages in an export",
+        "fused_ema/checkpoints/layouts.py",
+        "return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor",
+        "return tensor",
     ),
     Mutant(
         "any folder for code",

@@ -35,7 +35,7 @@ def data(count):
 
 
 class Trainer(transformers.Trainer):
-    """Notes what is evaluated."""
+    """Records the weights that are evaluated."""
 
     def prediction_step(self, model, *arguments, **options):
         self.evaluated = values(self.model)
@@ -83,7 +83,7 @@ def test_it_follows_each_step_evaluates_and_saves_the_average(tmp_path, accumula
     callback, by_hand = EMACallback(decay=0.9), Averages()
     options = {"eval_strategy": strategy, "save_strategy": strategy, "gradient_accumulation_steps": accumulate}
     run = trainer(tmp_path, callback, **options, **({"max_steps": 8 // accumulate} if strategy == "epoch" else {}))
-    # Before the other, which takes the model's weights for the average while those are in it.
+    # It runs before the other callback, which puts the average into the model.
     run.callback_handler.callbacks.insert(0, by_hand)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="EMACallback")
@@ -110,7 +110,7 @@ def test_resumed_training_has_the_same_bits(tmp_path):
 
 
 def test_training_goes_on_from_a_folder_elsewhere(tmp_path):
-    """Though the own folder has a checkpoint of that number, of another training."""
+    """Although the output folder has a checkpoint of that number from another training."""
     whole, other, callback = (EMACallback(decay=decay) for decay in (0.9, 0.5, 0.9))
     trainer(tmp_path / "first", whole).train()
     trainer(tmp_path / "second", other).train()
@@ -146,7 +146,7 @@ def test_each_of_several_datasets_is_evaluated_with_the_average(tmp_path):
     assert not torch.equal(run.model.transformer.wte.weight, seen[-1]["transformer.wte.weight"])
 
 
-def test_a_prediction_of_the_model_says_so(tmp_path):
+def test_predicting_with_the_model_gives_a_warning(tmp_path):
     callback = EMACallback(decay=0.9)
     run = trainer(tmp_path, callback)
     run.train()
@@ -180,7 +180,7 @@ def test_the_best_model_comes_with_its_average(tmp_path):
     same_values(values(run.model), values(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-3")))
 
 
-def test_an_evaluation_of_the_model_after_training_says_so(tmp_path):
+def test_evaluating_the_model_after_training_gives_a_warning(tmp_path):
     callback = EMACallback(decay=0.9)
     run = trainer(tmp_path, callback)
     run.train()

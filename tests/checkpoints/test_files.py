@@ -1,4 +1,4 @@
-"""Files that are whole, whatever interrupts their writing: errors, a full disk, a process that is killed."""
+"""Files stay complete when writing is interrupted by errors, a full disk, or the end of the process."""
 
 import errno
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from test_posthoc import Stub, both
+from snapshot_stub import Stub, both
 from torch import nn
 
-from fused_ema import EMA, posthoc
+from fused_ema import EMA
 from fused_ema.checkpoints import save_safetensors
 from fused_ema.posthoc import reconstruct, save_snapshot
+from fused_ema.posthoc.snapshots import FILE_NAME
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -53,7 +54,7 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, where, err
     assert reconstruct(tmp_path, 0.05)["w"].tolist() == [0, 0]
 
 
-def test_the_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
 
     def record_fsync(descriptor):
@@ -75,21 +76,21 @@ def test_the_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path,
         ("fsync", tmp_path, None),
     ]
     assert temporary.parent == tmp_path
-    assert not posthoc._NAME.fullmatch(temporary.name)
+    assert not FILE_NAME.fullmatch(temporary.name)
 
 
-def test_readable_by_those_who_may_read_new_files(tmp_path):
+def test_new_files_have_the_usual_mode(tmp_path):
     path = save_snapshot(tmp_path, Stub(7, *both(torch.ones(2))))
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_what_is_overwritten_keeps_its_mode_and_its_links(tmp_path):
+def test_replacing_a_file_keeps_its_mode_and_links(tmp_path):
     ema = EMA(nn.Linear(2, 2))
     path, link = tmp_path / "run" / "weights.safetensors", tmp_path / "latest.safetensors"
     path.parent.mkdir()
     link.symlink_to(path)
-    save_safetensors(link, ema)  # which makes the file that it points to
+    save_safetensors(link, ema)  # creates the file that the link points to
     assert link.is_symlink()
     path.chmod(0o640)
     nn.init.zeros_(ema.model.weight)
@@ -101,20 +102,20 @@ def test_what_is_overwritten_keeps_its_mode_and_its_links(tmp_path):
     assert torch.equal(safetensors_torch.load_file(path)["weight"], ema.averaged_state_dict()["weight"])
 
 
-@pytest.mark.parametrize("kind", ["pipe", "circle of links"])
-def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["pipe", "link to itself"])
+def test_only_files_are_replaced(tmp_path, kind):
     path = tmp_path / "weights.safetensors"
     if kind == "pipe":
         os.mkfifo(path)
     else:
         path.symlink_to(path)
-    with pytest.raises(ValueError, match="expected a file or none, found a"):
+    with pytest.raises(ValueError, match="expected a file to replace or no file, found a"):
         save_safetensors(path, EMA(nn.Linear(2, 2)))
     assert list(tmp_path.iterdir()) == [path]
     assert path.is_fifo() if kind == "pipe" else path.is_symlink()
 
 
-def test_where_nothing_has_owners(tmp_path, monkeypatch):
+def test_a_file_system_without_owners(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "chown", failing(OSError(errno.EOPNOTSUPP, "not supported")))
     save_safetensors(tmp_path / "w.safetensors", EMA(nn.Linear(2, 2)))
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
@@ -128,7 +129,7 @@ def test_the_longest_name(tmp_path):
 
 KILLS = max(20, settings.default.max_examples // 10)  # of each kind of file; 1000 in `make test-long`
 KILLED = """
-    # A child saves all the time, in turns under a name that is there and a new one; the parent kills it at any moment.
+    # A child keeps saving, to an existing file and to a new one alternately; the parent kills it at a random moment.
     import json, os, random, signal, sys, time
     import torch
     from pathlib import Path
@@ -138,7 +139,7 @@ KILLED = """
     from fused_ema.checkpoints import save_safetensors
     from fused_ema.posthoc import save_snapshot, snapshots
     sys.path.insert(0, {tests!r})
-    from test_posthoc import Stub
+    from snapshot_stub import Stub
 
     name, folder, size = {name!r}, Path({folder!r}), 200_000
     torch.set_num_threads(1)
@@ -182,14 +183,14 @@ KILLED = """
         os.close(begins)
         for _ in range(random.randint(1, 6)):
             os.read(begun, 1)
-        time.sleep(random.uniform(0.0, 0.01))  # into a save
+        time.sleep(random.uniform(0.0, 0.01))  # so that the kill hits a save
         os.kill(child, signal.SIGKILL)
         os.close(begun)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the child failed"
         assert saved() and int(saved()[0][0].stem.removeprefix("ema-")) == 1, "gone, and no new one there"
         for path, step in saved():
             values = {{value for tensor in load_file(path).values() for value in tensor.unique().tolist()}}
-            assert len(values) == 1 and step in (None, *values), (path, step, values)  # one save, and all of it
+            assert len(values) == 1 and step in (None, *values), (path, step, values)  # all of one save
             newest = max(newest, int(*values))
         for left in folder.glob(".*"):
             leftovers += 1
@@ -202,7 +203,7 @@ KILLED = """
 
 @pytest.mark.parametrize("name", ["snapshot", "safetensors"])
 def test_killed_at_any_moment(tmp_path, name):
-    names = {"name": name, "tests": str(Path(__file__).parent), "folder": str(tmp_path), "kills": KILLS}
+    names = {"name": name, "tests": str(Path(__file__).parents[1]), "folder": str(tmp_path), "kills": KILLS}
     code = textwrap.dedent(KILLED.format(**names))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr
@@ -222,7 +223,7 @@ FULL = """
     folder, name = sys.argv[1:]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def manager():  # each of other random values, and of one update: their files have one name
+    def manager():  # random values after one update, so that all files have the same name and differ
         ema = EMA(nn.Linear(100, 100), schedules.power_function(0.1))
         ema.update()
         return ema
@@ -256,7 +257,7 @@ FULL = """
 
 @pytest.mark.parametrize("name", ["snapshot", "safetensors"])
 def test_a_full_disk(tmp_path, name):
-    """Files that may not grow, as on a disk without room: an error, the file of before, and no leftover."""
+    """A limit on the size of files stands for a full disk: an error, the old file, and nothing left over."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), name], capture_output=True, text=True, timeout=300
     )

@@ -1,4 +1,4 @@
-"""The callback for Lightning, with the real trainer."""
+"""The callback for Lightning, with its real trainer."""
 
 import copy
 import warnings
@@ -153,10 +153,11 @@ def test_an_exception_in_validation_restores_the_model(tmp_path):
 
 
 def test_a_checkpoint_that_would_have_the_wrong_copy_is_refused(tmp_path):
-    """Lightning asks no callback where only weights are saved."""
+    """Lightning calls no callback where only weights are saved."""
     keeper = ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.raises(
-        ValueError, match=r"save: expected 'model' beside a ModelCheckpoint with save_weights_only=True"
+        ValueError,
+        match="found 'average' with a ModelCheckpoint that has save_weights_only=True",
     ):
         trainer(tmp_path, EMACallback(save="average"), keeper).fit(Module(), data(), data(1))
     module = Module()
@@ -212,13 +213,13 @@ def test_the_average_of_the_checkpoint_is_tested(tmp_path, save, fresh):
         same_values(module.tested[0], {name: final[name] for name in module.tested[0]})
 
 
-def test_a_checkpoint_without_averages_is_told(tmp_path):
+def test_a_checkpoint_without_averages_gives_a_warning(tmp_path):
     plain = trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"))
     plain.fit(Module(), data())
-    with pytest.warns(UserWarning, match="has no averages: a new one begins"):
+    with pytest.warns(UserWarning, match="has no averages; new ones start here"):
         trainer(tmp_path, EMACallback(), max_epochs=3).fit(Module(), data(), ckpt_path=tmp_path / "plain.ckpt")
     module = Module()
-    with pytest.warns(UserWarning, match="has no averages: its own weights"):
+    with pytest.warns(UserWarning, match="has no averages; its own weights"):
         trainer(tmp_path, EMACallback()).test(module, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
     same_values(module.tested[0], values(module))
 
@@ -273,7 +274,7 @@ def test_another_module_is_tested_as_it_is(tmp_path):
 
 
 def test_a_strategy_that_restores_late_resumes_with_the_same_bits(tmp_path):
-    """As FSDP's and DeepSpeed's do: after on_fit_start."""
+    """Strategies of FSDP and DeepSpeed restore after on_fit_start."""
 
     class Late(SingleDeviceStrategy):
         restore_checkpoint_after_setup = True

@@ -1,4 +1,4 @@
-"""docs/migrating.md: its counts are those of its blocks, and the scripts before and after keep the same averages."""
+"""docs/migrating.md: the counts of lines are right, and the scripts before and after keep the same averages."""
 
 import importlib
 import re
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm_files import timm_files
 from torch import nn
 
 import fused_ema
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")
 SECTIONS = {text.partition("\n")[0]: text for text in re.split(r"^## ", PAGE, flags=re.MULTILINE) if "```diff" in text}
 ROWS = re.findall(r"^\| \[(.+)\]\(#(.+)\) \| (\d+) \| (\d+) \| (.+) \|$", PAGE, re.MULTILINE)
 EPOCHS, BATCHES = 4, 5
@@ -132,7 +133,7 @@ def run(section, kept, folder, **how):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For tensors this small, two would mostly wait for one another."""
+    """With tensors this small, two threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -143,12 +144,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def timm(request, monkeypatch):
-    """`import timm` needs torchvision, which what the page uses of it does not."""
+    """Stands in for `import timm`, which needs torchvision."""
     if "timm" in request.node.name and "counts" not in request.node.name:
-        from test_checkpoints import timm_files
-
         files, package = timm_files(), types.ModuleType("timm")
-        resume_checkpoint = sys.modules["timm_files._helpers"].resume_checkpoint
+        resume_checkpoint = sys.modules["timm_alone._helpers"].resume_checkpoint
         package.utils, package.models = types.ModuleType("timm.utils"), types.ModuleType("timm.models")
         vars(package.utils).update(ModelEmaV3=files.ModelEmaV3, CheckpointSaver=files.CheckpointSaver)
         vars(package.models).update(load_checkpoint=files.load_checkpoint, resume_checkpoint=resume_checkpoint)
@@ -223,7 +222,7 @@ def test_an_old_checkpoint_is_taken_over(section, tmp_path):
     before["args"].resume = f"{tmp_path}/last.pth.tar"
     exec(block, {**before, "ema": ema, "fused_ema": fused_ema})
     ema.attach(new["optimizer"], save=True)
-    with pytest.warns(UserWarning, match="found none"):
+    with pytest.warns(UserWarning, match="has no averages under"):
         new["optimizer"].load_state_dict(before["optimizer"].state_dict())
     assert ema.step == EPOCHS * BATCHES
     averages = ema.averaged_state_dict()

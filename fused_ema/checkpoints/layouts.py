@@ -1,0 +1,235 @@
+"""The layouts of other packages. Each is one object, which holds all that is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..manager.ema import EMA
+from ..manager.selection import tensors_of
+from ..manager.timetable import Timetable
+from ..pairs.arguments import average_index, whole_number
+from ..pairs.pairing import first_few, listed
+from ..pairs.shards import local
+from ..schedules import inverse_power, tf_warmup
+from .names import unwrapped
+
+
+class Layout:
+    """Where a package's state has the averages and the count of steps, and what else it holds.
+
+    A new layout subclasses `Named` or `Positional`, joins `BY_NAME` below, and gets a row in the table of the package's
+    docstring.
+    """
+
+    name: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]  # a state that has all of these keys has this layout
+    count: ClassVar[str | None] = None  # the key of its count of steps or updates
+    online: ClassVar[str | None] = None  # the prefix of the model's own weights, where a state may have them
+
+    def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The values in a state, under the keys that errors name and that are those of `places`."""
+        raise NotImplementedError
+
+    def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        """For each key the tensor of the model that the value belongs to, or another entry of its state_dict."""
+        raise NotImplementedError
+
+    def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        """The part of an exported state that holds the averages."""
+        raise NotImplementedError
+
+    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
+        """The rest of an exported state."""
+        return {}
+
+    def step(self, state: Mapping[str, Any], timetable: Timetable) -> int | None:
+        """The manager's step for the count in a state; None where the state has no count."""
+        if self.count is None:
+            return None
+        found = state[self.count]
+        single = isinstance(found, Tensor) and found.numel() == 1
+        count = whole_number(f"state[{self.count!r}]", found.item() if single else found, 0)
+        return self.step_of(count, timetable) if count else 0
+
+    def step_of(self, count: int, timetable: Timetable) -> int:
+        """The manager's step for a count of 1 or more."""
+        return count
+
+
+# ---- Averages by name
+
+
+class Named(Layout):
+    """Averages under the names of the model's state_dict, each after a prefix."""
+
+    prefix: ClassVar[str] = ""
+
+    def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            found = "keys of other types" if isinstance(state, Mapping) else type(state).__name__
+            raise TypeError(f"state: the layout {self.name!r} has tensors by name, found {found}")
+        return {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
+
+    def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        return model.state_dict(keep_vars=True)
+
+    def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        return {self.prefix + key: value for key, value in ema.averaged_state_dict(index).items()}
+
+
+class AveragedModel(Named):
+    """torch.optim.swa_utils.AveragedModel, whose first update copies the model and counts as one."""
+
+    name, marks, count, prefix = "averaged_model", ("n_averaged",), "n_averaged", "module."
+
+    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
+        copied = 0 < ema.update_after_step <= ema.step
+        return {"n_averaged": torch.tensor(ema.updates + copied)}
+
+    def step_of(self, count: int, timetable: Timetable) -> int:
+        return timetable.step_of(count - (timetable.update_after_step > 0))
+
+
+class Timm(Named):
+    """A checkpoint of timm, for ModelEmaV2 and V3. Its names are those of the innermost model."""
+
+    name, marks = "timm", ("state_dict_ema",)
+
+    def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return super().tensors(state["state_dict_ema"])
+
+    def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        return {"state_dict_ema": unwrapped(ema.model, super().averages(ema, index, parameters))}
+
+
+class EmaPytorch(Named):
+    """ema_pytorch.EMA."""
+
+    name, marks, count, prefix = "ema_pytorch", ("step", "initted"), "step", "ema_model."
+    online = "online_model."
+
+    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
+        return {"initted": torch.tensor(True), "step": torch.tensor(ema.step)}
+
+
+# ---- Averages by position
+
+
+class Positional(Layout):
+    """Averages in a list, in the order of the parameters that the other package was given."""
+
+    def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        shadows = state["shadow_params"]
+        if not isinstance(shadows, (list, tuple)):
+            raise TypeError(f"shadow_params: expected a list of tensors, found {type(shadows).__name__}")
+        return {f"shadow_params[{i}]": value for i, value in enumerate(shadows)}
+
+    def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        those = list(model.parameters() if parameters is None else parameters)
+        known = {id(tensor) for tensor in tensors_of(model).values()}
+        if strangers := [str(i) for i, tensor in enumerate(those) if id(tensor) not in known]:
+            at = first_few(strangers, ", ")
+            raise ValueError(f"parameters: expected parameters of the manager's model, found other tensors at {at}")
+        return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
+
+    def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
+        averages = ema.state_dict()["averages"][average_index(index, len(ema.schedules))]
+        places = self.places(ema.model, parameters).values()
+        names = {id(tensor): name for name, tensor in averaged_tensors(ema, averages).items()}
+        shadows = [_alone(averages[names[id(each)]]) if id(each) in names else each.detach() for each in places]
+        return {"shadow_params": shadows}
+
+
+class Diffusers(Positional):
+    """diffusers.training_utils.EMAModel. It copies the model up to its step update_after_step + 1."""
+
+    name, marks, count = "diffusers", ("optimization_step", "shadow_params"), "optimization_step"
+
+    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
+        schedule, after = ema.schedules[index], ema.update_after_step
+        about: dict[str, Any] = {"optimization_step": ema.step, "update_after_step": after - 1}
+        about |= {"use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+        if isinstance(schedule, inverse_power):
+            about |= {"decay": schedule.D, "min_decay": schedule.min, "update_after_step": after + schedule.start}
+            return about | {"use_ema_warmup": True, "inv_gamma": schedule.gamma, "power": schedule.power}
+        if isinstance(schedule, tf_warmup):  # its decay without use_ema_warmup
+            return about | {"decay": schedule.D, "min_decay": 0.0}
+        decay = _latest_decay(ema, index)
+        return about | {"decay": decay, "min_decay": decay}
+
+
+class TorchEma(Positional):
+    """torch_ema.ExponentialMovingAverage. With a count it warms up as `tf_warmup` does."""
+
+    name, marks, count = "torch_ema", ("num_updates", "shadow_params"), "num_updates"
+
+    def scalars(self, ema: EMA, index: int) -> dict[str, Any]:
+        schedule = ema.schedules[index]
+        if isinstance(schedule, tf_warmup):
+            count = max(0, ema.step - ema.update_after_step)
+            return {"decay": schedule.D, "num_updates": count, "collected_params": None}
+        return {"decay": _latest_decay(ema, index), "num_updates": None, "collected_params": None}
+
+    def step(self, state: Mapping[str, Any], timetable: Timetable) -> int | None:
+        return None if state["num_updates"] is None else super().step(state, timetable)
+
+    def step_of(self, count: int, timetable: Timetable) -> int:
+        return count + timetable.update_after_step
+
+
+def _latest_decay(ema: EMA, index: int) -> float:
+    """The schedule's decay of the latest update, or of the first one to come."""
+    schedule = ema.schedules[index]
+    n = ema.step - ema.update_after_step if getattr(schedule, "per_step", True) else ema.updates
+    return float(schedule(max(1, n)))
+
+
+def averaged_tensors(ema: EMA, averages: Iterable[str]) -> dict[str, Tensor]:
+    """The model's tensor for each name of an average."""
+    current = tensors_of(ema.model)
+    if gone := [name for name in averages if name not in current]:
+        raise ValueError(f"model: expected the names it had when the manager was made; missing from it: {listed(gone)}")
+    return {name: current[name] for name in averages}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, as a copy where its memory holds more than it: torch.save would write all of that."""
+    here = local(tensor)
+    return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor
+
+
+# ---- Choosing
+
+
+BY_NAME: dict[str, Layout] = {
+    each.name: each for each in (AveragedModel(), Timm(), Diffusers(), EmaPytorch(), TorchEma())
+}
+LAYOUTS = tuple(BY_NAME)
+
+
+def named_layout(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, found {name!r}")
+    return BY_NAME[name]
+
+
+def layout_of(state: Any, name: str | None) -> Layout:
+    """The layout of that name, which the state has to have, or the one that the keys of the state tell."""
+    asked = None if name is None else named_layout(name)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a dict, found {type(state).__name__}")
+    told = [each for each in BY_NAME.values() if all(key in state for key in each.marks)]
+    if asked in told:
+        return asked
+    if asked is None and len(told) == 1:
+        return told[0]
+    if asked:
+        wanted = f"the layout {name!r}, which has the keys {', '.join(map(repr, asked.marks))}"
+    else:
+        wanted = f"one layout of {', '.join(LAYOUTS)}"
+    found = " and ".join(each.name for each in told) or "none"
+    raise ValueError(f"state: expected {wanted}, found {found}; the keys are {listed(list(state)) or 'none'}")

@@ -1,0 +1,113 @@
+"""The average of a manager from the state of another package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..manager.ema import EMA
+from ..pairs.arguments import average_index, whole_number
+from ..pairs.checks import check_tensor, equal_values
+from ..pairs.pairing import by_plain_name, first_few, listed, plain_name
+from .layouts import Layout, Positional, averaged_tensors, layout_of
+
+
+def restore(
+    ema: EMA,
+    state: Mapping[str, Any],
+    layout: str | None = None,
+    index: int = 0,
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    step: int | None = None,
+) -> None:
+    """Takes the average and the step from the state of another package; the schedules stay as they are.
+
+    Names are compared without the segments of wrappers; of tied names, one is enough. Values for what is not averaged
+    are ignored. The step stays where the state has no count, as in timm's checkpoints and in those of torch_ema with
+    `use_num_updates=False`.
+
+    Args:
+        state: the `state_dict()`; for timm the checkpoint, of which only `state_dict_ema` is read.
+        layout: one of `LAYOUTS`; None: the keys of the state tell it.
+        index: of the average. (All averages of a manager have one step.)
+        parameters: for `shadow_params`, what the other package was given, if that is not `model.parameters()`.
+        step: the manager's step from now on; None: the state's.
+
+    Raises:
+        ValueError, TypeError: the layout is unknown; the count is no whole number, or there is none and the next update
+            would copy the model; names, shapes or the number of tensors differ, or types are wider than the averages'.
+            Nothing is changed.
+        IndexError: there is no average of that index.
+        RuntimeError: the manager is swapped. Nothing is changed.
+    """
+    index = average_index(index, len(ema.schedules))
+    kind = layout_of(state, layout)
+    if step is not None:
+        step = whole_number("step", step, 0)
+    elif (step := kind.step(state, ema.timetable)) is None:
+        _check_next_update(ema, kind.name)
+    new = ema.state_dict()
+    new["averages"][index] = _matched(ema, new["averages"][index], kind, state, parameters)
+    if step is not None:
+        timetable = ema.timetable
+        count = timetable.updates_at(step)
+        decays = timetable.decays_at(timetable.step_of(count)) if count else ()
+        new.update(step=step, updates=count, decays=list(decays))
+    ema.load_state_dict(new)
+
+
+def _check_next_update(ema: EMA, layout: str) -> None:
+    timetable = ema.timetable
+    warming = ema.step < ema.update_after_step
+    if 0.0 in timetable.decays_at(ema.step + 1 if warming else timetable.step_of(ema.updates + 1)):
+        raise ValueError(
+            f"state: the layout {layout!r} has no count of steps, and the next update would copy the model over the "
+            "average; pass step=, the updates that the average has had"
+        )
+
+
+def _matched(
+    ema: EMA,
+    averages: dict[str, Tensor],
+    kind: Layout,
+    state: Mapping[str, Any],
+    parameters: Iterable[Tensor] | None,
+) -> dict[str, Tensor]:
+    """The values in the state for these averages, by the manager's names; load_state_dict checks their types."""
+    given, places = kind.tensors(state), kind.places(ema.model, parameters)
+    positional = isinstance(kind, Positional)
+    if positional and len(given) != len(places):
+        raise ValueError(
+            f"shadow_params: expected {len(places)} tensors, one for each parameter, found {len(given)}; if the other "
+            "package was given only some of the model's parameters, pass those as parameters="
+        )
+    wanted = {name: id(tensor) for name, tensor in averaged_tensors(ema, averages).items()}
+    averaged = set(wanted.values())
+    plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
+    found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
+    problems = []
+    for plain, place in plain_places.items():
+        # Positions are compared also where nothing is averaged, since the order may be another one.
+        if plain not in plain_given or not (positional or id(place) in averaged):
+            continue
+        key = plain_given[plain]
+        value = given[key]
+        check_tensor(f"state[{key!r}]", value)
+        tied = found.setdefault(id(place), value)
+        if value.shape != place.shape:
+            problems.append(f"{key!r}: expected shape {tuple(place.shape)}, found {tuple(value.shape)}")
+        elif not equal_values(tied, value):
+            problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
+    missing = [name for name, tensor in wanted.items() if tensor not in found]
+    unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
+    differences = [
+        f"{what} the state: {listed(names)}"
+        for what, names in (("missing from", missing), ("unexpected in", unexpected))
+        if names
+    ]
+    if differences or problems:
+        raise ValueError(f"state: {'; '.join(differences) or first_few(problems, '; ')}")
+    return {name: found[tensor] for name, tensor in wanted.items()}
