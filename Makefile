@@ -33,7 +33,7 @@ test: setup  ## the tests; options for pytest in ARGS
 
 KILLED := tests/test_files.py::test_killed_at_any_moment
 test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 processes killed while saving: an hour
-	@$(PY) -m pytest -q tests/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
+	@$(PY) -m pytest -q tests/grid/test_differential.py tests/test_stale_plans.py $(KILLED) --hypothesis-profile=long $(ARGS)
 
 sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
 	@$(PY) tests/instrumented.py address $(addprefix tests/test_,hazards_*.py ema.py ema_swap.py numerics.py stale_plans.py)
@@ -125,7 +125,7 @@ gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counte
 # cuobjdump and nvdisasm come with the CUDA toolkit, or alone from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU
 	@command -v cuobjdump nvdisasm >/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/audit_sass.py
+	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/grid/audit_sass.py
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info fused_ema/_C*.so fused_ema/_C*.json

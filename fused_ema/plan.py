@@ -73,7 +73,9 @@ class Plan:
         extension = _native.load()
         if extension and self._about["backend"] != "torch":
             self._ops = extension.Op.__members__
-            self._native = extension.Plan(*checked.pairs[:3], checked.actions, watched, averages, self._next_averages)
+            self._native = extension.Prepared(
+                *checked.pairs[:3], checked.actions, watched, averages, self._next_averages
+            )
             self._about["launches_per_update"] = self._native.launches()
         else:
             self._once = checked
@@ -156,7 +158,7 @@ class Plan:
 
     def aside(self) -> list[Tensor]:
         """Memory for the values that an exchange between types sets aside, a tensor of bytes per device."""
-        found = self._native.aside_bytes() if self._native else []
+        found = self._native.scratch_bytes() if self._native else []
         return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in found]
 
     def describe(self) -> dict[str, Any]:

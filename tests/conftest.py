@@ -4,7 +4,6 @@ import os
 import sys
 import tempfile
 
-import emulated_grid
 import oracle
 import pytest
 import torch
@@ -170,6 +169,8 @@ def net(bias=True):
 @pytest.fixture
 def grid(request, capfd):
     """The kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
+    import emulated_grid  # in tests/grid, which pytest puts on sys.path for the tests there
+
     yield emulated_grid.build(getattr(request, "param", "default"))
     assert "runtime error" not in capfd.readouterr().err
 

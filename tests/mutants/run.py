@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST = {  # by what is mutated; the grid's tests build the kernel's code by themselves
     "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
     "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
+    "csrc/launch.h": "grid_manager grid_manager_vs_cpu",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu hazards_values ema_swap",
     "csrc/plan.cpp": "native hazards_sources hazards_calls ema_rounding",
     "csrc/bindings.cpp": "hazards_sources hazards_calls ema_swap hazards_process grid_manager_vs_cpu distributed",
-    "csrc/watch.h": "hazards_sources hazards_calls ema_swap hazards_process distributed",
+    "csrc/watch.cpp": "hazards_sources hazards_calls ema_swap hazards_process distributed",
     "fused_ema/_build/compile.py": "build",
     "fused_ema/pairs/arguments.py": "hazards_values",
     "fused_ema/manager/attach.py": "ema_attach",
@@ -70,7 +71,9 @@ class Copy:
 
     def test(self, names: str = "") -> str:
         """What failed in these files, or in all; "" where nothing did."""
-        files = [f"tests/test_{name}.py" for name in names.split()]
+        folder = self.root / "tests"
+        files = [str(file) for name in names.split() for file in folder.rglob(f"test_{name}.py")]
+        assert len(files) == len(names.split()), f"expected one file of tests for each of: {names}"
         hangs, output = self._run([sys.executable, "-m", "pytest", "-xq", "-rfE", FITS, *(files or ["tests"])])
         if hangs or not output:
             return hangs
