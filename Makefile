@@ -137,7 +137,7 @@ gpu-counters: gpu-build  ## what the hardware counters say of the kernel: counte
 # cuobjdump and nvdisasm come with the CUDA toolkit or from the registry.
 audit: setup  ## check the machine code of the CUDA kernels; needs no GPU
 	@command -v cuobjdump nvdisasm >/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/audit_sass.py
+	@PATH="$$PATH$$(printf ':%s' $(abspath $(VENV))/lib/python*/site-packages/nvidia/*/bin)" $(PY) tests/grid/audit_sass.py
 
 clean:  ## remove everything built except the environment
 	rm -rf build dist *.egg-info fused_ema/_C*.so fused_ema/_C*.json

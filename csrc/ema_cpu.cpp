@@ -1,7 +1,8 @@
-// The CPU runner: all elements of all tensors split evenly over the threads, one plain loop per pair of types.
+// The CPU runner: the elements of all tensors are split evenly over the threads, and each pair of types has a plain
+// loop.
 //
-// The loops are built once per instruction set and chosen at load time (target_clones: x86-64-v4 is AVX-512, v3 is
-// AVX2 with FMA). They stream at memory speed; FMA, conversions and bits are those of lerp.h on every set.
+// The compiler builds each loop for several instruction sets, and one is chosen at load time (target_clones: x86-64-v4
+// is AVX-512, v3 is AVX2 with FMA). All of them give the bits that lerp.h promises.
 #include "ema_cpu.h"
 
 #include <ATen/Parallel.h>
@@ -20,8 +21,8 @@
 namespace fused_ema {
 namespace {
 
-std::atomic<int64_t> grain{int64_t(1) << 17};  // elements: fewer are not worth a second thread's wake-up
-constexpr int64_t kPiece = 1024;               // elements of the model that several averages share in the L1 cache
+std::atomic<int64_t> grain{int64_t(1) << 17};  // elements; fewer are not worth waking a second thread
+constexpr int64_t kPiece = 1024;  // elements of the model, few enough to stay in the L1 cache for all averages
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
   FUSED_EMA_CLONES void lerp_##E##_##P(E* __restrict ema, const P* __restrict model, int64_t n, double decay) { \
@@ -52,13 +53,13 @@ FUSED_EMA_NARROW_PAIRS(FUSED_EMA_STOCHASTIC_LOOP)
 FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP
 
-// An element of an array of T.
+// The address of one element of an array of T.
 template <class T>
 T* at(void* base, int64_t element) {
   return static_cast<T*>(base) + element;
 }
 
-// Elements [begin, end) of one average of a flat row.
+// The functions named flat_... run elements [begin, end) of one average of a flat row.
 void flat_lerp(const Row& row, const Step& step, int64_t begin, int64_t end) {
   switch (pair_of(row.ema_type, row.model_type)) {
 #define FUSED_EMA_CASE(E, P)      \
@@ -80,7 +81,7 @@ void flat_stochastic(const Row& row, const Step& step, int64_t begin, int64_t en
   }
 }
 
-// `n` elements of one type into n of another, or of the same.
+// Copies n elements, with the cast that the types need.
 void flat_cast(Type to_type, void* to, Type from_type, const void* from, int64_t n) {
   if (to_type == from_type) {
     std::memcpy(to, from, size_t(n * size_of(to_type)));
@@ -102,11 +103,11 @@ void flat_exchange(Op op, const Row& row, const Step& step, int64_t begin, int64
     std::swap_ranges(ema, ema + n * size, model);
     return;
   }
-  char* const aside = step.aside + row.aside + begin * model_size;
+  char* const scratch = step.scratch + row.scratch + begin * model_size;
   if (op == Op::restore) {
-    std::memcpy(model, aside, size_t(n * model_size));
+    std::memcpy(model, scratch, size_t(n * model_size));
   } else {
-    std::memcpy(aside, model, size_t(n * model_size));
+    std::memcpy(scratch, model, size_t(n * model_size));
     flat_cast(row.model_type, model, row.ema_type, ema, n);
   }
 }
@@ -121,7 +122,7 @@ void flat(Op op, const Row& row, const Step& step, int64_t begin, int64_t end) {
             at<char>(row.model, begin * size_of(row.model_type)), end - begin);
 }
 
-// Elements [begin, end) of a strided row: the tile code's own path, as one thread.
+// Runs one average of a strided row, with the code of the tiles.
 void strided(Op op, const Row& row, const Step& step, const StridedRun& run) {
   switch (op) {
     case Op::update: return run_step<Op::update>(row, step, run);
@@ -132,8 +133,8 @@ void strided(Op op, const Row& row, const Step& step, const StridedRun& run) {
   }
 }
 
-// Elements [begin, end) of a row, for all averages that take part. They take turns on pieces of the model that stay in
-// the cache, so that its memory is read once.
+// Runs elements [begin, end) of a row for all averages that take part, piece by piece, so that the model is read from
+// memory only once.
 void run_row(Op op, const Tables& tables, const Row& row, const Call& call, int64_t begin, int64_t end) {
   const int64_t piece = call.last - call.first > 1 ? kPiece : end - begin;
   for (; begin < end; begin += piece) {
@@ -150,7 +151,7 @@ void run_row(Op op, const Tables& tables, const Row& row, const Call& call, int6
   }
 }
 
-// Subnormals are kept on every thread, whatever torch.set_flush_denormal() did to the calling one.
+// Keeps subnormals, whatever torch.set_flush_denormal() set on this thread.
 class KeepSubnormals {
  public:
 #ifdef __SSE2__

@@ -1,5 +1,5 @@
-// The CUDA runner: tiles over one grid, a block per tile and average. The grid is not persistent: short blocks that the
-// hardware scheduler balances stream faster than a grid-stride loop (as CUB's DeviceTransform found too).
+// The CUDA runner: one grid, with a block for each tile and average. Short blocks, balanced by the hardware's
+// scheduler, stream faster than a persistent grid or a grid-stride loop; CUB's DeviceTransform found the same.
 #include <initializer_list>
 
 #include "ema_cuda.h"

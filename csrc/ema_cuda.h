@@ -1,4 +1,4 @@
-// What the CUDA runner offers to the plan. No torch headers on either side of it but the plan's.
+// The interface of the CUDA runner.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,8 @@
 
 namespace fused_ema {
 
-cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream);  // one kernel launch, asynchronous
-cudaError_t load_cuda_kernels();  // on the current device, so that a first launch may happen inside a graph capture
+cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream);  // asynchronous
+// Loads the kernels on the current device. Without it, a first launch inside a graph capture would fail.
+cudaError_t load_cuda_kernels();
 
 }  // namespace fused_ema

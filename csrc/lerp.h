@@ -1,11 +1,11 @@
-// One element of an exponential moving average: the numeric contract, for host and device alike.
+// One element of an exponential moving average: the numeric contract, on host and device.
 //
 //     e' = e + (1 - decay) * (p - e)
 //
-// in one subtraction and one fused multiply-add, then one round-to-nearest-even store. The same source runs in
-// the CUDA kernel, in the CPU loops and in the emulated grid of the tests, so the bits agree everywhere:
-//   - FMA is always explicit, and the build turns contraction off;
-//   - decay is rounded once, in `factor_of`, never per element.
+// as one subtraction, one fused multiply-add and one store that rounds to nearest even. The CUDA kernel, the CPU loops
+// and the emulated grid of the tests compile this same source, and give the same bits, since
+//   - every fused multiply-add is explicit, and the build turns contraction off;
+//   - the decay is rounded once, in `factor_of`, never per element.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@
 
 namespace fused_ema {
 
-// Storage types. bf16 and f16 are plain bits: they are only ever converted, never computed with.
+// Storage types. bf16 and f16 are plain bits, which are converted but never computed with.
 struct bf16 {
   uint16_t bits;
 };
@@ -60,8 +60,8 @@ FUSED_EMA_HD float to_float(f16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Integer steps and one subtraction of normal numbers, so that every instruction set vectorises it and no
-  // flush-to-zero mode changes it.
+  // Integer operations and one subtraction of normal numbers: every instruction set can vectorise them, and no
+  // flush-to-zero mode changes the result.
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t special = magnitude >= 0x7c00u ? 112u << 23 : 0u;  // Inf and NaN
   const uint32_t normal = (magnitude << 13) + (112u << 23) + special;
@@ -71,7 +71,7 @@ FUSED_EMA_HD float to_float(f16 x) {
 #endif
 }
 
-// Round to nearest even, from float32. NaN stays NaN.
+// Rounds a float32 to nearest even. NaN stays NaN.
 template <class To>
 FUSED_EMA_HD To from_float(float x);
 
@@ -98,8 +98,8 @@ FUSED_EMA_HD f16 from_float<f16>(float x) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: rebias the exponent and round in integers; a carry out of the mantissa is the right answer,
-  // and so is one into Inf. Subnormal results: adding 0.5 makes the float adder do the rounding.
+  // Normal results: rebias the exponent and round in integers; a carry out of the mantissa gives the right answer, Inf
+  // included. Subnormal results: adding 0.5 lets the float adder round.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
@@ -109,10 +109,10 @@ FUSED_EMA_HD f16 from_float<f16>(float x) {
 #endif
 }
 
-// ---- Stochastic rounding: up or down by chance, so that the mean is the unrounded value --------------------------
+// ---- Stochastic rounding: up or down at random, so that the mean is the unrounded value --------------------------
 
-// Random bits by counting: the same for an element whatever the device, the threads or the order.
-FUSED_EMA_HD uint32_t mix(uint32_t x) {  // the multipliers are those of Wellons' "lowbias32"
+// A hash of a counter: an element gets the same bits whatever the device, the threads or the order.
+FUSED_EMA_HD uint32_t mix(uint32_t x) {  // Wellons' "lowbias32"
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
   return x ^ x >> 16;
@@ -121,7 +121,7 @@ FUSED_EMA_HD uint32_t random_bits(uint64_t key, uint64_t counter) {
   return mix(mix(uint32_t(counter) ^ uint32_t(key)) + uint32_t(key >> 32) + uint32_t(counter >> 32) * 0x9e3779b9u);
 }
 
-// Adds a random share of one unit in the last place and cuts off. A value that To can hold stays as it is.
+// Adds a random share of one unit in the last place and truncates. A value that To can represent stays as it is.
 template <class To>
 FUSED_EMA_HD To from_float(float x, uint32_t random);
 
@@ -138,7 +138,7 @@ FUSED_EMA_HD f16 from_float<f16>(float x, uint32_t random) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t share = random >> 19;
   const uint32_t normal = (magnitude - (112u << 23) + share) >> 13;
-  // In units of the smallest half; below 1024, so that the sum keeps the 13 bits of the share.
+  // In units of the smallest subnormal; below 1024, so that the sum keeps the 13 bits of the share.
   const bool small = magnitude < (113u << 23);
   const float units = bit_cast<float>(small ? magnitude : 0u) * 16777216.0f + float(int32_t(share)) * (1.0f / 8192.0f);
   uint32_t half = small ? uint32_t(int32_t(units)) : normal;
@@ -147,11 +147,11 @@ FUSED_EMA_HD f16 from_float<f16>(float x, uint32_t random) {
   return f16{uint16_t(half | (magnitude > 0x7f800000u ? 0u : bits >> 16 & 0x8000u))};
 }
 
-// The type the arithmetic runs in: float64 where either side is float64, else float32.
+// The type of the arithmetic: float64 if either side is float64, else float32.
 template <class E, class P>
 using Compute = std::conditional_t<std::is_same_v<E, double> || std::is_same_v<P, double>, double, float>;
 
-// A value of one storage type as another: exact upwards; downwards through float32 as PyTorch's own casts go.
+// Converts between storage types: exactly to a wider one, through float32 to a narrower one, as PyTorch does.
 template <class To, class From>
 FUSED_EMA_HD To cast(From x) {
   if constexpr (std::is_same_v<To, From>) {
@@ -180,15 +180,15 @@ FUSED_EMA_HD double fused_multiply_add(double a, double b, double c) {
 #endif
 }
 
-// The factor of the smaller weight, which multiplies: 1 - decay, positive, or -decay. 1 - decay is taken in double and
-// rounded once: 1 - float(decay) is off by 1.7e-4 (relative) at decay 0.9999.
+// The smaller of the two weights, with the sign that lerp() below needs: 1 - decay, or -decay. 1 - decay is computed in
+// double and rounded once: 1 - float(decay) has a relative error of 1.7e-4 at decay 0.9999.
 template <class T>
 FUSED_EMA_HD T factor_of(double decay) {
   return 1.0 - decay < 0.5 ? T(1.0 - decay) : T(-decay);
 }
 
-// e' for 0 < decay < 1. The select keeps an average bitwise where it equals the model: fma(w, +0, -0) is +0, and
-// Inf - Inf is NaN.
+// e' for 0 < decay < 1. The select keeps the bits of an average that equals the model: without it -0 would become +0,
+// and Inf would become NaN.
 template <class T>
 FUSED_EMA_HD T lerp(T e, T p, T factor) {
   const T t = p - e;

@@ -1,5 +1,5 @@
-// From pairs of strided arrays to the tables of the plan. Host only, no torch headers, no allocation of tensors: the
-// tests feed it shapes of 2^40 elements.
+// Turns pairs of strided arrays into the tables of a plan, on the host. It never reads the arrays, so tests can pass
+// shapes of 2^40 elements.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 
 namespace fused_ema {
 
-// Starts to load what is needed some items later: between two updates of a training loop the caches go cold.
+// Starts loading what will be needed a few items later: the caches go cold between two updates of a training loop.
 inline void prefetch(const void* address, int bytes) {
 #ifdef __GNUC__
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at);
 #endif
 }
 
-// One pair as the plan gets it: equal sizes on both sides; strides in elements of the side's own type.
+// One pair of arrays of equal sizes. Strides are in elements.
 struct Pair {
   void* ema;
   void* model;
@@ -28,8 +28,8 @@ struct Pair {
   const int64_t* sizes;
   const int64_t* ema_strides;
   const int64_t* model_strides;
-  int64_t next_average = 0;  // elements
-  int64_t number = 0;        // of its first element among those of all devices
+  int64_t stride = 0;  // from one average to the next
+  int64_t number = 0;  // of the first element, counted over all devices
 };
 
 struct Tables {
@@ -37,11 +37,11 @@ struct Tables {
   std::vector<Layout> layouts;
   std::vector<Tile> tiles;
   int64_t elements = 0;
-  int64_t aside_bytes = 0;  // for the model's values of pairs that can't exchange theirs
+  int64_t scratch_bytes = 0;  // that an exchange needs for the pairs of two types
 };
 
-// The dimensions of a pair, those of size 1 left out, ordered by the average's strides (outermost first), with
-// neighbours merged wherever both sides run on without a gap. False: more than kMaxDims are left.
+// Drops dimensions of size 1, sorts the others by the average's strides, the largest first, and merges neighbours that
+// have no gap between them on either side. Returns false if more than kMaxDims are left.
 inline bool make_layout(const Pair& pair, Layout& layout) {
   std::vector<int> order;
   for (int d = 0; d < pair.dims; ++d)
@@ -70,8 +70,8 @@ inline bool is_flat(const Layout& layout) {
   return layout.dims == 0 || (layout.dims == 1 && layout.ema_stride[0] == 1 && layout.model_stride[0] == 1);
 }
 
-// Appends one pair: a row, its layout unless it is flat, and (where a grid will run it) its tiles. An empty pair adds
-// nothing. False: the pair has more than kMaxDims dimensions that do not merge; the tables are as they were.
+// Appends the row of one pair, its layout unless it is flat, and the tiles that a grid needs. An empty pair adds
+// nothing. Returns false, with the tables unchanged, if more than kMaxDims dimensions are left after merging.
 inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   int64_t numel = 1;
   for (int d = 0; d < pair.dims; ++d) numel *= pair.sizes[d];
@@ -89,9 +89,9 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   row.ema_type = pair.ema_type;
   row.model_type = pair.model_type;
   row.average = pair.average;
-  row.next_average = pair.next_average;
+  row.stride = pair.stride;
   row.number = pair.number;
-  row.aside = -1;
+  row.scratch = -1;
   if (is_flat(layout)) {
     const int64_t model_vector = std::min<int64_t>(kVectorBytes, kVectorBytes / ema_size * model_size);
     const auto ema = reinterpret_cast<uintptr_t>(pair.ema), model = reinterpret_cast<uintptr_t>(pair.model);
@@ -101,9 +101,9 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
     row.layout = static_cast<int32_t>(tables.layouts.size());
     tables.layouts.push_back(layout);
   }
-  if (pair.ema_type != pair.model_type) {  // as far past a 16-byte boundary as the average, for vectors
-    row.aside = (tables.aside_bytes + 15) / 16 * 16 + row.misaligned * model_size;
-    tables.aside_bytes = row.aside + numel * model_size;
+  if (pair.ema_type != pair.model_type) {
+    row.scratch = (tables.scratch_bytes + 15) / 16 * 16;
+    tables.scratch_bytes = row.scratch + numel * model_size;
   }
   if (with_tiles) {
     const int64_t tile = tile_elements(ema_size);

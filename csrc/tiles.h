@@ -1,276 +1,33 @@
-// The plan as plain data, and how one block of threads runs one tile of it. No torch headers: the CUDA kernel is
-// run_block over a grid, and the tests build the same function with g++ and run it over an emulated grid.
+// How one block of threads runs one tile. The CUDA kernel is run_block over a grid; the tests compile the same function
+// with g++ and run it over an emulated grid.
 #pragma once
 
-#include "lerp.h"
+#include "ops.h"
 
 namespace fused_ema {
 
-enum class Type : uint8_t { f32, f64, bf16, f16, raw1, raw2, raw4, raw8 };  // rawN: N bytes, only ever copied
-// What a call does to the average and the model: averages, with nearest or with stochastic rounding of what is stored
-// in 16 bits; copies; exchanges, or, where the types differ, keeps the model's values aside and gives it the average's;
-// and undoes the exchange.
-enum class Op : uint8_t { update, copy, swap, restore, update_stochastic };
-FUSED_EMA_HD constexpr bool is_update(Op op) { return op == Op::update || op == Op::update_stochastic; }
-FUSED_EMA_HD constexpr bool writes_model(Op op) { return op == Op::swap || op == Op::restore; }
-
-constexpr int kMaxAverages = 8;  // of one model, updated by one launch
-
-constexpr int kMaxDims = 12;  // of a strided tensor, after neighbouring dimensions were merged
-
-// Offsets of a pair whose two sides do not walk through memory alike; dimensions ordered by the average's strides.
-struct Layout {
-  int32_t dims;
-  int64_t size[kMaxDims];
-  int64_t ema_stride[kMaxDims];  // elements
-  int64_t model_stride[kMaxDims];
-};
-
-// One pair of tensors. The tensor table is an array of these, 72 bytes each.
-struct Row {
-  void* ema;  // the first of the averages
-  void* model;
-  int64_t next_average;  // elements from one average of the model's tensor to the next, whole vectors
-  int64_t numel;
-  int64_t aside;   // bytes from the start of the memory for values set aside to this pair's; -1: none needed
-  int64_t number;  // of the first element among those of all devices, for random bits
-  int64_t first;   // elements of all rows before this one: the CPU splits the work over threads by it
-  int32_t layout;  // index of its Layout, or -1: both sides dense with equal strides, so flat
-  Type ema_type;
-  Type model_type;
-  bool average;        // else copied
-  uint8_t misaligned;  // elements from the last 16-byte boundary to the average's first element
-  bool model_aligned;  // flat, and the model's vectors are aligned wherever the average's are
-};
-
-// One block's work: elements [index * tile - misaligned, (index + 1) * tile - misaligned) of a row.
-struct Tile {
-  uint32_t row;
-  uint32_t index;
-};
-
-// What is asked of a launch, on any device.
-struct Call {
-  int32_t first = 0, last = 0;  // averages [first, last) take part
-  double decay[kMaxAverages] = {};
-  uint64_t key[kMaxAverages] = {};     // of the random bits
-  const void* device_decay = nullptr;  // where not null, the decays are read from here: float32, or
-  bool device_decay_is_f64 = false;    // float64
-  char* aside = nullptr;               // memory for values set aside, on the launch's device
-};
-
-// Everything a launch reads. Small, since it travels as a kernel argument; the tables stay on the device.
-struct Launch {
-  const Row* rows;
-  const Layout* layouts;
-  const Tile* tiles;
-  int64_t tile_count;
-  Call call;
-};
-
-// A call as one average of one pair sees it.
-struct Step {
-  int64_t shift;  // elements to the average from the first one
-  double decay;
-  uint64_t key;
-  char* aside;
-};
-FUSED_EMA_HD Step step_of(const Call& call, const Row& row, int average) {
-  double decay = call.decay[average];
-  if (call.device_decay) {
-    decay = call.device_decay_is_f64 ? static_cast<const double*>(call.device_decay)[average]
-                                     : double(static_cast<const float*>(call.device_decay)[average]);
-  }
-  return {average * row.next_average, decay, call.key[average], call.aside};
-}
-
-// Compile-time parameters of the kernel, to be tuned by compiling it with others.
+// The parameters of the kernel; benchmarks/bench_sweep.py compiles it with others and times them.
 #ifndef FUSED_EMA_THREADS
 #define FUSED_EMA_THREADS 64
 #endif
 #ifndef FUSED_EMA_UNROLL
-#define FUSED_EMA_UNROLL 2  // vectors a thread loads before its first arithmetic
+#define FUSED_EMA_UNROLL 2  // vectors that a thread loads before its first arithmetic
 #endif
 #ifndef FUSED_EMA_STEPS
-#define FUSED_EMA_STEPS 2  // such rounds per tile
+#define FUSED_EMA_STEPS 2  // times that a thread does so in a tile
 #endif
 #ifndef FUSED_EMA_RESIDENT
-#define FUSED_EMA_RESIDENT 1024  // threads on one multiprocessor at least: bounds the registers of each
-#endif
-#ifndef FUSED_EMA_ON_STORE
-#define FUSED_EMA_ON_STORE(pointer, bytes)  // the tests count writes here
+#define FUSED_EMA_RESIDENT 1024  // threads that must fit a multiprocessor, which bounds the registers of each
 #endif
 constexpr int kThreads = FUSED_EMA_THREADS;
 constexpr int kUnroll = FUSED_EMA_UNROLL;
 constexpr int kSteps = FUSED_EMA_STEPS;
-constexpr int kVectorBytes = 16;  // of the average; the model's vector has as many elements
 
-FUSED_EMA_HD constexpr int size_of(Type type) {
-  return type == Type::raw1                                              ? 1
-         : type == Type::bf16 || type == Type::f16 || type == Type::raw2 ? 2
-         : type == Type::f32 || type == Type::raw4                       ? 4
-                                                                         : 8;
-}
 FUSED_EMA_HD constexpr int64_t tile_elements(int ema_size) {
   return int64_t(kThreads) * kUnroll * kSteps * (kVectorBytes / ema_size);
 }
 
-template <class T, int N>
-struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vector {
-  T lane[N];
-};
-
-// How vectors are loaded and all is stored, in words of 1 to 16 bytes; a sweep compiles them with cache hints.
-#ifndef FUSED_EMA_LOAD
-#define FUSED_EMA_LOAD(word_pointer) (*(word_pointer))
-#endif
-#ifndef FUSED_EMA_LOAD_READ_ONLY
-#define FUSED_EMA_LOAD_READ_ONLY(word_pointer) __ldg(word_pointer)
-#endif
-#ifndef FUSED_EMA_STORE
-#define FUSED_EMA_STORE(word_pointer, word) (*(word_pointer) = (word))
-#endif
-#ifdef __CUDACC__
-template <class V>  // clang-format off
-using Word = std::conditional_t<sizeof(V) % 16 == 0, uint4, std::conditional_t<sizeof(V) == 8, uint2,
-             std::conditional_t<sizeof(V) == 4, uint32_t, std::conditional_t<sizeof(V) == 2, uint16_t, uint8_t>>>>;
-// clang-format on
-template <class V>
-struct Words {
-  Word<V> word[sizeof(V) / sizeof(Word<V>)];
-};
-template <class V, bool kReadOnly>
-__device__ V load_words(const void* pointer) {
-  Words<V> words;
-  FUSED_EMA_UNROLL_LOOP
-  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
-    const Word<V>* const word = static_cast<const Word<V>*>(pointer) + i;
-    words.word[i] = kReadOnly ? FUSED_EMA_LOAD_READ_ONLY(word) : FUSED_EMA_LOAD(word);
-  }
-  V value;
-  memcpy(&value, &words, sizeof(V));
-  return value;
-}
-#endif
-
-template <class V>
-FUSED_EMA_HD V load(const void* pointer) {
-#ifdef __CUDA_ARCH__
-  return load_words<V, false>(pointer);
-#else
-  return *reinterpret_cast<const V*>(pointer);
-#endif
-}
-// Parameters are only read by the launch, so they may come through the read-only path; an average never may.
-template <class V>
-FUSED_EMA_HD V load_read_only(const void* pointer) {
-#ifdef __CUDA_ARCH__
-  return load_words<V, true>(pointer);
-#else
-  return load<V>(pointer);
-#endif
-}
-template <class V>
-FUSED_EMA_HD void store(void* pointer, const V& value) {
-  FUSED_EMA_ON_STORE(pointer, sizeof(V));
-#ifdef __CUDA_ARCH__
-  Words<V> words;
-  memcpy(&words, &value, sizeof(V));
-  FUSED_EMA_UNROLL_LOOP
-  for (int i = 0; i < int(sizeof(V) / sizeof(Word<V>)); ++i) {
-    FUSED_EMA_STORE(static_cast<Word<V>*>(pointer) + i, words.word[i]);
-  }
-#else
-  *reinterpret_cast<V*>(pointer) = value;
-#endif
-}
-
-// What happens to N neighbouring elements, the first of which is element `at` of its pair. Four flags spare the traffic
-// that is not needed; `vectors` says whether whole tiles go by vectors, which for the rarer kinds would take more
-// registers than there are.
-template <class E, class P>
-struct Lerp {
-  using C = Compute<E, P>;
-  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
-  static constexpr bool vectors = sizeof(P) <= sizeof(E);
-  C factor;
-  FUSED_EMA_HD Lerp(const Row&, const Step& step) : factor(factor_of<C>(step.decay)) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
-    FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < N; ++i) {
-      e.lane[i] = cast<E>(lerp(cast<C>(e.lane[i]), cast<C>(p.lane[i]), factor));
-    }
-  }
-};
-template <class E, class P>
-struct LerpStochastic {
-  using C = Compute<E, P>;
-  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
-  static constexpr bool vectors = false;
-  C factor;
-  uint64_t key, number;
-  FUSED_EMA_HD LerpStochastic(const Row& row, const Step& step)
-      : factor(factor_of<C>(step.decay)), key(step.key), number(uint64_t(row.number)) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t at) const {
-    FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < N; ++i) {
-      const C moved = lerp(cast<C>(e.lane[i]), cast<C>(p.lane[i]), factor);
-      e.lane[i] = from_float<E>(float(moved), random_bits(key, number + uint64_t(at + i)));
-    }
-  }
-};
-template <class E, class P>
-struct Copy {
-  static constexpr bool reads_ema = false, writes_ema = true, reads_model = true, writes_model = false;
-  static constexpr bool vectors = true;
-  FUSED_EMA_HD Copy(const Row&, const Step&) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
-    FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < N; ++i) e.lane[i] = cast<E>(p.lane[i]);
-  }
-};
-template <class E, class P>
-struct Swap {
-  static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = true;
-  static constexpr bool vectors = true;
-  FUSED_EMA_HD Swap(const Row&, const Step&) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t) const {
-    const Vector<E, N> old = e;
-    e = p;
-    p = old;
-  }
-};
-// The two ways of an exchange between types: the model's values are kept aside, as they are, and the average stays.
-template <class E, class P>
-struct SetAside {
-  static constexpr bool reads_ema = true, writes_ema = false, reads_model = true, writes_model = true;
-  static constexpr bool vectors = false;
-  P* aside;
-  FUSED_EMA_HD SetAside(const Row& row, const Step& step) : aside(reinterpret_cast<P*>(step.aside + row.aside)) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t at) const {
-    store(aside + at, p);
-    FUSED_EMA_UNROLL_LOOP
-    for (int i = 0; i < N; ++i) p.lane[i] = cast<P>(e.lane[i]);
-  }
-};
-template <class E, class P>
-struct TakeBack {
-  static constexpr bool reads_ema = false, writes_ema = false, reads_model = false, writes_model = true;
-  static constexpr bool vectors = false;
-  const P* aside;
-  FUSED_EMA_HD TakeBack(const Row& row, const Step& step) : aside(reinterpret_cast<const P*>(step.aside + row.aside)) {}
-  template <int N>
-  FUSED_EMA_HD void operator()(Vector<E, N>&, Vector<P, N>& p, int64_t at) const {
-    p = load<Vector<P, N>>(aside + at);
-  }
-};
-
-// Offsets, in elements, of element i of a strided pair.
+// Where element i of a strided pair lies on each side, in elements.
 struct Offsets {
   int64_t ema;
   int64_t model;
@@ -287,9 +44,10 @@ FUSED_EMA_HD Offsets offsets_of(const Layout& layout, int64_t i) {
   return at;
 }
 
-// A whole, aligned tile of a flat pair: vectors, no guards, every load of a step before its first arithmetic.
+// Runs a whole, aligned tile of a flat pair by vectors, without guards: `ema` and `model` point to element `low`. All
+// loads of a step come before its first arithmetic, since the bytes in flight are what fills the memory bus.
 template <class E, class P, class F>
-FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F& f) {  // both at element `low`
+FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F& f) {
   constexpr int kLanes = kVectorBytes / int(sizeof(E));
   using VE = Vector<E, kLanes>;
   using VP = Vector<P, kLanes>;
@@ -313,8 +71,8 @@ FUSED_EMA_HD void run_vectors(E* ema, P* model, int64_t low, int thread, const F
   }
 }
 
-// Any other range of a flat pair: a tensor's head and tail, a model misaligned against its average. Neighbouring
-// threads take neighbouring elements.
+// Runs any other range of a flat pair element by element: the head and the tail of a tensor, and pairs whose model is
+// misaligned against the average. Neighbouring threads take neighbouring elements.
 template <class E, class P, class F>
 FUSED_EMA_HD void run_elements(E* ema, P* model, int64_t begin, int64_t end, int thread, const F& f) {
   constexpr int kBatch = 4;
@@ -338,12 +96,13 @@ FUSED_EMA_HD void run_elements(E* ema, P* model, int64_t begin, int64_t end, int
   }
 }
 
-// A visitor of with_lerp, with_copy and with_raw below: elements begin, begin + step, ... of a strided pair.
+// Runs elements begin, begin + step, ... of a strided pair. This struct and TileRun are what run_step() below calls
+// once it knows the types.
 struct StridedRun {
   const Layout& layout;
   int64_t begin, end;
   int step;
-  int64_t shift;  // to the average from the first one
+  int64_t shift;  // elements from the first average to this one
   template <class E, class P, class F>
   FUSED_EMA_HD void run(const Row& row, const F& f) const {
     E* const ema = static_cast<E*>(row.ema) + shift;
@@ -360,7 +119,7 @@ struct StridedRun {
   }
 };
 
-// Another: one thread's part of one tile.
+// Runs one thread's share of one tile.
 struct TileRun {
   const Launch& launch;
   uint32_t index;
@@ -372,7 +131,7 @@ struct TileRun {
     E* const ema = static_cast<E*>(row.ema) + shift;
     P* const model = static_cast<P*>(row.model);
 #ifdef __CUDA_ARCH__
-    __builtin_assume(__isGlobal(ema));  // from a table, so the compiler would emit generic loads and stores
+    __builtin_assume(__isGlobal(ema));  // else generic accesses: they come from a table
     __builtin_assume(__isGlobal(model));
 #endif
     const int64_t begin = int64_t(index) * kTile - row.misaligned;
@@ -392,22 +151,7 @@ struct TileRun {
   }
 };
 
-// The pairs of types. F(E, P) is expanded once for each.
-#define FUSED_EMA_LERP_PAIRS(F) F(f32, f32) F(f64, f64) F(bf16, bf16) F(f16, f16) FUSED_EMA_CAST_PAIRS(F)
-#define FUSED_EMA_CAST_PAIRS(F) \
-  F(f32, bf16)                  \
-  F(f32, f16)                   \
-  F(f32, f64)                   \
-  F(f64, f32) F(f64, bf16) F(f64, f16) F(bf16, f32) F(bf16, f64) F(bf16, f16) F(f16, f32) F(f16, f64) F(f16, bf16)
-#define FUSED_EMA_NARROW_PAIRS(F) \
-  F(bf16, bf16)                   \
-  F(bf16, f16)                    \
-  F(bf16, f32) F(bf16, f64) F(f16, f16) F(f16, bf16) F(f16, f32) F(f16, f64)
-
-constexpr int pair_of(Type ema, Type model) { return int(ema) * 16 + int(model); }
-FUSED_EMA_HD constexpr bool is_narrow(Type type) { return type == Type::bf16 || type == Type::f16; }
-
-// Exact copies and exchanges move bits: the types are told apart by size alone.
+// Copies and exchanges between equal types move bits, so only the size of the type counts.
 template <template <class, class> class F, class Run>
 FUSED_EMA_HD void with_raw(const Row& row, const Step& step, const Run& run) {
   switch (size_of(row.ema_type)) {
@@ -434,13 +178,13 @@ FUSED_EMA_HD void with_cast(const Row& row, const Step& step, const Run& run) {
 }
 #undef FUSED_EMA_CASE
 
-// One average of one pair.
+// Runs one average of one pair.
 template <Op kOp, class Run>
 FUSED_EMA_HD void run_step(const Row& row, const Step& step, const Run& run) {
   if (is_update(kOp) && step.decay == 1.0) return;
   const bool same = row.ema_type == row.model_type;
-  if (kOp == Op::swap) return same ? with_raw<Swap>(row, step, run) : with_cast<SetAside>(row, step, run);
-  if (kOp == Op::restore) return same ? with_raw<Swap>(row, step, run) : with_cast<TakeBack>(row, step, run);
+  if (kOp == Op::swap) return same ? with_raw<Swap>(row, step, run) : with_cast<SaveModel>(row, step, run);
+  if (kOp == Op::restore) return same ? with_raw<Swap>(row, step, run) : with_cast<RestoreModel>(row, step, run);
   if (is_update(kOp) && row.average && step.decay != 0.0) {
     if (kOp == Op::update_stochastic && is_narrow(row.ema_type)) return with_narrow<LerpStochastic>(row, step, run);
     return with_lerp<Lerp>(row, step, run);
@@ -448,11 +192,11 @@ FUSED_EMA_HD void run_step(const Row& row, const Step& step, const Run& run) {
   return same ? with_raw<Copy>(row, step, run) : with_cast<Copy>(row, step, run);
 }
 
-// Blocks of a launch: one for each tile and each average that takes part. Those of one tile are neighbours, so that all
-// but the first find the model's values in the cache.
+// The blocks of a launch: one for each tile and each average that takes part. The averages of one tile are neighbouring
+// blocks, so that only the first of them reads the model's values from memory; the others find them in the L2 cache.
 FUSED_EMA_HD int64_t blocks(const Launch& launch) { return launch.tile_count * (launch.call.last - launch.call.first); }
 
-// Thread `thread` of block `block`.
+// Runs thread `thread` of block `block`.
 template <Op kOp>
 FUSED_EMA_HD void run_block(const Launch& launch, uint32_t block, int thread) {
   const uint32_t averages = uint32_t(launch.call.last - launch.call.first);

@@ -19,7 +19,7 @@ class Op(Enum):
 class Watch:
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[object]) -> None: ...
 
-class Plan:
+class Prepared:
     def __init__(
         self,
         names: Sequence[str],
@@ -28,26 +28,26 @@ class Plan:
         actions: Sequence[int],
         watch: Watch | None,
         averages: int,
-        next_averages: Sequence[int],
+        strides: Sequence[int],
     ) -> None: ...
     def run(
         self,
         op: Op,
-        decay: Sequence[float],
-        device_decay: Tensor | None = None,
+        decays: Sequence[float],
+        device_decays: Tensor | None = None,
         keys: Sequence[int] = (),
         average: int = -1,
-        aside: Sequence[Tensor] = (),
+        scratch: Sequence[Tensor] = (),
     ) -> bool: ...
     def run_with(
         self,
         ema: Sequence[Tensor],
         model: Sequence[Tensor],
         op: Op,
-        decay: Sequence[float],
-        device_decay: Tensor | None,
+        decays: Sequence[float],
+        device_decays: Tensor | None = None,
     ) -> bool: ...
-    def aside_bytes(self) -> list[tuple[torch.device, int]]: ...
+    def scratch_bytes(self) -> list[tuple[torch.device, int]]: ...
     def current(self) -> bool: ...
     def exchanged(self) -> bool: ...
     def mark_exchanged(self) -> None: ...

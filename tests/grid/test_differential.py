@@ -121,13 +121,13 @@ def placed(rng, grid, op, rows, averages):
 
 def run_on_cpu(pairs, complex_, ties, op, decays, keys):
     """As a manager does it: through all checks."""
-    sides, apart = [], []
+    sides, strides = [], []
     for i, (pair, two) in enumerate(zip(pairs, complex_, strict=True)):
         like = LIKE.get(pair.ema.dtype, pair.ema.dtype) if i % 2 else pair.ema.dtype  # another of the same size
         kinds = (like, like if like != pair.ema.dtype else pair.model.dtype)
         views = [side.view(kind) for side, kind in zip(pair[:2], kinds, strict=True)]
         sides.append([torch.view_as_complex(side) if two else side for side in views])
-        apart.append(pair.next_average // (1 + two))
+        strides.append(pair.stride // (1 + two))
     order = [*range(len(pairs)), *ties]
     ema, model = ([sides[i][side] for i in order] for side in (0, 1))
     checked = Pairs([f"[{i}]" for i in range(len(order))], ema, model, [pairs[i].average for i in order])
@@ -136,7 +136,7 @@ def run_on_cpu(pairs, complex_, ties, op, decays, keys):
         "copy",
         watch(ema, model),
         averages=len(decays),
-        strides=[apart[i] for i in order],
+        strides=[strides[i] for i in order],
         free_types=True,
     )
     assert ours.try_run(Call(op, tuple(decays), keys=keys))

@@ -66,8 +66,8 @@ Tensors tensors(Choices& choose, Op op, int averages, int64_t number) {
     for (int d = 0; d < dims && found.numel; ++d) span += (found.sizes[d] - 1) * strides[d];
     const int64_t size = size_of(types[side]), vector = kVectorBytes / size;
     const int64_t offset = choose.below(vector);
-    if (side == 0) found.pair.next_average = (span + vector - 1) / vector * vector;
-    const int64_t count = offset + (side == 0 ? (averages - 1) * found.pair.next_average : 0) + span;
+    if (side == 0) found.pair.stride = (span + vector - 1) / vector * vector;
+    const int64_t count = offset + (side == 0 ? (averages - 1) * found.pair.stride : 0) + span;
     found.memory[side].reset(new char[static_cast<size_t>(count * size)]());
     for (int64_t i = 0; i < std::min<int64_t>(count * size, 8); ++i)
       found.memory[side][i] = static_cast<char>(choose.below(256));
@@ -107,7 +107,7 @@ void run_one(const uint8_t* data, size_t size) {
     if (add_pair(tables, each.pair, true) && tables.rows.size() > rows) {
       number += 2 * each.numel;
       const int64_t ema = size_of(each.pair.ema_type), model = size_of(each.pair.model_type);
-      const bool exchanges = each.pair.ema_type == each.pair.model_type;  // else the model's are set aside
+      const bool exchanges = each.pair.ema_type == each.pair.model_type;  // else the model's values are saved
       bytes += each.numel * (!writes_model(op)   ? written * ema
                              : exchanges         ? ema + model
                              : op == Op::restore ? model
@@ -115,8 +115,8 @@ void run_one(const uint8_t* data, size_t size) {
     }
     all.push_back(std::move(each));
   }
-  std::unique_ptr<char[]> aside(new char[static_cast<size_t>(tables.aside_bytes + 1)]());
-  call.aside = aside.get();
+  std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(tables.scratch_bytes + 1)]());
+  call.scratch = scratch.get();
   if (op == Op::restore) grid_run(&tables, int(Op::swap), &call, nullptr, 0, 1);
   grid_run(&tables, int(op), &call, nullptr, 0, 1);
   int64_t stored = 0;

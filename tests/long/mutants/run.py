@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[3]
 FIRST = {  # by what is mutated; the grid's tests build the kernel's code by themselves
     "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
     "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
+    "csrc/launch.h": "grid_manager grid_manager_vs_cpu",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu numerics values ema_swap",
     "csrc/plan.cpp": "stale_sources kinds calls ema_rounding",
     "csrc/bindings.cpp": "stale_sources calls ema_swap threads grid_manager_vs_cpu distributed",
-    "csrc/watch.h": "stale_sources calls ema_swap threads distributed",
+    "csrc/watch.cpp": "stale_sources calls ema_swap threads distributed",
     "fused_ema/_build/cache.py": "build",
     "fused_ema/_build/library.py": "library",
     "fused_ema/pairs/arguments.py": "arguments",

@@ -1,4 +1,4 @@
-"""Audits the machine code of the CUDA kernels, which needs no GPU:  python tests/audit_sass.py [_C.so or .o]
+"""Audits the machine code of the CUDA kernels, which needs no GPU:  python tests/grid/audit_sass.py [_C.so or .o]
 
 The main path of each kind of pair that goes by vectors is one straight run of instructions that ends in 128-bit
 stores. Each must load averages in 128 bits too (parameters in what as many elements take), issue all loads before it
@@ -19,7 +19,7 @@ from sass import KERNELS, LOADS, STORES, dump, parse_sass, parse_usage, register
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ARITHMETIC = re.compile("[FD](ADD|FMA)")
 MAX_REGISTERS = 64  # so that 1024 threads fit an SM; __launch_bounds__ in ema_cuda.cu asks for it
-TILES_H = Path(__file__).resolve().parent.parent / "csrc" / "tiles.h"
+TILES_H = Path(__file__).resolve().parents[2] / "csrc" / "tiles.h"
 
 
 class Kind(NamedTuple):

@@ -47,7 +47,7 @@ def test_one_launch_has_the_bits_of_several(grid, averages, op):
     other, others = in_copy(memory, pairs)
     grid.tables(pairs).run(op, DECAYS[:averages], keys=KEYS[:averages])
     for k in range(averages):
-        single = [pair._replace(ema=pair.nth(k), next_average=0) for pair in others]
+        single = [pair._replace(ema=pair.nth(k), stride=0) for pair in others]
         grid.tables(single).run(op, DECAYS[k], keys=KEYS[k : k + 1], seed=k)
     assert torch.equal(memory, other)
 

@@ -30,19 +30,19 @@ def place(rng, rows, averages=1, number=0):
 
     With several `averages` the pair's is the first of them. The elements are numbered from `number` on, as in
     csrc/plan.cpp. Returns the block and the pairs."""
-    starts, apart, end = [], [], GUARD
+    starts, strides, end = [], [], GUARD
     for dtypes, n, offsets, _ in rows:
         size = dtypes[0].itemsize
-        apart.append(-(-(n * size + GUARD) // 16) * 16 // size if averages > 1 else 0)
-        for dtype, length, offset in zip(dtypes, ((averages - 1) * apart[-1] + n, n), offsets, strict=True):
+        strides.append(-(-(n * size + GUARD) // 16) * 16 // size if averages > 1 else 0)
+        for dtype, length, offset in zip(dtypes, ((averages - 1) * strides[-1] + n, n), offsets, strict=True):
             starts.append(end + offset * dtype.itemsize)
             end = -(-(starts[-1] + length * dtype.itemsize + GUARD) // 16) * 16
     memory = torch.empty(end, dtype=torch.uint8)  # torch aligns it to 64 bytes
     memory.copy_(noise(torch.uint8, end, rng))
     pairs, start = [], iter(starts)
-    for (dtypes, n, _, average), next_average in zip(rows, apart, strict=True):
+    for (dtypes, n, _, average), stride in zip(rows, strides, strict=True):
         ema, model = (memory[at : at + n * t.itemsize].view(t) for t, at in zip(dtypes, start, strict=False))
-        pairs.append(Pair(ema, model, average, next_average, number))
+        pairs.append(Pair(ema, model, average, stride, number))
         number += 2 * n
         model.copy_(noise(model.dtype, n, rng))
         for k in range(averages):

@@ -24,7 +24,7 @@ static void on_store(const void* pointer, size_t bytes) {
 }
 #define FUSED_EMA_ON_STORE(pointer, bytes) on_store(pointer, bytes)
 
-#include "../csrc/table.h"
+#include "../../csrc/table.h"
 
 using namespace fused_ema;
 
@@ -58,11 +58,11 @@ Tables* grid_new() { return new Tables; }
 void grid_delete(Tables* tables) { delete tables; }
 
 int grid_add(Tables* tables, void* ema, void* model, int ema_type, int model_type, int average, int dims,
-             const int64_t* sizes, const int64_t* ema_strides, const int64_t* model_strides, int64_t next_average,
+             const int64_t* sizes, const int64_t* ema_strides, const int64_t* model_strides, int64_t stride,
              int64_t number, int with_tiles) {
   return add_pair(*tables,
                   Pair{ema, model, static_cast<Type>(ema_type), static_cast<Type>(model_type), average != 0, dims,
-                       sizes, ema_strides, model_strides, next_average, number},
+                       sizes, ema_strides, model_strides, stride, number},
                   with_tiles != 0);
 }
 
@@ -73,8 +73,8 @@ void grid_counts(const Tables* tables, int64_t* out) {
   out[2] = static_cast<int64_t>(tables->tiles.size());
   out[3] = tables->elements;
 }
-int64_t grid_aside_bytes(const Tables* tables) { return tables->aside_bytes; }
-int64_t grid_aside(const Tables* tables, int64_t row) { return tables->rows[static_cast<size_t>(row)].aside; }
+int64_t grid_scratch_bytes(const Tables* tables) { return tables->scratch_bytes; }
+int64_t grid_scratch(const Tables* tables, int64_t row) { return tables->rows[static_cast<size_t>(row)].scratch; }
 const Tile* grid_tiles(const Tables* tables) { return tables->tiles.data(); }
 
 // Dimensions of a row's layout, or -1 where the row is flat.

@@ -1,4 +1,4 @@
-"""Exchanges on the emulated grid: the model's values set aside and taken back where the types differ."""
+"""Exchanges on the emulated grid; between two types, the model's values go to scratch memory and come back."""
 
 import numpy as np
 import oracle
@@ -13,24 +13,24 @@ KINDS = [(pair, True) for pair in CAST_PAIRS + RAW_PAIRS]
 
 
 def with_room(memory, pairs):
-    """A copy of it all with room behind the tensors for what is set aside, and to spare; where that begins."""
+    """A copy of memory and pairs with ample scratch memory behind the tensors, and the offset where that begins."""
     size = sum(pair.model.numel() * pair.model.itemsize + 48 for pair in pairs)
     return *in_copy(memory, pairs, -(-size // 16) * 16), len(memory)
 
 
-def values_aside(tables, pairs, memory, start):
-    """For each pair of different types a view of what is set aside, in the order of the average's memory."""
+def saved_values(tables, pairs, memory, start):
+    """A view of the saved values of each pair of two types, in the order of the average's memory."""
     row, found = 0, []
     for pair in pairs:
         if pair.ema.numel() == 0:
             continue
-        at, size = tables.aside(row), pair.model.numel() * pair.model.itemsize
+        at, size = tables.scratch(row), pair.model.numel() * pair.model.itemsize
         row += 1
         if pair.ema.dtype == pair.model.dtype:
             assert at == -1
             continue
         assert at >= 0
-        assert at + size <= tables.aside_bytes()
+        assert at + size <= tables.scratch_bytes()
         found.append((pair, memory[start + at : start + at + size].view(pair.model.dtype)))
     return found
 
@@ -41,15 +41,15 @@ def in_order(pair, tensor):
 
 
 def check_exchange(grid, memory, pairs, start, index=0):
-    """There and back; `memory` holds the pairs, and from `start` on the room for what is set aside."""
+    """Swaps and restores. `memory` holds the pairs, and from `start` on the scratch memory."""
     before, old = in_copy(memory, pairs)
     tables = grid.tables(pairs)
-    aside = memory[start:]
-    assert aside.data_ptr() % 16 == 0
-    assert tables.aside_bytes() <= len(aside)
-    kept = values_aside(tables, pairs, memory, start)
+    scratch = memory[start:]
+    assert scratch.data_ptr() % 16 == 0
+    assert tables.scratch_bytes() <= len(scratch)
+    kept = saved_values(tables, pairs, memory, start)
 
-    tables.run("swap", [0.0], first=index, aside=aside, seed=1)
+    tables.run("swap", [0.0], first=index, scratch=scratch, seed=1)
     expected = torch.zeros_like(memory)  # how often each byte is written
     for pair, was in zip(pairs, old, strict=True):
         mark(expected, pair.model)
@@ -67,12 +67,12 @@ def check_exchange(grid, memory, pairs, start, index=0):
     assert torch.equal(writes_per_byte(grid, memory), expected.long()), "not every element was written exactly once"
     assert torch.equal(memory[expected == 0], before[expected == 0]), "bytes outside the tensors changed"
 
-    with_it = aside.clone()
+    saved = scratch.clone()
     for pair, _ in kept:  # what the block does to them must not matter
         pair.model.fill_(7)
-    tables.run("restore", [0.0], first=index, aside=aside, seed=2)
+    tables.run("restore", [0.0], first=index, scratch=scratch, seed=2)
     assert torch.equal(memory[:start], before[:start]), "not restored bit for bit"
-    assert torch.equal(aside, with_it), "what was set aside has changed"
+    assert torch.equal(scratch, saved), "the scratch memory has changed"
     expected.zero_()
     for pair in pairs:
         mark(expected, pair.model)
@@ -123,6 +123,6 @@ def test_values_that_the_model_can_hold_come_through(grid):
     rows = [((torch.bfloat16, torch.float32), 5000, (0, 0), True), ((torch.float32, torch.float32), 5000, (1, 0), True)]
     memory, pairs, start = with_room(*place(rng, rows))
     _, old = in_copy(memory, pairs)
-    grid.tables(pairs).run("swap", [0.0], aside=memory[start:])
+    grid.tables(pairs).run("swap", [0.0], scratch=memory[start:])
     assert oracle.same_bits_but_nan(pairs[0].model.bfloat16(), old[0].ema)
     assert oracle.same_bits(pairs[1].model, old[1].ema)

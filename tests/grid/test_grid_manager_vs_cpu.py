@@ -22,15 +22,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def run_on_cpu(pairs, averages, op, decays, device_decay=None, keys=(), average=-1, aside=()):
-    """As a manager does it. Returns the plan."""
+def run_on_cpu(pairs, averages, op, decays, device_decay=None, keys=(), average=-1, scratch=()):
+    """Runs a plan as a manager does, and returns it."""
     extension = _native.load()
     ema, model = [pair.ema for pair in pairs], [pair.model for pair in pairs]
     actions = [Action.NONE if len(p.ema) == 0 else Action.AVERAGE if p.average else Action.COPY for p in pairs]
-    names, apart = [f"[{i}]" for i in range(len(pairs))], [pair.next_average for pair in pairs]
+    names, strides = [f"[{i}]" for i in range(len(pairs))], [pair.stride for pair in pairs]
     watch = extension.Watch([], [ema, model])
-    plan = extension.Plan(names, ema, model, actions, watch, averages, apart)
-    assert plan.run(extension.Op.__members__[op], decays, device_decay, keys, average, aside)
+    plan = extension.Prepared(names, ema, model, actions, watch, averages, strides)
+    assert plan.run(extension.Op.__members__[op], decays, device_decay, keys, average, scratch)
     return plan
 
 
@@ -51,7 +51,7 @@ def place_large(rng, kinds, averages):
 
 
 def assert_same(pairs, memory, others, other, averages):
-    """All bytes, but for the signs and payloads of NaN."""
+    """Compares all bytes except the signs and payloads of NaN."""
     for one, two in zip(pairs, others, strict=True):
         views = [
             *zip(map(one.nth, range(averages)), map(two.nth, range(averages)), strict=True),
@@ -62,7 +62,7 @@ def assert_same(pairs, memory, others, other, averages):
             if a.is_floating_point() and 0 not in a.stride():
                 for side in (a, b):
                     side[side.isnan()] = 0
-    assert torch.equal(memory, other), "other bytes beside the tensors"
+    assert torch.equal(memory, other), "bytes between the tensors differ"
 
 
 @pytest.mark.parametrize("op", ["update", "update_stochastic", "copy"])
@@ -94,25 +94,25 @@ def test_device_decays_and_one_of_several(grid, threads, op):
 
 @pytest.mark.parametrize(("averages", "index"), [(1, 0), (3, 1)])
 def test_exchanges(grid, threads, averages, index):
-    """What is set aside is the same too; a plan of the same tensors can take it back."""
+    """The scratch memory is the same too, and another plan of the same tensors can restore from it."""
     rng = np.random.default_rng(3)
     kinds = [(pair, pair[0].is_floating_point) for pair in [*CAST_PAIRS, *((dtype, dtype) for dtype in TYPES)]]
     for memory, pairs in place_large(rng, kinds, averages):
         other, others = in_copy(memory, pairs)
         start = memory.clone()
-        tables, (aside, aside_too) = grid.tables(pairs), torch.full((2, 16 << 20), 99, dtype=torch.uint8)
-        assert tables.aside_bytes() <= len(aside)
+        tables, (scratch, other_scratch) = grid.tables(pairs), torch.full((2, 16 << 20), 99, dtype=torch.uint8)
+        assert tables.scratch_bytes() <= len(scratch)
         average = index if averages > 1 else -1
 
-        tables.run("swap", [0.0], first=index, aside=aside)
-        plan = run_on_cpu(others, averages, "swap", [0.0], average=average, aside=[aside_too])
+        tables.run("swap", [0.0], first=index, scratch=scratch)
+        plan = run_on_cpu(others, averages, "swap", [0.0], average=average, scratch=[other_scratch])
         assert plan.exchanged()
-        assert plan.aside_bytes() == [(torch.device("cpu"), tables.aside_bytes())]
-        assert torch.equal(aside, aside_too)
+        assert plan.scratch_bytes() == [(torch.device("cpu"), tables.scratch_bytes())]
+        assert torch.equal(scratch, other_scratch)
         swapped = memory.clone(), other.clone()
 
-        tables.run("restore", [0.0], first=index, aside=aside)
-        plan = run_on_cpu(others, averages, "restore", [0.0], average=average, aside=[aside_too])
+        tables.run("restore", [0.0], first=index, scratch=scratch)
+        plan = run_on_cpu(others, averages, "restore", [0.0], average=average, scratch=[other_scratch])
         assert not plan.exchanged()
         assert torch.equal(memory, start)
         assert torch.equal(other, start)
@@ -121,13 +121,13 @@ def test_exchanges(grid, threads, averages, index):
         assert_same(pairs, memory, others, other, averages)
 
 
-def test_memory_to_set_aside_is_checked(threads):
-    """An exchange that gets too little of it is refused, with nothing written."""
+def test_scratch_memory_is_checked(threads):
+    """An exchange with too little of it is refused, and nothing is written."""
     pairs = [Pair(torch.ones(5), torch.zeros(5, dtype=torch.bfloat16))]
-    for aside in ([], [torch.empty(9, dtype=torch.uint8)], [torch.empty(10, dtype=torch.int8)]):
-        with pytest.raises(ValueError, match="sets aside"):
-            run_on_cpu(pairs, 1, "swap", [0.0], aside=aside)
+    for scratch in ([], [torch.empty(9, dtype=torch.uint8)], [torch.empty(10, dtype=torch.int8)]):
+        with pytest.raises(ValueError, match="scratch"):
+            run_on_cpu(pairs, 1, "swap", [0.0], scratch=scratch)
         assert pairs[0].ema.eq(1).all()
         assert pairs[0].model.eq(0).all()
-    run_on_cpu(pairs, 1, "swap", [0.0], aside=[torch.empty(10, dtype=torch.uint8)])
+    run_on_cpu(pairs, 1, "swap", [0.0], scratch=[torch.empty(10, dtype=torch.uint8)])
     assert pairs[0].model.eq(1).all()

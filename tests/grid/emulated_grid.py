@@ -1,7 +1,7 @@
-"""The CUDA kernel's own tile code (csrc/tiles.h, csrc/table.h), built by g++ and run over an emulated grid.
+"""Builds the CUDA kernel's tile code (csrc/tiles.h, csrc/table.h) with g++ and runs it over an emulated grid.
 
-What a GPU would do is done here by the same source: each (block, thread) once, in shuffled order. Only the machine
-code differs, and tests/audit_sass.py looks at that.
+Every (block, thread) of a launch runs once, in shuffled order, from the same source as on a GPU. Only the machine code
+differs; audit_sass.py reads that.
 """
 
 import ctypes
@@ -20,16 +20,16 @@ import torch
 
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *INTEGERS]  # in the order of enum Type
-OPS = ["update", "copy", "swap", "restore", "update_stochastic"]  # of enum Op
+OPS = ["update", "copy", "swap", "restore", "update_stochastic"]  # in the order of enum Op
 MAX_AVERAGES = 8
 
-UPDATE_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # of fused_ema.update
-LERP_PAIRS = UPDATE_PAIRS + oracle.NARROW_PAIRS  # a manager's
+UPDATE_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # that fused_ema.update takes
+LERP_PAIRS = UPDATE_PAIRS + oracle.NARROW_PAIRS  # that a manager takes
 STOCHASTIC_PAIRS = [pair for pair in LERP_PAIRS if pair[0] in oracle.HALF]
 CAST_PAIRS = list(itertools.permutations(oracle.FLOATS, 2))
 RAW_PAIRS = [(dtype, dtype) for dtype in INTEGERS]
 
-# Undefined includes alignment. What is left out, and a lower level of optimisation, halve the time to build.
+# "undefined" includes alignment. Leaving out three checks and optimising less halves the time to build.
 SANITIZE = ["-fsanitize=undefined", "-fno-sanitize=vptr,null,object-size", "-static-libubsan", "-Og"]
 SMALL = ["-DFUSED_EMA_THREADS=32", "-DFUSED_EMA_UNROLL=2", "-DFUSED_EMA_STEPS=2"]
 
@@ -38,17 +38,17 @@ class Pair(NamedTuple):
     ema: torch.Tensor  # the first average
     model: torch.Tensor
     average: bool = True
-    next_average: int = 0  # elements from one average to the next
-    number: int = 0  # of the first element, for random bits
+    stride: int = 0  # elements from one average to the next
+    number: int = 0  # of the first element, which its random bits depend on
 
     def nth(self, k):
         """Average k."""
         ema = self.ema
-        return ema.as_strided(ema.shape, ema.stride(), ema.storage_offset() + k * self.next_average)
+        return ema.as_strided(ema.shape, ema.stride(), ema.storage_offset() + k * self.stride)
 
 
 class Call(ctypes.Structure):
-    """struct Call of csrc/tiles.h."""
+    """struct Call of csrc/launch.h."""
 
     _fields_ = (
         ("first", ctypes.c_int32),
@@ -57,13 +57,13 @@ class Call(ctypes.Structure):
         ("key", ctypes.c_uint64 * MAX_AVERAGES),
         ("device_decay", ctypes.c_void_p),
         ("device_decay_is_f64", ctypes.c_bool),
-        ("aside", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
     )
 
 
 @functools.cache
 def build(size="default"):
-    """default: the kernel's own tile size, with the sanitizer where g++ has it. small: 64 times fewer elements."""
+    """default: the kernel's own tile size, under a sanitizer if g++ has it. small: tiles of half as many threads."""
     if shutil.which("g++") is None:
         pytest.skip("g++ not found: the emulated grid needs it")
     source = Path(__file__).with_name("emulated_grid.cpp")
@@ -87,11 +87,11 @@ class Grid:
         self.library = ctypes.CDLL(str(path))
         for name in ("grid_new", "grid_tiles", "grid_stores"):
             getattr(self.library, name).restype = ctypes.c_void_p
-        for name in ("grid_tile_elements", "grid_store_count", "grid_call_bytes", "grid_aside_bytes", "grid_aside"):
+        for name in ("grid_tile_elements", "grid_store_count", "grid_call_bytes", "grid_scratch_bytes", "grid_scratch"):
             getattr(self.library, name).restype = ctypes.c_int64
         for name in ("grid_lerp_pairs", "grid_narrow_pairs", "grid_cast_pairs"):
             getattr(self.library, name).restype = ctypes.c_char_p
-        assert self.library.grid_call_bytes() == ctypes.sizeof(Call), "struct Call is not what it was"
+        assert self.library.grid_call_bytes() == ctypes.sizeof(Call), "struct Call of csrc/launch.h has changed"
 
     def tile(self, dtype):
         """Elements of an average of this type in one tile."""
@@ -141,11 +141,11 @@ class Tables:
     def __del__(self):
         self.library.grid_delete(self.handle)
 
-    def _add(self, ema, model, average, next_average, number, with_tiles):
+    def _add(self, ema, model, average, stride, number, with_tiles):
         types = [TYPES.index(side.dtype) for side in (ema, model)]
         shape = [(ctypes.c_int64 * ema.dim())(*values) for values in (ema.shape, ema.stride(), model.stride())]
         arguments = [address_of(ema), address_of(model), *types, int(average), ema.dim(), *shape]
-        more = ctypes.c_int64(next_average), ctypes.c_int64(number)
+        more = ctypes.c_int64(stride), ctypes.c_int64(number)
         return bool(self.library.grid_add(self.handle, *arguments, *more, int(with_tiles)))
 
     def counts(self):
@@ -159,16 +159,16 @@ class Tables:
         return array_at(self.library.grid_tiles(self.handle), ctypes.c_uint32, self.counts()[2])
 
     def dims(self, row):
-        """Of a row that is not flat; -1 of one that is."""
+        """Dimensions of a row's layout; -1 if the row is flat."""
         return self.library.grid_dims(self.handle, ctypes.c_int64(row))
 
-    def aside_bytes(self):
-        """Memory that an exchange between types needs."""
-        return self.library.grid_aside_bytes(self.handle)
+    def scratch_bytes(self):
+        """Bytes of scratch memory that an exchange needs."""
+        return self.library.grid_scratch_bytes(self.handle)
 
-    def aside(self, row):
-        """Where a row's part of that memory begins, or -1."""
-        return self.library.grid_aside(self.handle, ctypes.c_int64(row))
+    def scratch(self, row):
+        """Where a row's part of the scratch memory begins; -1 if it needs none."""
+        return self.library.grid_scratch(self.handle, ctypes.c_int64(row))
 
     def offsets(self, row, i):
         """Of element i of a row, on both sides."""
@@ -176,14 +176,18 @@ class Tables:
         self.library.grid_offsets(self.handle, ctypes.c_int64(row), ctypes.c_int64(i), out)
         return tuple(out)
 
-    def run(self, op, decay, device_decay=None, tiles=None, seed=1, *, first=0, keys=(), aside=None):
-        """`decay`, and `keys`: of the averages from `first` on, or a number for one. `device_decay`: a tensor of
-        float32 or float64, of all averages. `aside`: a tensor of bytes. `tiles`: chosen ones, as tiles() gives them."""
+    def run(self, op, decay, device_decay=None, tiles=None, seed=1, *, first=0, keys=(), scratch=None):
+        """Runs one launch.
+
+        `decay` and `keys` are those of the averages from `first` on; `decay` may be a number. `device_decay` is a
+        float32 or float64 tensor with the decays of all averages, `scratch` a tensor of bytes. `tiles` chooses among
+        tiles().
+        """
         decays = [decay] if isinstance(decay, float) else decay
         call = Call(first, first + len(decays))
         call.decay[first : call.last] = decays
         call.key[first : first + len(keys)] = keys
-        call.device_decay, call.aside = address_of(device_decay), address_of(aside)
+        call.device_decay, call.scratch = address_of(device_decay), address_of(scratch)
         call.device_decay_is_f64 = device_decay is not None and device_decay.dtype == torch.float64
         self.library.grid_run(
             self.handle,
