@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,15 +144,12 @@ class Binding:
             f"{about['bytes_per_update']:,} bytes per update, backend {about['backend']!r})"
         )
 
-    def __reduce__(self) -> tuple[Callable[..., Binding], tuple[Any, ...]]:
-        return _rebind, self._sources
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sources": self._sources}
 
-
-def _rebind(ema: Source, model: Source, buffers: Buffers) -> Binding:
-    binding = Binding.__new__(Binding)
-    binding._sources = (ema, model, buffers)
-    binding._plan = None  # made by the first call: a module that holds its binding may not be complete yet
-    return binding
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._sources = state["sources"]
+        self._plan = None  # made by the first call: a module that holds its binding may not be complete yet
 
 
 def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:

@@ -83,7 +83,8 @@ class _Pairs:
         return list(self._sizes.items())
 
     def current(self) -> bool:
-        return self._watched() is not None
+        watched = self._watched()
+        return watched is not None and self._fits(list(map(shards.local, watched)))
 
     def exchanged(self) -> bool:
         return self._exchanged > 0
@@ -99,7 +100,7 @@ class _Pairs:
         if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
             return False  # a new plan refuses it, in words
         tensors = list(map(shards.local, whole))
-        if len(tensors) != len(self._records) or list(map(_record, tensors)) != self._records:
+        if not self._fits(tensors):
             return False
         with one_at_a_time(), torch.no_grad():
             self._run(call, tensors)
@@ -111,6 +112,9 @@ class _Pairs:
         """The tensors that the watched sources hold, if those are in the slots where they were."""
         values = self._watch.values() if self._watch and self._places is not None else None
         return None if values is None else [values[place] for place in self._places or ()]
+
+    def _fits(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self._records) and list(map(_record, tensors)) == self._records
 
     def _run(self, call: Call, tensors: list[Tensor]) -> None:
         half = len(tensors) // 2

@@ -1,0 +1,188 @@
+"""Every runner does what runners/base.py says. A new runner joins by being in RUNNERS."""
+
+import gc
+import weakref
+
+import oracle
+import pytest
+import torch
+from conftest import bits, same_bits
+from torch import nn
+
+from fused_ema.pairs.checks import Action
+from fused_ema.plan import Plan
+from fused_ema.runners import RUNNERS, choose, extension
+from fused_ema.runners.base import Call, Job
+from fused_ema.runners.watch import SlotWatch
+
+DECAY = 0.9
+
+
+@pytest.fixture(params=RUNNERS, ids=lambda runner: runner.name)
+def runner(request):
+    if why := request.param.why_not("cpu"):
+        pytest.skip(f"no native extension: {why}")
+    return request.param
+
+
+def watch_of(runner, *sources):
+    """What `watch` would take for this runner, whichever runs by default."""
+    modules = [source for source in sources if isinstance(source, nn.Module)]
+    containers = [source for source in sources if not isinstance(source, nn.Module)]
+    kind = extension.load().Watch if runner.name == "extension" else SlotWatch
+    return kind(modules, containers)
+
+
+def sides(types=((torch.float32, torch.float32), (torch.float32, torch.bfloat16)), averages=1):
+    """Averages and the model's tensors, of which the last pair is copied; `averages` of each, 128 elements apart."""
+    torch.manual_seed(0)
+    ema = [torch.randn(averages * 128).to(kind)[:100].view(20, 5) for kind, _ in types]
+    model = [torch.randn(20, 5).to(kind) for _, kind in types]
+    return [*ema, torch.arange(3)], [*model, torch.arange(3) + 7]
+
+
+def job(ema, model, averages=1):
+    actions = [Action.AVERAGE] * (len(ema) - 1) + [Action.COPY]
+    names = [f"[{i}]" for i in range(len(ema))]
+    return Job(names, ema, model, actions, averages, [128 if averages > 1 else 0] * len(ema))
+
+
+def prepared(runner, averages=1):
+    ema, model = sides(averages=averages)
+    if averages > 1:
+        ema, model = ema[:-1], model[:-1]
+        made = job([*ema, torch.zeros(0)], [*model, torch.zeros(0)], averages)
+        made.actions[-1] = Action.NONE
+        return ema, model, runner.prepare(made, watch_of(runner, made.ema, made.model))
+    return ema, model, runner.prepare(job(ema, model), watch_of(runner, ema, model))
+
+
+def test_why_not_is_told_in_words(runner):
+    assert runner.why_not("cpu") is None
+    for kind in ("cuda", "mps", "xpu"):
+        reason = runner.why_not(kind)
+        assert reason is None or len(reason.split()) > 3
+    assert choose(["cpu", "mps"]).name == "reference"
+
+
+def test_update(runner):
+    ema, model, pairs = prepared(runner)
+    old = [tensor.clone() for tensor in ema]
+    assert pairs.current()
+    versions = [tensor._version for tensor in ema]
+    assert pairs.run(Call("update", (DECAY,)))
+    oracle.check_step(old[:2], model[:2], ema[:2], DECAY, bitwise=False)
+    assert torch.equal(ema[2], model[2])
+    assert [tensor._version for tensor in ema] == [version + 1 for version in versions]
+    assert pairs.launches() >= 1
+    assert not pairs.exchanged()
+
+
+def test_update_of_other_objects_on_the_same_memory(runner):
+    ema, model = sides()
+    pairs = runner.prepare(job(ema, model), None)
+    assert not pairs.current()
+    assert not pairs.run(Call("update", (DECAY,)))
+    old = [tensor.clone() for tensor in ema]
+    assert pairs.run(Call("update", (DECAY,)), [t.detach() for t in ema], [t.detach() for t in model])
+    oracle.check_step(old[:2], model[:2], ema[:2], DECAY, bitwise=False)
+    before = bits(ema, model)
+    others = [tensor.clone() for tensor in model]
+    assert not pairs.run(Call("update", (DECAY,)), ema, others)
+    assert not pairs.run(Call("update", (DECAY,)), ema[:2], model[:2])
+    assert same_bits(before, ema, model)
+
+
+def test_several_averages_and_one_of_them(runner):
+    ema, model, pairs = prepared(runner, averages=2)
+    second = [tensor.as_strided(tensor.shape, tensor.stride(), 128) for tensor in ema]
+    old = [[t.clone() for t in each] for each in (ema, second)]
+    assert pairs.run(Call("update", (DECAY, 0.5)))
+    for before, after, decay in zip(old, (ema, second), (DECAY, 0.5), strict=True):
+        oracle.check_step(before, model, after, decay, bitwise=False)
+    first = [tensor.clone() for tensor in ema]
+    assert pairs.run(Call("copy", average=1))
+    assert all(map(torch.equal, first, ema))
+    assert all(torch.equal(average, tensor.to(average.dtype)) for average, tensor in zip(second, model, strict=True))
+
+
+def test_swap_and_restore(runner):
+    ema, model, pairs = prepared(runner)
+    before = bits(ema, model)
+    averages = [tensor.clone() for tensor in ema]
+    scratch = [torch.empty(size, dtype=torch.uint8, device=device) for device, size in pairs.scratch()]
+    assert scratch, "the types of the second pair differ"
+    assert pairs.run(Call("swap", scratch=scratch))
+    assert pairs.exchanged()
+    assert all(torch.equal(tensor, average.to(tensor.dtype)) for tensor, average in zip(model, averages, strict=True))
+    assert pairs.run(Call("restore", scratch=scratch))
+    assert not pairs.exchanged()
+    assert same_bits(before, ema, model)
+
+
+def test_a_swap_that_another_did_is_undone(runner):
+    ema, model, pairs = prepared(runner)
+    before = bits(ema, model)
+    scratch = [torch.empty(size, dtype=torch.uint8, device=device) for device, size in pairs.scratch()]
+    assert pairs.run(Call("swap", scratch=scratch))
+    other = runner.prepare(job(ema, model), watch_of(runner, ema, model))
+    other.mark_exchanged()
+    assert other.exchanged()
+    assert other.run(Call("restore", scratch=scratch))
+    assert same_bits(before, ema, model)
+
+
+CHANGES = {
+    "replaced": lambda model: model.__setitem__(0, model[0].clone()),
+    "data": lambda model: setattr(model[0], "data", model[0].clone()),
+    "type": lambda model: setattr(model[1], "data", model[1].half()),
+    "shape": lambda model: setattr(model[0], "data", model[0].data.view(5, 20)),
+    "strides": lambda model: setattr(model[0], "data", model[0].data.as_strided((20, 5), (1, 20))),
+    "added": lambda model: model.append(torch.zeros(1)),
+    "removed": lambda model: model.pop(),
+    "freed": lambda model: model[0].untyped_storage().resize_(0),
+    "conjugated": lambda model: setattr(model[0], "data", torch._neg_view(model[0].data)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_is_written_once_something_changed(runner, change):
+    ema, model, pairs = prepared(runner)
+    assert pairs.run(Call("update", (DECAY,)))
+    CHANGES[change](model)
+    before = bits(ema)
+    assert not pairs.current()
+    assert not pairs.run(Call("update", (DECAY,)))
+    assert same_bits(before, ema)
+
+
+def test_no_tensor_is_held(runner):
+    ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    tensors = [[*side.parameters()] for side in (ema, model)]
+    made = Job(["a", "b"], *tensors, [Action.AVERAGE] * 2, 1, [0, 0])
+    pairs = runner.prepare(made, watch_of(runner, ema, model))
+    assert pairs.run(Call("update", (DECAY,)))
+    ends = [weakref.ref(each) for each in (model, *tensors[1])]
+    del model, tensors, made
+    gc.collect()
+    assert not any(end() is not None for end in ends)
+    assert not pairs.run(Call("update", (DECAY,)))
+
+
+def test_a_kept_plan_runs_again(backend, monkeypatch):
+    """Whichever runner it is: nothing is paired or checked again while nothing changes."""
+    from fused_ema import EMA, bind, functional, update
+
+    ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    lists = [[*side.parameters()] for side in (ema, model)]
+    manager, handle = EMA(model, DECAY), bind(ema, model)
+    calls = [lambda: handle.update(DECAY), lambda: update(ema, model, DECAY), lambda: update(*lists, DECAY)]
+    calls.append(manager.update)
+    for call in calls:
+        call()
+    made = []
+    monkeypatch.setattr(Plan, "__init__", lambda *_, **__: made.append(1))
+    for call in calls:
+        call()
+    assert not made
+    assert functional.backend("cpu") == backend
