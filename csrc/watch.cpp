@@ -108,7 +108,7 @@ std::vector<py::object> Watch::add_slots(const py::object& container) {
 
 // The caches go cold between two updates of a training loop, and each step of a walk over modules would wait for
 // memory, so current() prefetches what it will read. An address that has become stale does no harm. Reading CPython's
-// layout of dicts pays: without add_dict_lines() an update takes 1.6 to 2.6 times the host time
+// layout of dicts pays: without add_dict_lines() an update takes 1.5 to 2.6 times the host time
 // (benchmarks/bench_prefetch.py, on 2 cores of an AMD EPYC with 32 MiB of L3 cache).
 void Watch::add_lines(const void* address, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
