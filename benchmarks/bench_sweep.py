@@ -1,9 +1,10 @@
-"""Times variants of the kernel on a GPU, alternating in one run: threads, unroll, tile, residency, cache hints.
+"""Times variants of the kernel on a GPU, alternately in one run: threads, unroll, tile, residency, cache hints.
 
     python benchmarks/bench_sweep.py [--compile] [--variants PARTS] [--cases PARTS] [--seconds S] [--json FILE]
 
-A variant is csrc/ema_cuda.cu compiled with other parameters (csrc/tiles.h). Each is compiled once, into build/sweep;
---compile stops after that and needs no GPU. A variant that does not give the same bits as fused_ema is left out.
+A variant is csrc/ema_cuda.cu compiled with other parameters (csrc/tiles.h, csrc/vectors.h). Each is compiled once, into
+build/sweep; --compile stops there, and needs no GPU. A variant whose result differs from fused_ema's by one bit is left
+out.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ DEFAULT_CASES = "1 tensor of 500M,GPT-2 XL,Llama 1.1B,GPT-2 small,Stable,ResNet-
 
 
 def shape(**values: int) -> dict[str, str]:
-    """Macros for these parameters; all others keep their values from csrc/tiles.h."""
+    """Macros of csrc/tiles.h; the others keep the values they have there."""
     return {f"FUSED_EMA_{name.upper()}": str(value) for name, value in values.items()}
 
 
 def hints(average: str = "plain", model: str = "__ldg", store: str | None = None) -> dict[str, str]:
-    """Macros that select load and store functions, of CUDA or of sweep.cu."""
+    """Macros of sweep.cu; the values are functions of CUDA or of sweep.cu."""
     return {"SWEEP_LOAD": average, "SWEEP_MODEL": model} | ({"SWEEP_STORE": store} if store else {})
 
 
@@ -65,7 +66,7 @@ def variants() -> dict[str, dict[str, str]]:
 
 
 def compiled(macros: dict[str, str]) -> Path:
-    """The library of a variant, taken from build/sweep if it is there. Without a GPU it is built for 9.0."""
+    """The library of a variant, compiled unless build/sweep has it; for compute capability 9.0 if there is no GPU."""
     home = find_cuda_home()
     assert home, "no CUDA toolkit"
     arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
@@ -78,7 +79,8 @@ def compiled(macros: dict[str, str]) -> Path:
     ]
     flags += ["-shared", "-cudart=shared", "-Xcompiler=-fPIC"] + [f"-D{name}={value}" for name, value in macros.items()]
     digest = hashlib.sha256(repr(flags).encode())
-    for source in (HERE / "sweep.cu", *(HERE.parent / "csrc" / name for name in ("ema_cuda.cu", "tiles.h", "lerp.h"))):
+    folder = HERE.parent / "csrc"
+    for source in (HERE / "sweep.cu", folder / "ema_cuda.cu", *sorted(folder.glob("*.h"))):
         digest.update(source.read_bytes())
     library = FOLDER / f"{digest.hexdigest()[:16]}.so"
     if not library.exists():
@@ -156,7 +158,7 @@ def measure(case: Case, device: torch.device, budget: float, libraries: dict[str
         rows[name] = {"us": us, "GBps": size / us["median"] / 1e3, "share_of_ceiling": to_ceiling}
         if name in libraries:
             rows[name] |= {"registers": libraries[name].registers(), "local_bytes": libraries[name].local_bytes()}
-    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} alternating sets, {len(times[AS_BUILT])} rounds"
+    title = f"{case.title}: {size / 1e9:.3f} GB, {len(sets)} sets, {len(times[AS_BUILT])} rounds"
     table = columns(title, "variant", ["µs", "p20", "p80", "GB/s", "of ceiling", "registers"])
     for name, row in sorted(rows.items(), key=lambda item: item[1]["us"]["median"]):
         cells = [f"{row['us'][key]:.1f}" for key in ("median", "p20", "p80")] + [f"{row['GBps']:.0f}"]

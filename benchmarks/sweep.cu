@@ -1,5 +1,5 @@
-// One variant of the kernel with plans over plain arrays, for bench_sweep.py, which compiles it with -D flags: those of
-// csrc/tiles.h, and SWEEP_LOAD, SWEEP_MODEL and SWEEP_STORE, the functions by which words are loaded and stored.
+// One variant of the kernel, with plans over plain arrays. bench_sweep.py compiles it with -D flags: the parameters in
+// csrc/tiles.h, and SWEEP_LOAD, SWEEP_MODEL and SWEEP_STORE, the functions that load and store words.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -60,7 +60,7 @@ void free_plan(Launch* launch) {
   delete launch;
 }
 
-// Flat pairs of one type each: of the average, of the model (enum Type). Null: no memory.
+// Flat pairs; all averages have one type, and so do all models (enum Type). Returns null if there is no memory.
 Launch* make_plan(int64_t pairs, void** ema, void** model, const int64_t* numel, int ema_type, int model_type) {
   Tables tables;
   const int64_t stride = 1;

@@ -61,8 +61,9 @@ void add_entry(Tables& tables, const Entry& entry, int averages, int64_t number,
   const bool reachable =
       ema.device() == model.device() || (model.is_cuda() && ema.device().is_cpu() && ema.is_pinned());
   TORCH_CHECK(ema.sizes() == model.sizes() && reachable && ema.is_complex() == model.is_complex(), "ema", entry.name,
-              ": expected what can take the model's ", model.scalar_type(), model.sizes(), " on ", model.device(),
-              ", found ", ema.scalar_type(), ema.sizes(), " on ", ema.device());
+              ": expected the shape, the device and the kind (real or complex) of model, ", model.sizes(), " on ",
+              model.device(), " in ", model.scalar_type(), ", found ", ema.sizes(), " on ", ema.device(), " in ",
+              ema.scalar_type());
   Pair pair{};
   pair.ema = ema.mutable_data_ptr();
   pair.model = const_cast<void*>(model.const_data_ptr());

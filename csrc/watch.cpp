@@ -24,7 +24,7 @@ bool has_shard(PyObject* tensor) {
   return kind == &PyMemberDescr_Type || kind == &PyGetSetDescr_Type;
 }
 
-// Reading a __dict__ may allocate it, and Python 3.11 may collect garbage then, which runs any code.
+// Python 3.11 may create a __dict__ when asked for its address, and collect garbage then, which can run any code.
 struct NoCollection {
   const bool on = PyGC_Disable() != 0;
   ~NoCollection() {
@@ -107,9 +107,9 @@ std::vector<py::object> Watch::add_slots(const py::object& container) {
 }
 
 // The caches go cold between two updates of a training loop, and each step of a walk over modules would wait for
-// memory. So current() prefetches what it will read: without add_dict_lines(), which reads CPython's own layout of
-// dicts, it makes an update of 1.6 to 2.6 times the host time (an AMD EPYC with 32 MiB of L3 cache;
-// benchmarks/bench_host.py). If an address has become stale, the prefetch does nothing.
+// memory, so current() prefetches what it will read. An address that has become stale does no harm. Reading CPython's
+// layout of dicts pays: without add_dict_lines() an update takes 1.5 to 2.6 times the host time
+// (benchmarks/bench_prefetch.py, on 2 cores of an AMD EPYC with 32 MiB of L3 cache).
 void Watch::add_lines(const void* address, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
 }

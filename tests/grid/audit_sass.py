@@ -1,9 +1,9 @@
-"""Audits the machine code of the CUDA kernels, which needs no GPU:  python tests/grid/audit_sass.py [_C.so or .o]
+"""Audits the machine code of the CUDA kernels, without a GPU:  python tests/grid/audit_sass.py [_C.so or .o]
 
 The main path of each kind of pair that goes by vectors is one straight run of instructions that ends in 128-bit
-stores. Each must load averages in 128 bits too (parameters in what as many elements take), issue all loads before it
-first uses a loaded value, and do one add and one fused multiply-add per element; nowhere may there be local memory, nor
-a generic access. Prints a table; exits 1 and says why if anything is otherwise.
+stores. It must load averages in 128 bits and parameters in vectors of as many elements, issue all loads before it uses
+a loaded value, and do one add and one fused multiply-add per element. No kernel may use local memory or generic
+accesses. Prints a table, and exits 1 with the reasons if anything differs.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from sass import KERNELS, LOADS, STORES, dump, parse_sass, parse_usage, register
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ARITHMETIC = re.compile("[FD](ADD|FMA)")
-MAX_REGISTERS = 64  # so that 1024 threads fit an SM; __launch_bounds__ in ema_cuda.cu asks for it
+MAX_REGISTERS = 64  # so that 1024 threads fit an SM, as __launch_bounds__ in ema_cuda.cu demands
 TILES_H = Path(__file__).resolve().parents[2] / "csrc" / "tiles.h"
 
 
 class Kind(NamedTuple):
-    """What the code of one kind of pair must be, counted per 128-bit store."""
+    """What the main path of one kind of pair must have, per 128-bit store."""
 
     name: str
     kernel: str
     average_loads: int  # plain, 128 bits each
-    model_loads: int  # through the read-only path (but for an exchange, which writes the model)
+    model_loads: int  # through the read-only path; none for an exchange, which writes the model
     model_width: int
     adds: int
-    instances: int  # pairs of types that are of this kind
-    letters: str = ""  # that its arithmetic starts with: F for float32, D for float64
+    instances: int  # pairs of types of this kind
+    letters: str = ""  # what its arithmetic instructions start with: F for float32, D for float64
 
 
 KINDS = [Kind("exchange", kernel, 1, 0, 128, 0, 1) for kernel in ("swap", "restore")]
@@ -43,10 +43,10 @@ for kernel in ("update", "update_stochastic"):
         Kind("float64 <- float64", kernel, 1, 1, 128, 2, 1, "D"),
         Kind("float64 <- float32", kernel, 1, 1, 64, 2, 1, "D"),
         Kind("float64 <- 16-bit", kernel, 1, 1, 32, 2, 2, "D"),
-        # Rounded to nearest, so never run by the other kernel, which may leave it out.
+        # The stochastic kernel never runs these, and may leave them out.
         Kind("16-bit <- 16-bit", kernel, 1, 1, 128, 8, 4 if kernel == "update" else 0, "F"),
     ]
-for kernel in ("update", "update_stochastic", "copy"):  # code of equal copies may be shared: one of each is enough
+for kernel in ("update", "update_stochastic", "copy"):  # equal copies may share code, so one of each is enough
     KINDS += [
         Kind("copy, equal sizes", kernel, 0, 1, 128, 0, 1),
         Kind("copy, from half the size", kernel, 0, 1, 64, 0, 1),
@@ -57,7 +57,7 @@ for kernel in ("update", "update_stochastic", "copy"):  # code of equal copies m
 
 
 class Run:
-    """A main path, from its first load of data on."""
+    """A main path, from its first load of data to its end."""
 
     def __init__(self, kernel, body):
         self.kernel, self.body = kernel, body
@@ -80,13 +80,13 @@ def summary(accesses):
 def main_paths(kernel, code):
     for instructions in straight_runs(code):
         if any(i.name in STORES and i.width >= 128 for i in instructions):
-            # Table entries, which a run may read on its way in, come through narrow plain loads.
+            # A run may read table entries first, which come through narrow plain loads.
             data = [i.name in LOADS and (i.width >= 128 or i.read_only) for i in instructions]
             yield Run(kernel, instructions[data.index(True) if any(data) else 0 :])
 
 
 def fitting(run):
-    """The kind whose accesses these are; of several, the one whose arithmetic it is."""
+    """The kind that has these accesses; if several have, the one with the nearest number of adds."""
     count = len(run.stores)
     reads = Counter((i.width, i.read_only) for i in run.loads)
     letters = "".join({i.name[0] for i in run.body if ARITHMETIC.match(i.name)})
@@ -113,7 +113,7 @@ def run_complaints(run, unroll):
             if found != stores * run.kind.adds:
                 yield f"has {found} {name} instructions for {stores * run.kind.adds} elements"
         if run.count("FMUL", "DMUL"):
-            yield "multiplies outside of a fused multiply-add"
+            yield "multiplies outside a fused multiply-add"
     accesses = run.loads + run.stores
     if any(i.width != 128 for i in run.stores):
         yield f"stores in other widths than 128 bits: {writes}"
@@ -126,9 +126,9 @@ def run_complaints(run, unroll):
 
 
 def order_complaints(run):
-    """A use of a loaded value waits for memory, and what is loaded after it waits as well."""
+    """Using a loaded value waits for memory, so every later load waits too."""
     if sum(i.width for i in run.loads) // 32 >= MAX_REGISTERS:
-        return  # more than the registers hold at once: float64 to 16 bits can't but go in batches
+        return  # more than the registers hold at once: float64 to 16 bits has to go in batches
     loaded = set()
     last = max((n for n, i in enumerate(run.body) if i.name in LOADS), default=0)
     for i in run.body[:last]:
@@ -140,8 +140,8 @@ def order_complaints(run):
 
 
 def read_only_complaints(run):
-    """What is written must not have come through the read-only path."""
-    read_only = {}  # pointers, and the registers they are made of
+    """Nothing that is written may be read through the read-only path."""
+    read_only = {}  # pointer → the registers that hold it
     for i in run.body:
         if i.name in LOADS and i.read_only:
             read_only[i.pointer] = {r + n for r in registers(i.pointer) for n in (0, 1)}
@@ -171,7 +171,7 @@ def memory_complaints(code, usage):
 # ---- The verdict ----
 
 
-# One line of the table: the main paths of one kind in one kernel. nc: through the read-only path.
+# One line of the table: the main paths of one kind in one kernel. "nc" marks the read-only path.
 Row = namedtuple("Row", "arch kernel main_path loads stores add fma registers stack verdict found", defaults=[0])
 
 
@@ -182,7 +182,7 @@ def planned_unroll():
 
 
 def audit(code, usage, archs=ARCHS, unroll=None):
-    """The table, and a sentence for each thing that is not as planned."""
+    """The table, and a sentence for each deviation from the plan."""
     rows, complaints = [], []
     for arch, kernel in itertools.product(archs, KERNELS.values()):
         found = ["not in this file"]
@@ -196,7 +196,7 @@ def audit(code, usage, archs=ARCHS, unroll=None):
 
 def audit_kernel(arch, kernel, code, usage, unroll):
     rows, kinds = Counter(), Counter()
-    paths = defaultdict(list)  # complaint → addresses of the paths it holds for
+    paths = defaultdict(list)  # complaint → addresses of the paths that have it
     for run in sorted(main_paths(kernel, code), key=lambda run: -run.adds):
         faults = list(run_complaints(run, unroll))
         for text in faults:

@@ -1,6 +1,6 @@
-// The CUDA kernel's own tile code, built for the host behind a plain C API. emulated_grid.py loads it by ctypes
-// and runs it over an emulated grid: every (block, thread) of a launch once, in shuffled order. Threads of the kernel
-// never wait for each other, so any such order is one a GPU may take.
+// The CUDA kernel's own tile code, built for the host behind a plain C API. emulated_grid.py loads it with ctypes and
+// runs it over an emulated grid: every (block, thread) of a launch once, in shuffled order. Threads of the kernel never
+// wait for each other, so a GPU may run them in any such order.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -17,7 +17,7 @@ static std::vector<Store> stores;  // every write of the last run
 
 static void on_store(const void* pointer, size_t bytes) {
   stores.push_back(Store{reinterpret_cast<uintptr_t>(pointer), bytes});
-  if (stores.size() > size_t(1) << 24) {  // 256 MB: a loop that does not end must not take the machine with it
+  if (stores.size() > size_t(1) << 24) {  // 256 MB: an endless loop must not fill the machine's memory
     std::fputs("emulated grid: more writes than any test makes\n", stderr);
     std::abort();
   }
@@ -38,7 +38,7 @@ static void convert_to_float(const T* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// Rounds to nearest, or, where it is given random bits, by chance.
+// Rounds to nearest, or stochastically if there are random bits.
 template <class T>
 static void convert_from_float(const float* from, T* to, int64_t n, const uint32_t* random) {
   for (int64_t i = 0; i < n; ++i) to[i] = random ? from_float<T>(from[i], random[i]) : from_float<T>(from[i]);
@@ -77,13 +77,13 @@ int64_t grid_scratch_bytes(const Tables* tables) { return tables->scratch_bytes;
 int64_t grid_scratch(const Tables* tables, int64_t row) { return tables->rows[static_cast<size_t>(row)].scratch; }
 const Tile* grid_tiles(const Tables* tables) { return tables->tiles.data(); }
 
-// Dimensions of a row's layout, or -1 where the row is flat.
+// The dimensions of a row's layout; -1 if the row is flat.
 int grid_dims(const Tables* tables, int64_t row) {
   const int32_t layout = tables->rows[static_cast<size_t>(row)].layout;
   return layout < 0 ? -1 : tables->layouts[static_cast<size_t>(layout)].dims;
 }
 
-// Offsets on both sides of element i of a strided row.
+// Where element i of a strided row lies on each side.
 void grid_offsets(const Tables* tables, int64_t row, int64_t i, int64_t* out) {
   const int32_t layout = tables->rows[static_cast<size_t>(row)].layout;
   const Offsets at = offsets_of(tables->layouts[static_cast<size_t>(layout)], i);
@@ -91,7 +91,7 @@ void grid_offsets(const Tables* tables, int64_t row, int64_t i, int64_t* out) {
   out[1] = at.model;
 }
 
-// Runs `count` tiles of `tiles`, or, where that is null, all of the tables' own.
+// Runs `count` tiles of `tiles`; if that is null, all tiles of the tables.
 void grid_run(const Tables* tables, int op, const Call* call, const Tile* tiles, int64_t count, uint64_t seed) {
   stores.clear();
   if (!tiles) {

@@ -1,4 +1,4 @@
-"""Tensors in memory with guards, and one launch of the emulated grid with every byte of that memory checked."""
+"""Places tensors in memory with guards, and checks every byte of it after a launch on the emulated grid."""
 
 import math
 from collections import defaultdict
@@ -13,9 +13,9 @@ SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0]  # the subnormals are among
 
 
 def noise(dtype, n, rng):
-    """Values like weights, of any exponent, and corners; one in ten a random pattern of bits, one in twenty special:
-    in 32 or 64 random bits, NaN is rare, and Inf never comes. Integers: bits."""
-    # One more than asked for: an empty array of numpy's has a stride that torch's view refuses.
+    """Values of the oracle; one in ten is a random bit pattern, one in twenty a special value, since 32 or 64 random
+    bits are hardly ever NaN or Inf. Integers are random bits."""
+    # One more than asked for, because torch's view refuses the stride of an empty numpy array.
     bits = torch.from_numpy(rng.integers(0, 256, (n + 1) * dtype.itemsize, dtype=np.uint8)).view(dtype)[:n]
     if not dtype.is_floating_point:
         return bits
@@ -25,10 +25,10 @@ def noise(dtype, n, rng):
 
 
 def place(rng, rows, averages=1, number=0):
-    """For each row (dtypes, n, offsets, average) a flat pair of n elements, `offsets` elements past a 16-byte boundary;
-    all in one block of random bytes, GUARD of them or more around each tensor.
+    """Makes a flat pair for each row (dtypes, n, offsets, average): n elements, `offsets` elements past a 16-byte
+    boundary. All lie in one block of random bytes, with at least GUARD bytes around each tensor.
 
-    With several `averages` the pair's is the first of them. The elements are numbered from `number` on, as in
+    With several `averages`, the pair has the first of them. The elements are numbered from `number` on, as in
     csrc/plan.cpp. Returns the block and the pairs."""
     starts, strides, end = [], [], GUARD
     for dtypes, n, offsets, _ in rows:
@@ -59,18 +59,18 @@ def in_copy(memory, pairs, spare=0):
 
 
 def same_view(tensor, memory):
-    """What a view into another block of memory of the same length is here."""
+    """The view into `memory` that `tensor` is into another block of the same length."""
     there = torch.empty(0, dtype=tensor.dtype)
     return there.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-# ---- One launch and all that it must and must not do ----
+# ---- One launch, with everything it must and must not do ----
 
 
 def launch(grid, memory, pairs, op="update", decay=0.9, device_decay=None, *, first=0, keys=()):
     """Runs `pairs`, which lie in `memory`; checks values, guards, and that each element is written exactly once.
 
-    `decay` and `keys`: of the averages from `first` on, or a number for one."""
+    `decay` and `keys` are those of the averages from `first` on; `decay` may be a number."""
     decays = [decay] if isinstance(decay, float) else decay
     ran = range(first, first + len(decays))
     before = memory.clone()
@@ -100,10 +100,10 @@ def launch(grid, memory, pairs, op="update", decay=0.9, device_decay=None, *, fi
                 numbers = element_numbers(pair) if op == "update_stochastic" and z.dtype in oracle.HALF else None
                 averages[k].append((e, p, z, numbers))
     for k, steps in averages.items():
-        by_chance = [step for step in steps if step[3] is not None]
-        if by_chance:
-            check_by_chance(by_chance, decays[k - first], keys[k - first])
-        if len(by_chance) < len(steps):
+        stochastic = [step for step in steps if step[3] is not None]
+        if stochastic:
+            check_stochastic(stochastic, decays[k - first], keys[k - first])
+        if len(stochastic) < len(steps):
             check_averages([step[:3] for step in steps if step[3] is None], decays[k - first])
     assert torch.equal(memory[expected == 0], before[expected == 0]), "bytes outside the tensors changed"
     assert torch.equal(writes_per_byte(grid, memory), expected.long()), "not every element was written exactly once"
@@ -111,14 +111,14 @@ def launch(grid, memory, pairs, op="update", decay=0.9, device_decay=None, *, fi
 
 
 def mark(expected, *tensors):
-    """Puts 1 into each byte that the tensors, views into another block of memory, have there."""
+    """Puts 1 into each byte that the tensors, which are views into another block, occupy there."""
     for tensor in tensors:
         integer = {dtype.itemsize: dtype for dtype in INTEGERS}[tensor.dtype.itemsize]
         same_view(tensor, expected).view(integer).fill_(0x0101010101010101 & torch.iinfo(integer).max)
 
 
 def element_numbers(pair):
-    """The number of each element, which counts along the average's memory."""
+    """The number of each element, counted along the average's memory."""
     order = sorted(range(pair.ema.dim()), key=lambda d: -pair.ema.stride(d))
     count = torch.arange(pair.number, pair.number + pair.ema.numel()).view([pair.ema.shape[d] for d in order])
     return count.permute([order.index(d) for d in range(len(order))])
@@ -132,13 +132,13 @@ def writes_per_byte(grid, memory):
     for size in np.unique(sizes):
         touched = at[sizes == size][:, None] + np.arange(size)
         assert touched.min() >= 0, "written before the memory"
-        assert touched.max() < len(counts), "written behind the memory"
+        assert touched.max() < len(counts), "written after the memory"
         counts += np.bincount(touched.ravel(), minlength=len(counts))
     return torch.from_numpy(counts)
 
 
 def check_averages(steps, decay):
-    """Each (old average, model, new average): `check_step` for what is finite, and the rest of the contract."""
+    """Checks each (old average, model, new average): finite values by `check_step`, others by the contract."""
     finite_steps = []
     for e, p, z in steps:
         cast = p.to(z.dtype)
@@ -148,26 +148,26 @@ def check_averages(steps, decay):
         finite_steps.append([side[finite] for side in (e, p, z)])
         between = (torch.minimum(e, cast) <= z) & (z <= torch.maximum(e, cast))
         assert between[finite].all()
-        if z.dtype == torch.float64:  # check_step looks at a sample, this roughly at all
+        if z.dtype == torch.float64:  # check_step takes a sample; this checks all, less strictly
             error = (z - torch.lerp(e, cast, 1 - decay)).abs()
             assert (error <= 2.0**-50 * (e.abs() + cast.abs()) + 2.0**-1070)[finite].all()
         e, p, z = (side[~finite] for side in (e, p, z))
-        if wide:  # its Inf and NaN need no fused rounding
+        if wide:  # Inf and NaN need no fused rounding
             rest = t[~finite]
             want = oracle.cast(e + (1 - decay) * rest if 1 - decay < 0.5 else p - decay * rest, z.dtype)
             want[e == p] = e[e == p]
         else:
             want = oracle.contract(e, p, decay, z.dtype)
-        assert oracle.same_bits_but_nan(want, z), "other bits than the formula"
+        assert oracle.same_bits_but_nan(want, z), "bits differ from the formula"
     oracle.check_step(*zip(*finite_steps, strict=True), decay, bitwise=True)
 
 
-def check_by_chance(steps, decay, key):
-    """Each (old average, model, new average, numbers of its elements), bit for bit; of wide ones a sample."""
+def check_stochastic(steps, decay, key):
+    """Checks each (old average, model, new average, numbers of its elements) bit for bit; of float64 a sample."""
     for e, p, z, numbers in steps:
         e, p, z, numbers = (side.reshape(-1) for side in (e, p, z, numbers))
         if oracle.is_wide(p.dtype) and len(e) > oracle.SAMPLE:
             at = torch.linspace(0, len(e) - 1, oracle.SAMPLE).long()
             e, p, z, numbers = (side[at] for side in (e, p, z, numbers))
         want = oracle.contract_by_chance(e, p, decay, z.dtype, key, numbers.numpy())
-        assert oracle.same_bits_but_nan(want, z), "other bits than the formula's"
+        assert oracle.same_bits_but_nan(want, z), "bits differ from the formula"

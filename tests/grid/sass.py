@@ -1,4 +1,4 @@
-"""Listings of machine code: cuobjdump makes them, this reads them."""
+"""Reads the listings of machine code that cuobjdump prints."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class Instruction:
         return self.operands[self.operands.find("[") :].split(",")[0]
 
     def written(self):
-        """The registers that a load fills, or that the result of anything else may take (a pair for 64 bits)."""
+        """The registers that a load fills, or that any other instruction may write (two, for 64 bits)."""
         first = re.match(r"R(\d+)", self.operands)
         if not first or self.name in (*STORES, "STL", "STS"):
             return set()

@@ -1,4 +1,4 @@
-"""The auditor of machine code can fail: it finds nothing in a sound listing, and each fault put into one."""
+"""The audit of machine code finds nothing in a sound listing, and finds each fault that is put into one."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ NAME = "_ZN9fused_ema44_GLOBAL__N__5af9eaa2_11_ema_cuda_cu_26a2516810ema_kernelI
 
 
 def listing(instructions, op):
-    """As cuobjdump prints a function: addresses, and encodings that mean nothing here."""
+    """A function as cuobjdump prints it, with made-up encodings."""
     lines = [f"\t\tFunction : {NAME.format(op)}", '\t.headerflags\t@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"']
     for n, text in enumerate(instructions):
         guard = "" if text.startswith("@") else "     "
@@ -24,7 +24,7 @@ def listing(instructions, op):
 
 
 def main_path(average_loads, model_loads, model, adds=0, add="FADD", multiply_add="FFMA"):
-    """One straight run, UNROLL vectors in each: way in, loads, arithmetic, stores, exit."""
+    """One straight run with UNROLL vectors: entry, loads, arithmetic, stores, exit."""
     code = ["LDG.E.U8 R2, desc[UR4][R8.64+0x28]", "ISETP.NE.AND P0, PT, R2, RZ, PT", "@P0 BRA 0x0"]
     for u in range(UNROLL):
         code += [f"LDG.E.128 R{12 + 4 * u}, desc[UR4][R2.64+{u:#x}000]"] * average_loads
@@ -39,7 +39,7 @@ def main_path(average_loads, model_loads, model, adds=0, add="FADD", multiply_ad
 
 
 def sound():
-    """(machine code, resource usage) of the kernels, with the least the auditor asks for."""
+    """(machine code, resource usage) of kernels that have just what the audit demands."""
     copies = []
     for count, model in [(1, "128."), (1, "64."), (1, ""), (2, "128."), (4, "128.")]:
         copies += main_path(0, count, model + "CONSTANT")
@@ -61,7 +61,7 @@ def complaints(sass, usage):
 
 
 def swapped_lines(text, first, second):
-    """The first instruction of one kind, exchanged with the next of another."""
+    """Exchanges the first instruction of one kind with the next one of another."""
     a = re.search(first, text)
     b = re.compile(second).search(text, a.end())
     return text[: a.start()] + b[0] + text[a.end() : b.start()] + a[0] + text[b.end() :]

@@ -1,5 +1,5 @@
-"""Random cases: the CPU runner, on one thread and split between two, and the emulated CUDA grid bit for bit and by the
-float64 oracle's bounds, the pure-PyTorch path by the bounds. `make test-long` has 100,000 of them."""
+"""Random cases. The CPU runner, on one thread and on two, and the emulated CUDA grid give the same bits, within the
+bounds of the float64 oracle; the pure-PyTorch path keeps the bounds. `make test-long` runs 100,000 cases."""
 
 import math
 import os
@@ -37,7 +37,7 @@ OPS = {  # the types of those that are averaged, and of those that are not
 }
 PERMUTED = [f"{which} {how}" for which in ("both", "model", "average") for how in ("transposed", "channels_last")]
 LAYOUTS = ["flat", "flat", "flat", *PERMUTED, "columns", "expanded model"]
-# Between 2**-150 and 2**-126 float32(decay) is coarse: docs/numerics.md.
+# Between 2**-150 and 2**-126 float32(decay) is coarse, see docs/numerics.md.
 decays = st.sampled_from([*oracle.DECAYS, math.nextafter(0.5, 0), 1e-30]) | st.floats(2.0**-126, 1)
 
 GRAIN = 32  # elements
@@ -45,7 +45,7 @@ GRAIN = 32  # elements
 
 @pytest.fixture
 def split(threads):  # noqa: F811
-    """Where there are two threads, each gets half of the elements, of small tensors too."""
+    """With two threads, each gets half of the elements, even of small tensors."""
     before = _native.load()._set_grain(GRAIN)
     yield
     _native.load()._set_grain(before)
@@ -66,7 +66,7 @@ def cases(draw):
 
 
 def arranged(pair, layout, op):
-    """The pair seen through other strides, where its size allows that."""
+    """The pair seen through other strides, if its size allows them."""
     n = len(pair.ema)
     if layout == "flat" or n == 0:
         return pair
@@ -94,13 +94,13 @@ SIDES = ("ema", "model")
 
 
 def factor(n):
-    """The smallest, and what is left."""
+    """The smallest prime factor of n, and n divided by it."""
     first = next((divisor for divisor in (2, 3, 5, 7) if n % divisor == 0), 1)
     return first, n // first
 
 
 def placed(rng, grid, op, rows, averages):
-    """The memory, the pairs in it, and which of them are complex: those have a last dimension of 2."""
+    """The memory, the pairs in it, and which of them are complex; those have a last dimension of 2."""
     given, complex_ = [], []
     for (dtypes, average), size, offsets, _, as_complex in rows:
         tile = grid.tile(dtypes[0])
@@ -120,7 +120,7 @@ def placed(rng, grid, op, rows, averages):
 
 
 def run_on_cpu(pairs, complex_, ties, op, decays, keys):
-    """As a manager does it: through all checks."""
+    """Runs a plan as a manager does, after all checks."""
     sides, strides = [], []
     for i, (pair, two) in enumerate(zip(pairs, complex_, strict=True)):
         like = LIKE.get(pair.ema.dtype, pair.ema.dtype) if i % 2 else pair.ema.dtype  # another of the same size

@@ -1,4 +1,5 @@
-"""The emulated grid over sizes, alignments and types: every element once, nothing beside it, whole tiles in vectors."""
+"""The emulated grid over sizes, alignments and types: each element is written once, nothing else is, and whole tiles
+go by vectors."""
 
 import ctypes
 import mmap
@@ -32,8 +33,8 @@ def test_every_pair_of_types_is_tested(grid):
 
 
 def vector_stores(grid, op, pairs):
-    """How many 16-byte stores the averages should get: all of their whole tiles, where both sides are aligned. And how
-    many more they may get: averages narrower than the model need not go by vectors."""
+    """How many 16-byte stores the averages must get, for each whole tile whose sides are aligned. And how many more
+    they may get: averages narrower than the model need not go by vectors."""
     totals = [0, 0]
     for ema, model, average, *_ in pairs:
         tile, lanes = grid.tile(ema.dtype), 16 // ema.itemsize
@@ -57,7 +58,7 @@ def launch_flat(grid, memory, pairs, op, decay, device_decay=None):
 @sizes_of_tiles
 @pytest.mark.parametrize(("op", "decay", "dtypes"), CALLS, ids=name)
 def test_sizes_and_alignments(grid, op, decay, dtypes):
-    """Each size at five pairs of offsets: none, two equal ones (aligned to each other), two random ones."""
+    """Each size at five pairs of offsets: none, two equal ones (the sides are aligned to each other), two random."""
     rng, tile = np.random.default_rng(1), grid.tile(dtypes[0])
     lanes = [16 // dtype.itemsize for dtype in dtypes]
     rows = []
@@ -69,7 +70,7 @@ def test_sizes_and_alignments(grid, op, decay, dtypes):
 
 
 def place_mixed(rng, sizes, per_pair=2):
-    """Tensors of every kind in one memory, in any order: averages, casts that an update copies, raw bytes."""
+    """Tensors of every kind in one block of memory, in any order: averages, casts that an update copies, raw bytes."""
     kinds = [(pair, True) for pair in LERP_PAIRS] + [(pair, False) for pair in CAST_PAIRS + RAW_PAIRS]
     rows = []
     for dtypes, average in kinds * per_pair:
@@ -130,7 +131,7 @@ def at_an_edge(rng, dtype, n):
 
 
 def test_reads_stay_inside_the_tensors(grid):
-    """One byte too far would be fatal."""
+    """Writing one byte too far would crash."""
     rng = np.random.default_rng(5)
     for dtypes in [*LERP_PAIRS, (torch.uint8, torch.uint8)]:
         for n in (1, 17, 100, grid.tile(dtypes[0]), grid.tile(dtypes[0]) + 1):
@@ -140,7 +141,7 @@ def test_reads_stay_inside_the_tensors(grid):
 
 
 def test_the_sanitizer_reports(grid, tmp_path, capfd):
-    """A model half an element off its type must show, or silence from the sanitizer would mean nothing."""
+    """The sanitizer must report a model that is half an element off; else its silence would mean nothing."""
     if not grid.sanitized:
         pytest.skip("g++ can't link the undefined behaviour sanitizer here; stores were still checked for alignment")
     copy = Grid(shutil.copy(grid.path, tmp_path / "copy.so"))  # it reports each place once per library

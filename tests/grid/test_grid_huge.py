@@ -1,4 +1,4 @@
-"""Tensors of up to 2^40 elements on the emulated grid: no memory behind them but for the tiles that run."""
+"""Tensors of up to 2^40 elements on the emulated grid: only the tiles that run have memory behind them."""
 
 import errno
 import mmap

@@ -8,7 +8,7 @@ from emulated_grid import CAST_PAIRS, LERP_PAIRS, RAW_PAIRS, STOCHASTIC_PAIRS, b
 from grid_checks import in_copy, launch, place
 from test_grid_strided import random_strides
 
-# Of up to 8 averages: both branches of the contract, one that only copies, and one that writes nothing.
+# For up to 8 averages: both branches of the contract, one decay that copies, and one that writes nothing.
 DECAYS = [0.999, 0.25, 0.0, 1.0, 0.9999, 0.5, 0.75, 1 - 2.0**-30]
 KEYS = [0x0123456789ABCDEF, 1, 2**64 - 1, 5 << 32, 0xDEADBEEF, 0, 2**63, 77]
 OPS = ["update", "update_stochastic"]
@@ -32,7 +32,7 @@ def place_all(rng, grid, averages, kinds=ALL, number=0):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("averages", [1, 2, 3, 8])
 def test_several_averages(grid, averages, op):
-    """Each to the formula, with its own decay and key; each of its elements written once; nothing between them."""
+    """Each average follows the formula with its own decay and key; each element is written once, and nothing else."""
     rng = np.random.default_rng(1)
     order = rng.permutation(8)[:averages]
     memory, pairs = place_all(rng, grid, averages)
@@ -55,7 +55,7 @@ def test_one_launch_has_the_bits_of_several(grid, averages, op):
 @pytest.mark.parametrize("op", [*OPS, "copy"])
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 1), (3, 1), (1, 2), (0, 3), (2, 2)])
 def test_some_of_four_averages(grid, first, count, op):
-    """The others keep every byte."""
+    """The other averages keep every byte."""
     rng = np.random.default_rng(3)
     memory, pairs = place_all(rng, grid, 4)
     decays = [0.0] * count if op == "copy" else [0.25, 0.999][:count] + [0.75] * (count - 2)
@@ -65,7 +65,7 @@ def test_some_of_four_averages(grid, first, count, op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_decays_on_the_device(grid, dtype, op):
-    """One for each average; those of the call are not looked at. Counted from the first average."""
+    """The device has one for each average, counted from the first; the call's own decays are ignored."""
     rng = np.random.default_rng(4)
     on_device = torch.tensor(DECAYS[:6], dtype=dtype)
     memory, pairs = place_all(rng, grid, 6)
@@ -76,7 +76,7 @@ def test_decays_on_the_device(grid, dtype, op):
 @sizes_of_tiles
 @pytest.mark.parametrize("pair", STOCHASTIC_PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
 def test_stochastic_sizes_and_alignments(grid, pair):
-    """Whole tiles, heads and tails, at each alignment, number their elements alike."""
+    """Whole tiles, heads and tails number their elements in the same way, at each alignment."""
     rng, tile = np.random.default_rng(5), grid.tile(pair[0])
     rows = []
     for n in (1, 7, tile, tile + 1, 2 * tile + 9):
@@ -89,8 +89,8 @@ def test_stochastic_sizes_and_alignments(grid, pair):
 
 
 def place_strided(rng, kinds, averages, expand=True):
-    """Tensors of up to 5 dimensions, permuted and with gaps, each side in its own way, models now and then expanded; or
-    images, channels last."""
+    """Images with channels last, or tensors of up to 5 dimensions that are permuted and have gaps, each side in its own
+    way; some models are expanded."""
     found = []
     for dtypes, average in kinds:
         sizes = rng.integers(1, 7, rng.integers(1, 6)).tolist()
@@ -124,7 +124,7 @@ def test_strided(grid, op):
 
 
 def test_the_bits_depend_on_seed_and_element_alone(grid):
-    """Not on tile size, order of the tensors in the launch, alignment, or the strides of the model."""
+    """They do not depend on tile size, the order of tensors in the launch, alignment, or the model's strides."""
     rng = np.random.default_rng(7)
     results = []
     for each, offsets, transposed in [
@@ -151,7 +151,7 @@ def test_the_bits_depend_on_seed_and_element_alone(grid):
 
 
 def test_keys_and_numbers_matter(grid):
-    """Another key, number or average draws other bits, for elements whose values are the same."""
+    """Elements of equal values get other bits if the key, the number or the average differs."""
     n = 4096
     _, [pair] = place(np.random.default_rng(9), [((torch.bfloat16, torch.float32), n, (0, 0), True)], averages=2)
     seen = []

@@ -1,4 +1,4 @@
-"""The emulated grid's arithmetic where it is hardest: special values, neighbours, the 16-bit conversions."""
+"""Hard cases of the arithmetic on the emulated grid: special values, neighbours, the 16-bit conversions."""
 
 import itertools
 from fractions import Fraction
@@ -23,7 +23,7 @@ def special_values(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_random_values_have_special_ones_among_them(dtype):
-    """Or the random tests of the runners would never meet them."""
+    """The random values have NaN and Inf; else the tests of the runners would never meet them."""
     values = noise(dtype, 2000, np.random.default_rng(8))
     subnormal = (values != 0) & (values.abs() < torch.finfo(dtype).smallest_normal)
     zero, negative = values == 0, values.signbit()
@@ -36,7 +36,7 @@ def test_random_values_have_special_ones_among_them(dtype):
 
 @pytest.mark.parametrize("decay", [0.9999, 0.75, 0.5, 0.25, 1e-3, 1 - 2.0**-53])
 def test_special_values(grid, decay):
-    """Every ordered pair of them; equal values must stay, bit for bit."""
+    """Every ordered pair of special values; equal values must keep their bits."""
     special = [[special_values(dtype) for dtype in dtypes] for dtypes in LERP_PAIRS]
     rows = [(dtypes, len(e) * len(p), (0, 0), True) for dtypes, (e, p) in zip(LERP_PAIRS, special, strict=True)]
     memory, pairs = place(np.random.default_rng(1), rows)

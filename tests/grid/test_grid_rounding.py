@@ -1,4 +1,4 @@
-"""Stochastic rounding by the kernel's own functions: the random bits, and what they make of each kind of value."""
+"""Stochastic rounding by the kernel's own functions: the random bits, and how each kind of value is rounded."""
 
 import itertools
 
@@ -75,7 +75,7 @@ def test_the_formula(grid, name, dtype):
 
 @SIXTEEN_BITS
 def test_it_is_one_of_the_two_neighbours(grid, name, dtype):
-    """By their bits: the magnitude cut off, or the next one, which behind the largest is infinity."""
+    """The truncated magnitude and the next one, by their bits; after the largest comes infinity."""
     rng = np.random.default_rng(3)
     values = all_kinds(dtype, rng)
     values = values[values.isfinite()]
@@ -96,7 +96,7 @@ def test_it_is_one_of_the_two_neighbours(grid, name, dtype):
 
 @SIXTEEN_BITS
 def test_values_that_fit_stay(grid, name, dtype):
-    """All of them, zeros of both signs and infinities too, whatever is drawn; NaN stays NaN."""
+    """Every value that the type can represent stays, whatever the random bits are; NaN stays NaN."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     rng = np.random.default_rng(4)
     for random in [np.zeros(2**16, np.uint32), np.full(2**16, 2**32 - 1, np.uint32), drawn(rng, 2**16)]:

@@ -10,7 +10,7 @@ from grid_checks import launch, place
 
 
 def random_strides(rng, sizes):
-    """Of a permuted tensor with random gaps."""
+    """The strides of a permuted tensor with random gaps."""
     strides, span = [0] * len(sizes), 1
     for d in rng.permutation(len(sizes)):
         strides[d] = span
@@ -54,8 +54,8 @@ FIRST, LAST, GAP = [105, 35, 7, 1], [105, 1, 21, 3], [120, 40, 8, 1]  # channels
         (IMAGE, GAP, GAP, 2),  # N x C x H, W
         (IMAGE, FIRST, GAP, 2),
         (IMAGE, FIRST, [0, 0, 0, 0], 1),  # a scalar expanded
-        ([1, 6, 1, 4], [999, 4, 7, 1], [5, 4, 0, 1], -1),  # strides of size-1 dimensions mean nothing
-        ([4, 3], [1, 4], [1, 4], -1),  # transposed alike
+        ([1, 6, 1, 4], [999, 4, 7, 1], [5, 4, 0, 1], -1),  # strides of dimensions of size 1 do not matter
+        ([4, 3], [1, 4], [1, 4], -1),  # both transposed
         ([3, 4], [8, 2], [8, 2], 1),  # every other element
         ([], [], [], -1),
     ],

@@ -27,7 +27,7 @@ def threads(request):
 
 
 def random_pairs(rng, types):
-    """Pairs of tensors in their own memory, at random offsets, some of them permuted; large enough for four threads."""
+    """Pairs at random offsets, some of them permuted, large enough for four threads."""
     for dtypes in types:
         for n in (1, 130, 40_000):
             offsets = rng.integers(0, [16 // dtype.itemsize for dtype in dtypes])

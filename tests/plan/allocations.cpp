@@ -1,5 +1,5 @@
-// Allocations that fail on request. Preloaded, this replaces C++'s operator new and posix_memalign, from which PyTorch
-// gets the memory of tensors. Only allocations by the extension's functions, and by what they call, fail.
+// Makes allocations fail on demand. It is preloaded (LD_PRELOAD) and replaces C++'s operator new and posix_memalign, by
+// which PyTorch allocates tensors. Only allocations by the extension's functions, and by what they call, can fail.
 #include <dlfcn.h>
 #include <execinfo.h>
 
@@ -17,11 +17,11 @@ struct Range {
     return reinterpret_cast<uintptr_t>(address) >= begin && reinterpret_cast<uintptr_t>(address) < end;
   }
 };
-Range extension{};  // only allocations below its functions fail,
-Range spared[64];   // except below these
+Range extension{};  // functions whose allocations can fail
+Range spared[64];   // functions among them whose allocations never fail
 int spared_count = 0;
 
-thread_local long left = 0;  // allocations of this thread up to the one that fails; 0: none does
+thread_local long left = 0;  // allocations of this thread until the one that fails; 0: none fails
 
 bool counts() {
   void* frames[128];

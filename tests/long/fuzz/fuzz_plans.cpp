@@ -1,5 +1,6 @@
-// Plans out of random bytes, run over the emulated grid under sanitizers: every tensor in memory of exactly its size.
-// Built with -fsanitize=fuzzer it is a libFuzzer target; else a program: fuzz_plans COUNT [SEED].
+// Makes plans from random bytes and runs them over the emulated grid under sanitizers. Every tensor has memory of
+// exactly its size. Built with -fsanitize=fuzzer this is a libFuzzer target; else it is a program: fuzz_plans COUNT
+// [SEED].
 #include <memory>
 
 #ifndef FUSED_EMA_THREADS  // small tiles, so that small tensors have several
@@ -11,7 +12,7 @@
 
 namespace {
 
-// Decisions out of the fuzzer's bytes; 0 where they have run out.
+// Decisions from the fuzzer's bytes; 0 once they have run out.
 class Choices {
  public:
   Choices(const uint8_t* data, size_t size) : data_(data), end_(data + size) {}
@@ -34,7 +35,7 @@ struct Tensors {
   int64_t numel = 1;
 };
 
-// The average's dimensions in any order, with gaps or without; the model's likewise, or repeated by strides of 0.
+// The dimensions of both sides are in any order, with gaps or without; the model's may be expanded, by strides of 0.
 Tensors tensors(Choices& choose, Op op, int averages, int64_t number) {
   Tensors found;
   Type types[2] = {static_cast<Type>(choose.below(8)), Type::f32};
