@@ -43,7 +43,7 @@ def solve_weights(times: Numbers, gammas: Numbers, time: float, gamma: float) ->
     same = (given[0] == wanted[0]) & (given[1] == wanted[1])
     if same.any():
         return torch.zeros_like(given[0]).index_fill_(0, same.nonzero()[0], 1.0)
-    a, b, scale = system(*given, *wanted)
+    a, b, scale = normal_equations(*given, *wanted)
     x: Tensor = torch.linalg.lstsq(a, b[:, None], rcond=1e-12, driver="gelsd").solution[:, 0] / scale
     if not x.sum() > 0:
         raise ValueError(f"no average has weight where the wanted one, of gamma {gamma} after {time} updates, has it")
@@ -62,7 +62,7 @@ def profile_error(times: Numbers, gammas: Numbers, time: float, gamma: float) ->
         gammas = [gamma_of(sigma_rel) for each in found for sigma_rel in each.sigma_rels]
         profile_error(times, gammas, found[-1].updates, gamma_of(0.15))
     """
-    a, b, scale = system(*profiles(times, gammas), *profiles([time], [gamma]))
+    a, b, scale = normal_equations(*profiles(times, gammas), *profiles([time], [gamma]))
     x = solve_weights(times, gammas, time, gamma) * scale
     return math.sqrt(max(0.0, float(x @ a @ x - 2 * (b @ x) + 1)))
 
@@ -74,7 +74,7 @@ def inner_product(time_a: Tensor, gamma_a: Tensor, time_b: Tensor, gamma_b: Tens
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (earlier / later) ** exponent / later
 
 
-def system(t: Tensor, g: Tensor, time: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normal_equations(t: Tensor, g: Tensor, time: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A and b for profiles scaled to norm 1, and the norms they had before, relative to the wanted profile's."""
     norms, norm = inner_product(t, g, t, g).sqrt(), inner_product(time, gamma, time, gamma).sqrt()
     a = inner_product(t[:, None], g[:, None], t, g) / norms[:, None] / norms

@@ -54,7 +54,7 @@ def extension():
 def test_absent_extension(package):
     done = run_python(package)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("torch | the extension is not built: run `python -m fused_ema build`")
+    assert done.stdout.startswith("torch | the extension is not built; run `python -m fused_ema build`")
 
 
 def test_absence_is_an_error_where_it_was_asked_for(package):

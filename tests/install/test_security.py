@@ -12,7 +12,6 @@ FILES = [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "setup.py"]
 ALLOWED = {  # exactly what is imported: think about what another module can do before you add it
     "__future__",
     "argparse",
-    "bisect",
     "collections",
     "contextlib",
     "copy",

@@ -109,7 +109,7 @@ def test_weights_stay_small_whatever_the_times(times, near, sigma_rel):
 
 def test_singular_values_stay_above_the_cutoff():
     times, gammas = even(256)
-    a, *_ = profiles.system(*profiles.profiles(times, gammas), *profiles.profiles([1.0], [1.0]))
+    a, *_ = profiles.normal_equations(*profiles.profiles(times, gammas), *profiles.profiles([1.0], [1.0]))
     values = torch.linalg.eigvalsh(a)
     assert values[0] > 1e-8 * values[-1]  # as the docstring says
 

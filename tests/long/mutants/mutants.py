@@ -336,8 +336,8 @@ MUTANTS = [
     Mutant(
         "written to where another is",
         "fused_ema/manager/swap.py",
-        "if owner.setdefault(id(tensor), self._place(name)) != self._place(name) or not _takes(",
-        "if not _takes(",
+        "if owner.setdefault(id(tensor), self._place(name)) != self._place(name):",
+        "if False:",
     ),
     Mutant(
         "written to the averages",

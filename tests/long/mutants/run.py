@@ -33,7 +33,6 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/bindings.cpp": "stale_sources calls ema_swap threads grid_manager_vs_cpu distributed",
     "csrc/watch.cpp": "stale_sources calls ema_swap threads distributed",
     "fused_ema/_build/cache.py": "build",
-    "fused_ema/_build/library.py": "library",
     "fused_ema/pairs/arguments.py": "arguments",
     "fused_ema/manager/attach.py": "ema_attach",
     "fused_ema/manager/averages.py": "ema ema_state",
