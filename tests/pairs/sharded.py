@@ -280,7 +280,7 @@ def check_refusals(folder):
     other = distribute_tensor(torch.zeros(5, 6), mesh, [Shard(0)])
     refused(ValueError, "expected shape (5, 6)", lambda: fused_ema.update([rows], [other], 0.5))
     partial = DTensor.from_local(torch.ones(4, 6), mesh, [torch.distributed.tensor.Partial()])
-    refused(ValueError, "waits for a reduction", lambda: fused_ema.update([copies], [partial], 0.5))
+    refused(ValueError, "expected shards or replicas", lambda: fused_ema.update([copies], [partial], 0.5))
     fused_ema.update([rows], [distribute_tensor(data, mesh, [Shard(0)])], 0.5)
     refused(ValueError, "expected a DTensor of shape", lambda: fused_ema.update([rows], [columns], 0.5))
     assert torch.equal(rows.full_tensor(), before)
