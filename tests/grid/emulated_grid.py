@@ -5,11 +5,12 @@ differs; audit_sass.py reads that.
 """
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import itertools
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,17 +67,37 @@ def build(size="default"):
     """default: the kernel's own tile size, under a sanitizer if g++ has it. small: tiles of half as many threads."""
     if shutil.which("g++") is None:
         pytest.skip("g++ not found: the emulated grid needs it")
-    source = Path(__file__).with_name("emulated_grid.cpp")
-    folder = tempfile.TemporaryDirectory()
-    output = Path(folder.name, f"{size}.so")
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", source, "-o", output]
     for flags in (SANITIZE, []) if size == "default" else (SMALL,):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
-        if done.returncode == 0:
-            grid = Grid(output)
-            grid.folder, grid.sanitized = folder, flags is SANITIZE
+        library, errors = _library(flags)
+        if library:
+            grid = Grid(library)
+            grid.sanitized = flags is SANITIZE
             return grid
-    raise AssertionError(done.stderr)
+    raise AssertionError(errors)
+
+
+def _library(flags):
+    """The library that these flags give, or None and the compiler's errors. Test processes and later runs share it."""
+    source = Path(__file__).with_name("emulated_grid.cpp")
+    root = next(folder for folder in source.parents if (folder / "csrc").is_dir())
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), *flags]
+    version = subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
+    contents = [
+        version,
+        repr(command).encode(),
+        *(file.read_bytes() for file in (source, *sorted(root.glob("csrc/*.h")))),
+    ]
+    library = root / "build" / "grid" / f"{hashlib.sha256(b''.join(contents)).hexdigest()[:16]}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".tmp")
+            done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+            if done.returncode:
+                return None, done.stderr
+            unfinished.rename(library)
+    return library, ""
 
 
 class Grid:
