@@ -30,7 +30,7 @@ COLD = 64 << 20  # bytes that are written between two calls: more than the cache
 AS_IT_IS = "as_it_is"
 VARIANTS = {
     AS_IT_IS: None,
-    "no_dicts": ("watch.cpp", "  if (fields->ma_used == 0) return;\n", "}\n\nbool Watch::current"),
+    "no_dicts": ("watch.cpp", "  if (fields->ma_used == 0) return;\n", "}\n\n// Inlined by request"),
     "no_values": ("watch.cpp", "  if (number + kAhead <", "  const Slot& slot"),
     "no_storages": ("plan.cpp", "      at.prefetch_storages(kAhead);\n", "    }\n"),
     "no_tensors": ("plan.cpp", "      prefetch(pairs_[i + kAhead].ema", "      at.prefetch_storages"),

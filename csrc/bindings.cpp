@@ -1,4 +1,4 @@
-// The classes `Prepared` and `Watch` of fused_ema._C.
+// The classes `PreparedPairs` and `CompiledWatch` of fused_ema._C.
 #include <pthread.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -34,11 +34,11 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
   return entries;
 }
 
-class PyPrepared {
+class PyPreparedPairs {
  public:
-  PyPrepared(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
-             const std::vector<int>& actions, std::shared_ptr<const Watch> watch, int averages,
-             const std::vector<int64_t>& strides)
+  PyPreparedPairs(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
+                  const std::vector<int>& actions, std::shared_ptr<const CompiledWatch> watch, int averages,
+                  const std::vector<int64_t>& strides)
       : prepared_(make_entries(names, ema, model, actions, strides), averages), watch_(std::move(watch)) {
     if (!watch_) return;
     complete_ = watch_->holds(ema) && watch_->holds(model);
@@ -141,8 +141,8 @@ class PyPrepared {
     }
   }
 
-  Prepared prepared_;
-  std::shared_ptr<const Watch> watch_;
+  PreparedPairs prepared_;
+  std::shared_ptr<const CompiledWatch> watch_;
   bool complete_ = false;                                       // the watched sources hold every tensor of the plan
   std::vector<at::TensorImpl*> ema_dtensors_, model_dtensors_;  // the tables have their local shards
   bool exchanged_ = false;
@@ -158,23 +158,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("swap", Op::swap)
       .value("restore", Op::restore)
       .value("update_stochastic", Op::update_stochastic);
-  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
+  py::class_<CompiledWatch, std::shared_ptr<CompiledWatch>>(m, "CompiledWatch")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>(), py::arg("modules"),
            py::arg("containers"));
-  py::class_<PyPrepared>(m, "Prepared")
+  py::class_<PyPreparedPairs>(m, "PreparedPairs")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
-                    std::shared_ptr<const Watch>, int, const std::vector<int64_t>&>(),
+                    std::shared_ptr<const CompiledWatch>, int, const std::vector<int64_t>&>(),
            py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("watch").none(true),
            py::arg("averages"), py::arg("strides"))
-      .def("run", &PyPrepared::run, py::arg("op"), py::arg("decays"), py::arg("device_decays") = py::none(),
+      .def("run", &PyPreparedPairs::run, py::arg("op"), py::arg("decays"), py::arg("device_decays") = py::none(),
            py::arg("keys") = std::vector<uint64_t>(), py::arg("average") = -1, py::arg("scratch") = Tensors())
-      .def("run_with", &PyPrepared::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decays"),
+      .def("run_with", &PyPreparedPairs::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decays"),
            py::arg("device_decays") = py::none())
-      .def("scratch_bytes", &PyPrepared::scratch_bytes)
-      .def("current", &PyPrepared::current)
-      .def("exchanged", &PyPrepared::exchanged)
-      .def("mark_exchanged", &PyPrepared::mark_exchanged)
-      .def("launches", &PyPrepared::launches);
+      .def("scratch_bytes", &PyPreparedPairs::scratch_bytes)
+      .def("current", &PyPreparedPairs::current)
+      .def("exchanged", &PyPreparedPairs::exchanged)
+      .def("mark_exchanged", &PyPreparedPairs::mark_exchanged)
+      .def("launches", &PyPreparedPairs::launches);
 }
 
 }  // namespace

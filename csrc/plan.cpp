@@ -198,7 +198,8 @@ C10_ALWAYS_INLINE bool TensorRecords::Cursor::next_matches(const at::TensorImpl*
   return true;
 }
 
-Prepared::Prepared(std::vector<Entry> entries, int averages) : averages_(averages), fork_generation_(fork_count) {
+PreparedPairs::PreparedPairs(std::vector<Entry> entries, int averages)
+    : averages_(averages), fork_generation_(fork_count) {
   TORCH_CHECK(averages >= 1 && averages <= kMaxAverages, "fused_ema: expected 1 to ", kMaxAverages, " averages, found ",
               averages);
   int64_t number = 0;
@@ -226,18 +227,18 @@ Prepared::Prepared(std::vector<Entry> entries, int averages) : averages_(average
 }
 
 // A forked child does not free the tables: that would call CUDA, which does not work there.
-Prepared::~Prepared() {
+PreparedPairs::~PreparedPairs() {
   if (forked())
     for (auto& device : devices_) (void)device.release();
 }
 
-bool Prepared::forked() const { return fork_generation_ != fork_count; }
+bool PreparedPairs::forked() const { return fork_generation_ != fork_count; }
 
-bool Prepared::writable(Op op) const {
+bool PreparedPairs::writable(Op op) const {
   return c10::InferenceMode::is_enabled() || !(inference_ema_ || (writes_model(op) && inference_model_));
 }
 
-bool Prepared::current(Op op) const {
+bool PreparedPairs::current(Op op) const {
   std::atomic<bool> same{true};
   at::parallel_for(0, static_cast<int64_t>(pairs_.size()), kGrain, [&](int64_t begin, int64_t end) {
     if (!current(op, static_cast<size_t>(begin), static_cast<size_t>(end))) same = false;
@@ -245,7 +246,7 @@ bool Prepared::current(Op op) const {
   return same && writable(op);
 }
 
-bool Prepared::current(Op op, size_t begin, size_t end) const {
+bool PreparedPairs::current(Op op, size_t begin, size_t end) const {
   constexpr size_t kAhead = 12;
   TensorRecords::Cursor at(records_, 2 * begin);
   for (size_t i = begin; i < end; ++i) {
@@ -260,7 +261,7 @@ bool Prepared::current(Op op, size_t begin, size_t end) const {
   return true;
 }
 
-bool Prepared::adopt(const Tensors& ema, const Tensors& model, Op op) {
+bool PreparedPairs::adopt(const Tensors& ema, const Tensors& model, Op op) {
   if (ema.size() != pairs_.size() || model.size() != pairs_.size()) return false;
   for (size_t i = 0; i < pairs_.size(); ++i) {
     pairs_[i].ema = ema[i].unsafeGetTensorImpl();
@@ -269,7 +270,7 @@ bool Prepared::adopt(const Tensors& ema, const Tensors& model, Op op) {
   return current(op);
 }
 
-void Prepared::run(Op op, Call call, const at::Tensor& device_decays, const Tensors& scratch) {
+void PreparedPairs::run(Op op, Call call, const at::Tensor& device_decays, const Tensors& scratch) {
   if (device_decays.defined()) {
     call.device_decay = device_decays.const_data_ptr();
     call.device_decay_is_f64 = device_decays.scalar_type() == at::kDouble;
@@ -286,14 +287,14 @@ void Prepared::run(Op op, Call call, const at::Tensor& device_decays, const Tens
   }
 }
 
-std::vector<std::pair<c10::Device, int64_t>> Prepared::scratch_bytes() const {
+std::vector<std::pair<c10::Device, int64_t>> PreparedPairs::scratch_bytes() const {
   std::vector<std::pair<c10::Device, int64_t>> bytes;
   for (const auto& device : devices_)
     if (device->tables.scratch_bytes) bytes.emplace_back(device->device, device->tables.scratch_bytes);
   return bytes;
 }
 
-void Prepared::bump_versions(Op op) const {
+void PreparedPairs::bump_versions(Op op) const {
   const auto bump = [](at::TensorImpl* tensor) {
     if (!tensor->is_inference()) tensor->bump_version();
   };
@@ -307,12 +308,12 @@ void Prepared::bump_versions(Op op) const {
   });
 }
 
-bool Prepared::large() const {
+bool PreparedPairs::large() const {
   constexpr int64_t kLarge = int64_t(1) << 20;  // elements: about a millisecond
   return !devices_.empty() && devices_.back()->device.is_cpu() && devices_.back()->tables.elements >= kLarge;
 }
 
-Tensors Prepared::tensors() const {
+Tensors PreparedPairs::tensors() const {
   Tensors tensors;
   tensors.reserve(2 * pairs_.size());
   for (const auto& pair : pairs_)
@@ -320,7 +321,7 @@ Tensors Prepared::tensors() const {
   return tensors;
 }
 
-std::vector<c10::Storage> Prepared::storages() const {
+std::vector<c10::Storage> PreparedPairs::storages() const {
   std::vector<c10::Storage> storages;
   storages.reserve(2 * pairs_.size());
   for (const auto& pair : pairs_) {

@@ -66,11 +66,11 @@ class TensorRecords {
 
 struct DeviceTables;  // the tables of one device, and the copy of them that lies on it
 
-class Prepared {
+class PreparedPairs {
  public:
   // fused_ema/pairs has checked the pairs. What would corrupt memory is checked here again.
-  Prepared(std::vector<Entry> entries, int averages);
-  ~Prepared();
+  PreparedPairs(std::vector<Entry> entries, int averages);
+  ~PreparedPairs();
 
   bool forked() const;  // made by a parent process, whose device memory this process must not touch
   // Whether every tensor is still what it was, and may be written. No references to tensors are held, so that they can

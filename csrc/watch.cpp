@@ -44,7 +44,7 @@ bool equal(PyObject* key, PyObject* name) {
 
 }  // namespace
 
-Watch::Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
+CompiledWatch::CompiledWatch(const std::vector<py::object>& modules, const std::vector<py::object>& containers) {
   std::unordered_set<const PyObject*> added{Py_None};
   for (const auto& module : modules) add_module(module, added, /*outermost=*/true);
   for (const auto& container : containers) {
@@ -53,7 +53,7 @@ Watch::Watch(const std::vector<py::object>& modules, const std::vector<py::objec
   }
 }
 
-void Watch::add_module(const py::object& object, std::unordered_set<const PyObject*>& added, bool outermost) {
+void CompiledWatch::add_module(const py::object& object, std::unordered_set<const PyObject*>& added, bool outermost) {
   if (!added.insert(object.ptr()).second) return;
   const py::dict attributes = object.attr("__dict__");
   Module module{object.ptr(), {}, {}, {}, {}, 0};
@@ -79,7 +79,7 @@ void Watch::add_module(const py::object& object, std::unordered_set<const PyObje
 }
 
 // Returns the values, and holds them while it works: asking whether one is a tensor may run Python code.
-std::vector<py::object> Watch::add_slots(const py::object& container) {
+std::vector<py::object> CompiledWatch::add_slots(const py::object& container) {
   std::vector<py::object> keys, values;
   if (PyDict_Check(container.ptr())) {
     for (auto item : py::reinterpret_borrow<py::dict>(container)) {
@@ -110,13 +110,13 @@ std::vector<py::object> Watch::add_slots(const py::object& container) {
 // memory, so current() prefetches what it will read. An address that has become stale does no harm. Reading CPython's
 // layout of dicts pays: without add_dict_lines() an update takes 1.5 to 2.6 times the host time
 // (benchmarks/bench_prefetch.py, on 2 cores of an AMD EPYC with 32 MiB of L3 cache).
-void Watch::add_lines(const void* address, size_t bytes) {
+void CompiledWatch::add_lines(const void* address, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) lines_.push_back(static_cast<const char*>(address) + at);
 }
 
 // The table of a dict has a header, about a byte per entry, and entries of 16 bytes. Instances of a class may share it,
 // and then have their values in an array of their own.
-void Watch::add_dict_lines(PyObject* dict, size_t entries) {
+void CompiledWatch::add_dict_lines(PyObject* dict, size_t entries) {
   const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
   add_lines(fields, sizeof(PyDictObject));
   if (fields->ma_used == 0) return;
@@ -127,34 +127,17 @@ void Watch::add_dict_lines(PyObject* dict, size_t entries) {
   }
 }
 
-bool Watch::current() const {
-  constexpr size_t kAhead = 4;  // modules
-  const NoCollection guard;
-  size_t line = 0, slot = 0;
-  for (size_t i = 0; i < modules_.size(); ++i) {
-    const size_t lines = modules_[std::min(i + kAhead, modules_.size() - 1)].lines;
-    for (; line < lines; ++line) prefetch(lines_[line], 1);
-    if (!same_registries(modules_[i], slot)) return false;
-  }
-  return std::all_of(containers_.begin(), containers_.end(),
-                     [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
+// Inlined by request: a call per slot would add a tenth to the host time of an update.
+C10_ALWAYS_INLINE bool CompiledWatch::same_value(size_t number, PyObject* found) const {
+  constexpr size_t kAhead = 16;
+  if (number + kAhead < slots_.size()) prefetch(slots_[number + kAhead].value + 1, 1);  // what it holds lies behind it
+  const Slot& slot = slots_[number];
+  return found == slot.value && Py_TYPE(found) == slot.type &&
+         (!slot.tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == slot.tensor) &&
+         (!slot.shard || shard_of(found) == slot.shard);
 }
 
-bool Watch::same_registries(const Module& module, size_t& slot) const {
-  if (module.weak && PyWeakref_GET_OBJECT(module.weak.ptr()) == Py_None) return false;
-  PyObject** const attributes = _PyObject_GetDictPtr(module.object);
-  if (!attributes || !*attributes) return false;
-  for (size_t i = 0; i < kRegistries; ++i) {
-    PyObject *key, *registry;
-    Py_ssize_t at = module.place[i];  // where it was last, which is quicker than looking it up
-    if (!PyDict_Next(*attributes, &at, &key, &registry) || key != module.key[i])
-      registry = PyDict_GetItemWithError(*attributes, registry_name(i));
-    if (!registry || !PyDict_Check(registry) || !same_items(registry, slot, module.end[i])) return false;
-  }
-  return true;
-}
-
-bool Watch::same_items(PyObject* container, size_t& slot, size_t end) const {
+C10_ALWAYS_INLINE bool CompiledWatch::same_items(PyObject* container, size_t& slot, size_t end) const {
   if (PyDict_Check(container)) {
     if (static_cast<size_t>(PyDict_GET_SIZE(container)) != end - slot) return false;
     PyObject *key, *value;
@@ -169,23 +152,41 @@ bool Watch::same_items(PyObject* container, size_t& slot, size_t end) const {
   return true;
 }
 
-bool Watch::same_value(size_t number, PyObject* found) const {
-  constexpr size_t kAhead = 16;
-  if (number + kAhead < slots_.size()) prefetch(slots_[number + kAhead].value + 1, 1);  // what it holds lies behind it
-  const Slot& slot = slots_[number];
-  return found == slot.value && Py_TYPE(found) == slot.type &&
-         (!slot.tensor || THPVariable_Unpack(found).unsafeGetTensorImpl() == slot.tensor) &&
-         (!slot.shard || shard_of(found) == slot.shard);
+C10_ALWAYS_INLINE bool CompiledWatch::same_registries(const Module& module, size_t& slot) const {
+  if (module.weak && PyWeakref_GET_OBJECT(module.weak.ptr()) == Py_None) return false;
+  PyObject** const attributes = _PyObject_GetDictPtr(module.object);
+  if (!attributes || !*attributes) return false;
+  for (size_t i = 0; i < kRegistries; ++i) {
+    PyObject *key, *registry;
+    Py_ssize_t at = module.place[i];  // where it was last, which is quicker than looking it up
+    if (!PyDict_Next(*attributes, &at, &key, &registry) || key != module.key[i])
+      registry = PyDict_GetItemWithError(*attributes, registry_name(i));
+    if (!registry || !PyDict_Check(registry) || !same_items(registry, slot, module.end[i])) return false;
+  }
+  return true;
 }
 
-bool Watch::holds(const Tensors& tensors) const {
+bool CompiledWatch::current() const {
+  constexpr size_t kAhead = 4;  // modules
+  const NoCollection guard;
+  size_t line = 0, slot = 0;
+  for (size_t i = 0; i < modules_.size(); ++i) {
+    const size_t lines = modules_[std::min(i + kAhead, modules_.size() - 1)].lines;
+    for (; line < lines; ++line) prefetch(lines_[line], 1);
+    if (!same_registries(modules_[i], slot)) return false;
+  }
+  return std::all_of(containers_.begin(), containers_.end(),
+                     [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
+}
+
+bool CompiledWatch::holds(const Tensors& tensors) const {
   std::unordered_set<const at::TensorImpl*> held;
   for (const auto& slot : slots_) held.insert(slot.shard ? slot.shard : slot.tensor);
   return std::all_of(tensors.begin(), tensors.end(),
                      [&](auto& tensor) { return held.count(tensor.unsafeGetTensorImpl()) != 0; });
 }
 
-std::vector<at::TensorImpl*> Watch::dtensors_of(const Tensors& tensors) const {
+std::vector<at::TensorImpl*> CompiledWatch::dtensors_of(const Tensors& tensors) const {
   std::unordered_set<const at::TensorImpl*> shards;
   for (const auto& tensor : tensors) shards.insert(tensor.unsafeGetTensorImpl());
   std::vector<at::TensorImpl*> found;

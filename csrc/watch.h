@@ -13,11 +13,11 @@ namespace fused_ema {
 
 namespace py = pybind11;
 
-class Watch {
+class CompiledWatch {
  public:
   // Neither modules nor their tensors are kept alive, since a cached plan may outlive them; DTensors are the exception.
   // Lists and dicts are kept alive, with what they hold.
-  Watch(const std::vector<py::object>& modules, const std::vector<py::object>& containers);
+  CompiledWatch(const std::vector<py::object>& modules, const std::vector<py::object>& containers);
 
   bool current() const;
 

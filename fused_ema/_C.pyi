@@ -16,17 +16,17 @@ class Op(Enum):
     restore = ...
     update_stochastic = ...
 
-class Watch:
+class CompiledWatch:
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[object]) -> None: ...
 
-class Prepared:
+class PreparedPairs:
     def __init__(
         self,
         names: Sequence[str],
         ema: Sequence[Tensor],
         model: Sequence[Tensor],
         actions: Sequence[int],
-        watch: Watch | None,
+        watch: CompiledWatch | None,
         averages: int,
         strides: Sequence[int],
     ) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -114,7 +115,9 @@ class Binding:
         self._run(Call("swap"))
 
     def _run(self, call: Call) -> None:
-        self._keep(plans.run(self._plan, lambda: _new_plan(*self._sources), call))
+        plan = plans.run(self._plan, lambda: _new_plan(*self._sources), call)
+        if plan is not self._plan:
+            self._keep(plan)
 
     def prepare(self) -> None:
         """Makes ready for a CUDA graph capture: pairs what was replaced since the last call, and uploads the new
@@ -203,7 +206,13 @@ def _call(op: OpName, decay: float | Tensor) -> Call:
         if value.device.type != "cpu":
             return Call(op, (1.0,), value)
         value = decay_number(value.item())
-    return Call(op, (value,))
+    return _call_of_number(op, value)
+
+
+@functools.lru_cache(maxsize=256)
+def _call_of_number(op: OpName, decay: float) -> Call:
+    """Cached, since to make a tuple of many fields is a fifth of an update of two small tensors."""
+    return Call(op, (decay,))
 
 
 def _reshard(*sides: Source) -> None:

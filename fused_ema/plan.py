@@ -64,12 +64,11 @@ class Plan:
         checked = check(pairs, buffers, free_types=free_types)
         self.lasts = lasts
         self._sharded = checked.sharded is not None
-        self._refusals: dict[OpName, Exception | None] = {
-            "update": checked.no_update,
-            "update_stochastic": checked.no_update,
-            "swap": checked.no_swap,
-            "restore": checked.no_swap,
-        }
+        self._refusals: dict[OpName, Exception] = {}
+        if checked.no_update:
+            self._refusals |= {"update": checked.no_update, "update_stochastic": checked.no_update}
+        if checked.no_swap:
+            self._refusals |= {"swap": checked.no_swap, "restore": checked.no_swap}
         # Averages in 16 bits stand still where 1 - decay is below this. Looked at in each update, since schedules come
         # near 1 late in a training.
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
@@ -88,7 +87,7 @@ class Plan:
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
-        if self._refusal(call):
+        if (call.op in self._refusals or call.device_decays is not None) and self._refusal(call):
             return False
         writes_model = call.op in ("swap", "restore")
         if writes_model:

@@ -36,7 +36,7 @@ class _Compiled:
         library: Any = load()
         self._ops = library.Op.__members__
         names, ema, model, actions, averages, strides = job
-        self._tables = library.Prepared(names, ema, model, actions, watch, averages, strides)
+        self._tables = library.PreparedPairs(names, ema, model, actions, watch, averages, strides)
         self.launches = self._tables.launches
         self.scratch = self._tables.scratch_bytes
         self.current = self._tables.current

@@ -33,7 +33,7 @@ def watch(*sources: Source) -> Watch | None:
     modules = [source for source in sources if isinstance(source, nn.Module)]
     containers: list[Any] = [source for source in sources if not isinstance(source, nn.Module)]
     compiled = extension.load()
-    return compiled.Watch(modules, containers) if compiled else SlotWatch(modules, containers)
+    return compiled.CompiledWatch(modules, containers) if compiled else SlotWatch(modules, containers)
 
 
 def watchable(source: Source) -> bool:

@@ -28,8 +28,8 @@ def run_on_cpu(pairs, averages, op, decays, device_decay=None, keys=(), average=
     ema, model = [pair.ema for pair in pairs], [pair.model for pair in pairs]
     actions = [Action.NONE if len(p.ema) == 0 else Action.AVERAGE if p.average else Action.COPY for p in pairs]
     names, strides = [f"[{i}]" for i in range(len(pairs))], [pair.stride for pair in pairs]
-    watch = extension.Watch([], [ema, model])
-    plan = extension.Prepared(names, ema, model, actions, watch, averages, strides)
+    watch = extension.CompiledWatch([], [ema, model])
+    plan = extension.PreparedPairs(names, ema, model, actions, watch, averages, strides)
     assert plan.run(extension.Op.__members__[op], decays, device_decay, keys, average, scratch)
     return plan
 

@@ -29,7 +29,7 @@ def watch_of(runner, *sources):
     """What `watch` would take for this runner, whichever runs by default."""
     modules = [source for source in sources if isinstance(source, nn.Module)]
     containers = [source for source in sources if not isinstance(source, nn.Module)]
-    kind = extension.load().Watch if runner.name == "extension" else SlotWatch
+    kind = extension.load().CompiledWatch if runner.name == "extension" else SlotWatch
     return kind(modules, containers)
 
 
