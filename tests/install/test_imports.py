@@ -215,3 +215,25 @@ def test_the_message_names_every_place(package):
         "fused_ema/_version.py:1: _version must not import plan",
         "fused_ema/manager/ema.py:3, fused_ema/manager/state.py:3: circle manager.ema -> manager.state -> manager.ema",
     ]
+
+
+def private_members_of_managers(package):
+    """Reads and writes of `ema._x` and the like outside the file that defines EMA, as "path:line"."""
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package) == Path("manager/ema.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value).rpartition(".")[2]
+                if owner in ("ema", "_ema", "manager", "_manager"):
+                    yield f"{path.relative_to(package)}:{node.lineno}"
+
+
+def test_nobody_else_touches_the_private_members_of_a_manager():
+    assert not list(private_members_of_managers(PACKAGE))
+
+
+@pytest.mark.parametrize("line", ["ema._step = 3", "x = self.ema._swap", "self._manager._update(None)"])
+def test_a_touch_of_private_members_is_seen(tmp_path, line):
+    (tmp_path / "callback.py").write_text(f"{line}\n")
+    assert list(private_members_of_managers(tmp_path)) == ["callback.py:1"]
