@@ -46,7 +46,6 @@ class Exchange:
         self._versions: list[int] = []
         self._written: list[str] | None = None  # by the block, in place
         self._freed: set[str] = set()  # whose memory the block freed
-        self._values: dict[str, Tensor] | None = None  # for the tensors that the block put in the place of the first
         self._plan: Plan | None = None
         self._scratch: list[Tensor] = []
         taken = [*self._memory.values(), *(averages.get(name, index) for name in averages)]
@@ -167,10 +166,6 @@ class Exchange:
         here = {name: local(current[name]) for name in self._memory if name in current}
         here = {name: tensor for name, tensor in here.items() if _takes(tensor, self._memory[name])}
         new = {name: tensor for name, tensor in here.items() if self._is_new(name, tensor)}
-        if self._values is None:  # the values before any of them is written, since two may have changed places
-            written = {storage(tensor) for tensor in new.values() if _plain(tensor)}
-            values = {name: self._memory[name] for name in new}
-            self._values = {name: v.clone() if storage(v) in written else v for name, v in values.items()}
         owner = {id(tensor): self._place(name) for name, tensor in here.items() if name not in new}
         apart = {id(tensor): storage(tensor) for tensor in here.values() if _plain(tensor)}
         shared = Counter([*apart.values(), *self._averages.storages(), *{*map(storage, self._memory.values())}])
@@ -182,9 +177,9 @@ class Exchange:
             try:
                 with torch.no_grad():
                     if id(tensor) in apart and shared[apart[id(tensor)]] > 1:  # may not be written in place
-                        tensor.data = torch.empty_like(tensor).copy_(self._values[name])
+                        tensor.data = torch.empty_like(tensor).copy_(self._memory[name])
                     else:
-                        tensor.copy_(self._values[name])
+                        tensor.copy_(self._memory[name])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):  # a kind of tensor that takes no values
                 lost.append(name)
         return lost

@@ -328,12 +328,6 @@ MUTANTS = [
         "        if False:\n",
     ),
     Mutant(
-        "values that change places",
-        "fused_ema/manager/swap.py",
-        "v.clone() if storage(v) in written else v",
-        "v",
-    ),
-    Mutant(
         "written to where another is",
         "fused_ema/manager/swap.py",
         "if owner.setdefault(id(tensor), self._place(name)) != self._place(name):",
