@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._warning import warn
 from .pairs import shards
-from .pairs.checks import Action, Checked, check, dtype_name
+from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
 from .runners import choose
 from .runners.base import Call, Job, OpName, Watch
@@ -29,7 +29,8 @@ def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | 
     if kept is not None and kept.try_run(call, pairs):
         return kept
     plan = make()
-    plan.check(call)
+    if refusal := plan.refusal(call):
+        raise refusal
     if not plan.try_run(call, pairs):
         raise RuntimeError(
             "fused_ema: the tensors changed while they were paired; another thread may be replacing them"
@@ -70,25 +71,26 @@ class Plan:
             "swap": checked.no_swap,
             "restore": checked.no_swap,
         }
-        # Averages in 16 bits stand still where 1 - decay is below this. Looked at in each update, since schedules come
-        # near 1 late in a training.
-        self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
-        devices = _devices(checked) or ["cpu"]
-        runner = choose(dict.fromkeys(device.partition(":")[0] for device in devices))
+        active = [each for each in zip(*checked.pairs[1:3], checked.actions, strict=True) if each[2] is not Action.NONE]
+        # 16-bit averages stand still where 1 - decay is below this. It is checked at each update, since schedules
+        # approach 1 late in a training run.
+        types = {ema.dtype for ema, _, action in active if action is Action.AVERAGE and ema.element_size() == 2}
+        self._coarse = max((4 * torch.finfo(dtype).eps for dtype in types), default=0.0)
+        kinds = list(dict.fromkeys(model.device.type for _, model, _ in active)) or ["cpu"]
+        runner = choose(kinds)
         job = Job(
             *checked.pairs[:3], actions=checked.actions, averages=averages, strides=[*strides] or [0] * len(pairs.ema)
         )
         self._prepared = runner.prepare(job, watch)
-        backends = {runner.backend(device.partition(":")[0]) for device in devices}
         self._about = {
-            "backend": "+".join(sorted(backends)),
-            **_describe(checked, averages),
+            "backend": "+".join(sorted({runner.backend(kind) for kind in kinds})),
+            **_describe(active, averages),
             "launches_per_update": self._prepared.launches(),
         }
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
-        if self._refusal(call):
+        if self.refusal(call):
             return False
         writes_model = call.op in ("swap", "restore")
         if writes_model:
@@ -110,12 +112,8 @@ class Plan:
             return ran
         return self._prepared.run(call, pairs.ema, pairs.model)
 
-    def check(self, call: Call) -> None:
-        """Raises what speaks against the call."""
-        if refusal := self._refusal(call):
-            raise refusal
-
-    def _refusal(self, call: Call) -> Exception | None:
+    def refusal(self, call: Call) -> Exception | None:
+        """Why this plan can't do what the call asks for; None where it can."""
         devices = self._about["devices"]
         if call.device_decays is not None and devices and devices != [str(call.device_decays.device)]:
             return ValueError(
@@ -144,13 +142,11 @@ class Plan:
         return copy.deepcopy(self._about)
 
 
-def _describe(checked: Checked, averages: int) -> dict[str, Any]:
+def _describe(active: list[tuple[Tensor, Tensor, Action]], averages: int) -> dict[str, Any]:
     elements = size = 0
     counts: Counter[Action] = Counter()
     dtypes: Counter[str] = Counter()
-    for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
-        if action is Action.NONE:
-            continue
+    for ema, model, action in active:
         counts[action] += 1
         elements += ema.numel()
         accesses = 2 * averages if action is Action.AVERAGE else averages
@@ -158,7 +154,7 @@ def _describe(checked: Checked, averages: int) -> dict[str, Any]:
         if action is Action.AVERAGE:
             dtypes[f"{dtype_name(ema)}←{dtype_name(model)}"] += 1
     return {
-        "devices": _devices(checked),
+        "devices": list(dict.fromkeys(str(model.device) for _, model, _ in active)),
         "tensors": counts.total(),
         "averaged": counts[Action.AVERAGE],
         "copied": counts[Action.COPY],
@@ -166,18 +162,6 @@ def _describe(checked: Checked, averages: int) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "bytes_per_update": size,
     }
-
-
-def _devices(checked: Checked) -> list[str]:
-    """The devices that updates run on."""
-    active = zip(checked.pairs.model, checked.actions, strict=True)
-    return list(dict.fromkeys(str(model.device) for model, action in active if action is not Action.NONE))
-
-
-def _sixteen_bits(checked: Checked) -> set[torch.dtype]:
-    """The 16-bit types among the averages."""
-    averaged = zip(checked.pairs.ema, checked.actions, strict=True)
-    return {ema.dtype for ema, action in averaged if action is Action.AVERAGE and ema.element_size() == 2}
 
 
 _warned = False
