@@ -133,7 +133,7 @@ class _Pairs:
                 if call.op == "swap":
                     self._exchange(row, ema, model, call, done + 1)
                 elif call.op == "copy":
-                    copy_(ema, model)
+                    ema.copy_(model)
                 else:
                     random = (call.keys[position], row.number) if call.op == "update_stochastic" else None
                     update_(ema, model, decays[position], average=row.average, random=random)
@@ -217,12 +217,6 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
     moved = torch.where(weight < 0.5, difference * weight + old, difference * -decay + new)
     moved = torch.where((old == new) | (decay == 1), old, moved)
     ema.copy_(torch.where(decay == 0, new, moved))
-
-
-@torch.no_grad()
-def copy_(ema: Tensor, model: Tensor) -> None:
-    """ema ← model."""
-    ema.copy_(model)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:
