@@ -12,10 +12,9 @@ from ..manager.ema import EMA
 from ..manager.selection import tensors_of
 from ..manager.timetable import Timetable
 from ..pairs.arguments import average_index, whole_number
-from ..pairs.pairing import first_few, listed
+from ..pairs.pairing import first_few, listed, unwrapped
 from ..pairs.shards import local
 from ..schedules import inverse_power, tf_warmup
-from .names import unwrapped
 
 
 class Layout:

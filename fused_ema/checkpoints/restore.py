@@ -10,7 +10,7 @@ from torch import Tensor
 from ..manager.ema import EMA
 from ..pairs.arguments import average_index, whole_number
 from ..pairs.checks import check_tensor, equal_values
-from ..pairs.pairing import by_plain_name, first_few, listed, plain_name
+from ..pairs.pairing import by_plain_name, first_few, mismatch, plain_name
 from .layouts import Layout, Positional, averaged_tensors, layout_of
 
 
@@ -103,11 +103,6 @@ def _matched(
             problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
-    differences = [
-        f"{what} the state: {listed(names)}"
-        for what, names in (("missing from", missing), ("unexpected in", unexpected))
-        if names
-    ]
-    if differences or problems:
-        raise ValueError(f"state: {'; '.join(differences) or first_few(problems, '; ')}")
+    if problem := mismatch(missing, unexpected, "the state") or first_few(problems, "; "):
+        raise ValueError(f"state: {problem}")
     return {name: found[tensor] for name, tensor in wanted.items()}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..manager.ema import EMA
 from ..pairs.arguments import check_floating
+from ..pairs.pairing import unwrapped
 from .files import PathLike, safetensors, save, storable
-from .names import unwrapped
 
 
 def save_safetensors(path: PathLike, ema: EMA, index: int = 0, *, dtype: torch.dtype | None = None) -> None:

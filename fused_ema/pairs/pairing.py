@@ -85,9 +85,12 @@ def difference(found: Iterable[str], wanted: Iterable[str], finder: str) -> str:
     """The names that `found` lacks or has too many, in words; "" where both have the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    parts = [f"missing from {finder}: {listed(missing)}"] if missing else []
-    return "; ".join([*parts, f"unexpected in {finder}: {listed(unexpected)}"] if unexpected else parts)
+    return mismatch(missing, [name for name in found if name not in wanted], finder)
+
+
+def mismatch(missing: list[str], unexpected: list[str], finder: str) -> str:
+    named = ((f"missing from {finder}", missing), (f"unexpected in {finder}", unexpected))
+    return "; ".join(f"{what}: {listed(names)}" for what, names in named if names)
 
 
 def plain_name(name: str) -> str:
@@ -95,6 +98,22 @@ def plain_name(name: str) -> str:
     if not isinstance(name, str):  # mappings may have other keys
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state of the model under the names of the innermost model: without the prefixes of DDP and torch.compile.
+
+    Only prefixes are removed, since a module of the user's may be called "module" too.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            prefix = "module"
+        elif "_orig_mod" in model._modules:  # torch.compile
+            prefix = "_orig_mod"
+        else:
+            return state
+        state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+        model = model.get_submodule(prefix)
 
 
 def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
