@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import plan as plans
 from ..pairs import shards
-from ..pairs.arguments import average_index, check_buffers
+from ..pairs.arguments import average_index, check_buffers, check_floating
 from ..pairs.pairing import Pairs, difference
 from ..plan import Buffers, Plan
 from ..runners.base import Call, one_at_a_time
@@ -97,8 +97,7 @@ class EMA:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+        check_floating(dtype)
         self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
