@@ -150,23 +150,20 @@ def _compile(temp: Path, toolkit: Toolkit | str) -> Path:
 
 def compile_extension(temp: Path, torch: Any, toolkit: Toolkit | str) -> Built:
     """Compiles the extension into `temp`, with CUDA where that succeeds, else without it. Raises BuildError."""
-    if isinstance(toolkit, Toolkit):
-        say(f"compiling for torch {torch.__version__} with nvcc in {toolkit.home}, for {toolkit.archs}")
-        record = describe(torch, toolkit)  # before compiling, which takes long enough for the sources to be edited
-        try:
-            return Built(_compile(temp, toolkit), record)
-        except Exception as error:
-            if switch("FUSED_EMA_CUDA"):
-                raise BuildError(f"FUSED_EMA_CUDA=1, but compiling with CUDA failed: {error}") from error
-            say(f"WARNING: compiling with CUDA failed ({error}); the compiler's output is above.")
-            say("WARNING: the extension is now built WITHOUT CUDA; set FUSED_EMA_CUDA=1 to make this an error.")
-            toolkit = f"compiling with nvcc in {toolkit.home} failed: {error}"
-    say(f"compiling for torch {torch.__version__} without CUDA: {toolkit}")
-    record = describe(torch, toolkit)
+    cuda = toolkit if isinstance(toolkit, Toolkit) else None
+    how = f"with nvcc in {cuda.home}, for {cuda.archs}" if cuda else f"without CUDA: {toolkit}"
+    say(f"compiling for torch {torch.__version__} {how}")
+    record = describe(torch, toolkit)  # before compiling, which takes long enough for the sources to be edited
     try:
         return Built(_compile(temp, toolkit), record)
     except Exception as error:
-        raise BuildError(
-            f"compiling failed ({type(error).__name__}: {error}); the compiler's output is above. Building needs "
-            "setuptools and a C++ compiler that this torch supports"
-        ) from error
+        if cuda is None:
+            raise BuildError(
+                f"compiling failed ({type(error).__name__}: {error}); the compiler's output is above. Building needs "
+                "setuptools and a C++ compiler that this torch supports"
+            ) from error
+        if switch("FUSED_EMA_CUDA"):
+            raise BuildError(f"FUSED_EMA_CUDA=1, but compiling with CUDA failed: {error}") from error
+        say(f"WARNING: compiling with CUDA failed ({error}); the compiler's output is above.")
+        say("WARNING: the extension is now built WITHOUT CUDA; set FUSED_EMA_CUDA=1 to make this an error.")
+        return compile_extension(temp, torch, f"compiling with nvcc in {cuda.home} failed: {error}")
