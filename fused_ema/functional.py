@@ -238,10 +238,10 @@ def _recorded() -> bool:
 
 
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
+    check_buffers(buffers)
     if op == "update" and _recorded():
         ops.trace_update(pair(ema, model, buffers), decay, buffers)
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        check_buffers(buffers)
         key = (id(ema), id(model), buffers)
         kept = _module_plans.get(key, (None, ()))[0]
         plan = plans.run(kept, lambda: _new_plan(ema, model, buffers), _call(op, decay))
@@ -253,7 +253,6 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
 
 
 def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
-    check_buffers(buffers)
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
     key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])

@@ -64,7 +64,7 @@ class Plan:
     ) -> None:
         checked = check(pairs, buffers, free_types=free_types)
         self.lasts = lasts
-        self._sharded = checked.sharded is not None
+        self._sharded = checked.sharded
         self._refusals: dict[OpName, Exception | None] = {
             "update": checked.no_update,
             "update_stochastic": checked.no_update,

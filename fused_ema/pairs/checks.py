@@ -42,7 +42,7 @@ class Checked(NamedTuple):
     """Pairs that may be written, and the operations on them that may not."""
 
     pairs: Pairs  # where tensors are sharded, the shards on this rank
-    sharded: Pairs | None  # the pairs as they were given, where some of them are sharded
+    sharded: bool  # whether some of them were
     actions: list[Action]
     no_update: Exception | None  # the reason, where an update is refused
     no_swap: Exception | None  # the reason, where a swap is refused
@@ -55,7 +55,6 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     pinned memory of the host.
     """
     check_buffers(buffers)
-    given = pairs
     if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
         for label, ema, model in zip(*pairs[:3], strict=True):
             if refusal := shards.refusal(f"ema{label}", ema, model):
@@ -83,7 +82,7 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
         if action is Action.AVERAGE and not free_types:
             no_update = no_update or _update_refusal(ema_name, ema, model)
         no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model, free_types)
-    return Checked(pairs, given if sharded else None, actions, no_update, no_swap)
+    return Checked(pairs, sharded, actions, no_update, no_swap)
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
