@@ -23,8 +23,8 @@ Buffers = Literal["copy", "average", "ignore"]
 def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | None = None) -> Plan:
     """Runs the kept plan or, where that no longer fits what its sources hold, a new one; returns the one that ran.
 
-    The only path of every call. Without `pairs` a plan runs on what its watch sees; with them on those tensors.
-    Raises what speaks against the call, before anything is written.
+    Every call takes this path. Without `pairs` a plan runs on what its watch sees; with them it runs on those tensors.
+    Raises the plan's refusal of the call, before anything is written.
     """
     if kept is not None and kept.try_run(call, pairs):
         return kept
@@ -42,12 +42,12 @@ class Plan:
     """Checked pairs, prepared by a runner.
 
     Args:
-        pairs: what belongs together.
+        pairs: the tensors that belong together.
         buffers: see `fused_ema.update`.
-        watch: what the sources of the pairs held before they were paired; None: each call brings its own pairs.
-        lasts: False for a plan that is good for one call only, since its sources can't be watched.
-        averages, strides: of a manager: how many averages of each tensor there are, and for each pair how many elements
-            lie between one and the next.
+        watch: watches the sources since before they were paired; None: each call passes its own pairs.
+        lasts: False for a plan that serves one call only, since its sources can't be watched.
+        averages, strides: for a manager, how many averages each tensor has, and for each pair how many elements lie
+            between one average and the next.
         free_types: see `check`.
     """
 
@@ -94,9 +94,9 @@ class Plan:
             return False
         writes_model = call.op in ("swap", "restore")
         if writes_model:
-            torch.clear_autocast_cache()  # of 16-bit copies of what the tensors held before
+            torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
         if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
-            if pairs is None and not self._prepared.current():  # the averages may have been cast
+            if pairs is None and not self._prepared.current():  # the averages may have been cast since
                 return False
             self._coarse = 0.0
             _warn_of_standstill(call.decays)
@@ -123,19 +123,19 @@ class Plan:
         return self._refusals.get(call.op)
 
     def current(self) -> bool:
-        """Whether it still fits what its watch sees."""
+        """Whether the plan still fits what its watch sees."""
         return self._prepared.current()
 
     def exchanged(self) -> bool:
-        """Whether the model holds an average, by this plan's doing."""
+        """Whether this plan has put an average into the model."""
         return self._prepared.exchanged()
 
     def mark_exchanged(self) -> None:
-        """Says that another plan did a swap on the same memory, so that this one may undo it."""
+        """Records that another plan did a swap on the same memory, so that this one may undo it."""
         self._prepared.mark_exchanged()
 
     def new_scratch(self) -> list[Tensor]:
-        """Memory for a swap between types: bytes, a tensor for each device that needs some."""
+        """Memory for a swap between types: a tensor of bytes for each device that needs one."""
         return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self._prepared.scratch()]
 
     def describe(self) -> dict[str, Any]:
@@ -168,12 +168,13 @@ _warned = False
 
 
 def _warn_of_standstill(decays: tuple[float, ...]) -> None:
-    """Warns, once in a process."""
+    """Warns once per process."""
     global _warned
     if not _warned:
         _warned = True
         finest = max(decay for decay in decays if decay < 1.0)
         warn(
-            f"fused_ema: averages in 16 bits stand still at decay {finest}: most steps are smaller than half a unit in "
-            "the last place and round away. Keep the averages in float32, or round stochastically (fused_ema.EMA)."
+            f"fused_ema: averages in 16 bits stand still at decay {finest}, because most steps are smaller than half a "
+            "unit in the last place and round away. Keep the averages in float32, or let fused_ema.EMA round "
+            "stochastically."
         )

@@ -1,4 +1,4 @@
-"""The one description of sources and flags, and the compiling, for setup.py and for `python -m fused_ema build`.
+"""Describes the sources and flags, and compiles them, for setup.py and for `python -m fused_ema build`.
 
 setup.py imports this in an environment that may lack torch: nothing here imports torch or setuptools at import.
 """
@@ -41,7 +41,7 @@ def import_torch() -> Any:
 
 
 def source_folder() -> Path:
-    """fused_ema/_csrc in an installed package, csrc beside fused_ema in a checkout."""
+    """fused_ema/_csrc in an installed package, csrc next to fused_ema in a checkout."""
     installed = PACKAGE / "_csrc"
     return installed if installed.is_dir() else PACKAGE.parent / "csrc"
 
@@ -50,7 +50,7 @@ def source_folder() -> Path:
 
 
 def sources(cuda: bool) -> list[Path]:
-    """Absolute, in a fixed order."""
+    """Absolute paths, in a fixed order."""
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     return [path for path in sorted(source_folder().iterdir()) if path.suffix in suffixes]
 
@@ -85,7 +85,7 @@ def extension(cuda: bool) -> Any:
 
 
 def sources_digest() -> str:
-    """Changes with anything that goes into the library."""
+    """A digest that changes with anything that goes into the library."""
     digest = hashlib.sha256(repr([cxx_flags(), nvcc_flags()]).encode())
     for path in sorted(source_folder().iterdir()):
         if path.suffix in (".h", ".cpp", ".cu"):
@@ -94,7 +94,7 @@ def sources_digest() -> str:
 
 
 def describe(torch: Any, toolkit: Toolkit | str) -> Record:
-    """What a library is built for and from; this is written beside it, and read before it is loaded."""
+    """What a library is built for and from. This is written next to it, and read before it is loaded."""
     if isinstance(toolkit, Toolkit):
         cuda = {"cuda": ".".join(map(str, toolkit.version)), "archs": toolkit.archs}
     else:

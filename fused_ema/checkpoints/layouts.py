@@ -1,4 +1,4 @@
-"""The layouts of other packages. Each is one object, which holds all that is known about it."""
+"""The layouts of other packages. One object for each holds all that is known about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..schedules import inverse_power, tf_warmup
 
 
 class Layout:
-    """Where a package's state has the averages and the count of steps, and what else it holds.
+    """Where the state of a package holds its averages and its count of steps, and what else it holds.
 
     A new layout subclasses `Named` or `Positional`, joins `BY_NAME` below, and gets a row in the table of the package's
     docstring.
@@ -30,7 +30,7 @@ class Layout:
     online: ClassVar[str | None] = None  # the prefix of the model's own weights, where a state may have them
 
     def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The values in a state, under the keys that errors name and that are those of `places`."""
+        """The values in a state, under the keys that `places` has and that errors name."""
         raise NotImplementedError
 
     def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Named(Layout):
     def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             found = "keys of other types" if isinstance(state, Mapping) else type(state).__name__
-            raise TypeError(f"state: the layout {self.name!r} has tensors by name, found {found}")
+            raise TypeError(f"state: expected tensors by name, as in the layout {self.name!r}, found {found}")
         return {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
 
     def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def averaged_tensors(ema: EMA, averages: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, as a copy where its memory holds more than it: torch.save would write all of that."""
+    """The tensor, as a copy where its storage holds more than the tensor: torch.save would write all of that."""
     here = local(tensor)
     return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor
 
@@ -217,7 +217,7 @@ def named_layout(name: str) -> Layout:
 
 
 def layout_of(state: Any, name: str | None) -> Layout:
-    """The layout of that name, which the state has to have, or the one that the keys of the state tell."""
+    """The layout of that name, which the state must have; without a name, the one that the state's keys show."""
     asked = None if name is None else named_layout(name)
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a dict, found {type(state).__name__}")

@@ -1,4 +1,4 @@
-"""The average of a manager from the state of another package."""
+"""Restores an average from the state of another package."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def restore(
 ) -> None:
     """Takes the average and the step from the state of another package; the schedules stay as they are.
 
-    Names are compared without the segments of wrappers; of tied names, one is enough. Values for what is not averaged
-    are ignored. The step stays where the state has no count, as in timm's checkpoints and in those of torch_ema with
-    `use_num_updates=False`.
+    Names are compared without the segments of wrappers; one of several tied names is enough. Values for what is not
+    averaged are ignored. The step stays as it is where the state has no count, as in timm's checkpoints and
+    in those of torch_ema with `use_num_updates=False`.
 
     Args:
-        state: the `state_dict()`; for timm the checkpoint, of which only `state_dict_ema` is read.
-        layout: one of `LAYOUTS`; None: the keys of the state tell it.
-        index: of the average. (All averages of a manager have one step.)
-        parameters: for `shadow_params`, what the other package was given, if that is not `model.parameters()`.
+        state: the `state_dict()`; for timm the checkpoint; only its `state_dict_ema` is read.
+        layout: one of `LAYOUTS`; None: the one that the state's keys show.
+        index: which average. (All averages of a manager have one step.)
+        parameters: for `shadow_params`, the parameters that the other package had, if not `model.parameters()`.
         step: the manager's step from now on; None: the state's.
 
     Raises:
@@ -90,7 +90,7 @@ def _matched(
     found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
     problems = []
     for plain, place in plain_places.items():
-        # Positions are compared also where nothing is averaged, since the order may be another one.
+        # Positions are compared even where nothing is averaged, since the order may differ.
         if plain not in plain_given or not (positional or id(place) in averaged):
             continue
         key = plain_given[plain]

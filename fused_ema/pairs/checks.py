@@ -1,4 +1,4 @@
-"""What a pair of tensors must be. All of this runs before the first byte is written, whichever runner follows."""
+"""Checks of pairs of tensors. They all run before the first byte is written, whichever runner follows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN_TYPES = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
 class Action(enum.IntEnum):
-    """What becomes of a pair. The numbers are those of `Action` in csrc/plan.h."""
+    """What an update does with a pair. The numbers are those of `Action` in csrc/plan.h."""
 
     NONE = 0
     COPY = 1
@@ -86,7 +86,7 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
-    """A tied pair that comes again runs once. One average of two different tensors is an error."""
+    """Makes a pair that is tied to an earlier one run once; refuses one average of two different tensors."""
     first: dict[tuple[object, ...], int] = {}
     for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
         if actions[i] is Action.NONE:
@@ -120,7 +120,7 @@ def _overlap_refusal(ema: set[Span], model: set[Span]) -> Exception | None:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raises where a tensor is of a kind that no operation here can read."""
+    """Raises where no operation here can read the tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if why := _elsewhere(tensor):
@@ -154,7 +154,7 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
-    """The reason where a dense tensor has less memory than it says; reading it would end the process."""
+    """The reason where a dense tensor has less memory than its shape needs; reading it would end the process."""
     if not tensor.numel() or not has_address(tensor):
         return None
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
@@ -223,7 +223,7 @@ def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, fr
 
 
 def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of whatever types hold equal values; NaN equals NaN."""
+    """Whether two tensors, of any types, hold equal values; NaN equals NaN."""
     return a is b or (a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True))
 
 

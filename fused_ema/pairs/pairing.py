@@ -1,4 +1,4 @@
-"""Modules, mappings, sequences → pairs of tensors, by name."""
+"""Pairs the tensors of two modules, mappings or sequences, by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]
 
 
 def difference(found: Iterable[str], wanted: Iterable[str], finder: str) -> str:
-    """The names that `found` lacks or has too many, in words; "" where both have the same names."""
+    """The names that `found` lacks or has in excess, in words; "" where both have the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in found]
     return mismatch(missing, [name for name in found if name not in wanted], finder)
@@ -127,9 +127,7 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
-def by_plain_name(
-    side: str, names: Iterable[str], hint: str = "; expected names that differ by more"
-) -> dict[str, str]:
+def by_plain_name(side: str, names: Iterable[str], hint: str = "; rename one of them") -> dict[str, str]:
     """Each name under its plain name, without the segments of wrappers. `hint` ends the error where two collide."""
     plain_names: dict[str, str] = {}
     for name in names:
