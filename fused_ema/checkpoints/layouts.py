@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..manager.ema import EMA
 from ..manager.selection import tensors_of
 from ..manager.timetable import Timetable
-from ..pairs.arguments import average_index, whole_number
+from ..pairs.arguments import whole_number
 from ..pairs.pairing import first_few, listed, unwrapped
-from ..pairs.shards import local
 from ..schedules import inverse_power, tf_warmup
 
 
@@ -136,11 +135,10 @@ class Positional(Layout):
         return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
     def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
-        averages = ema.state_dict()["averages"][average_index(index, len(ema.schedules))]
+        state = ema.averaged_state_dict(index)
+        values = {id(tensor): state[key] for key, tensor in ema.model.state_dict(keep_vars=True).items()}
         places = self.places(ema.model, parameters).values()
-        names = {id(tensor): name for name, tensor in averaged_tensors(ema, averages).items()}
-        shadows = [_alone(averages[names[id(each)]]) if id(each) in names else each.detach() for each in places]
-        return {"shadow_params": shadows}
+        return {"shadow_params": [values[id(each)] if id(each) in values else each.detach() for each in places]}
 
 
 class Diffusers(Positional):
@@ -185,20 +183,6 @@ def _latest_decay(ema: EMA, index: int) -> float:
     schedule = ema.schedules[index]
     n = ema.step - ema.update_after_step if getattr(schedule, "per_step", True) else ema.updates
     return float(schedule(max(1, n)))
-
-
-def averaged_tensors(ema: EMA, averages: Iterable[str]) -> dict[str, Tensor]:
-    """The model's tensor for each name of an average."""
-    current = tensors_of(ema.model)
-    if gone := [name for name in averages if name not in current]:
-        raise ValueError(f"model: expected the names it had when the manager was made; missing from it: {listed(gone)}")
-    return {name: current[name] for name in averages}
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, as a copy where its storage holds more than the tensor: torch.save would write all of that."""
-    here = local(tensor)
-    return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor
 
 
 # ---- Choosing

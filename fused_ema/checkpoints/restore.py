@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..manager.ema import EMA
+from ..manager.selection import tensors_of
 from ..pairs.arguments import average_index, whole_number
 from ..pairs.checks import check_tensor, equal_values
 from ..pairs.pairing import by_plain_name, first_few, mismatch, plain_name
-from .layouts import Layout, Positional, averaged_tensors, layout_of
+from .layouts import Layout, Positional, layout_of
 
 
 def restore(
@@ -84,7 +85,10 @@ def _matched(
             f"shadow_params: expected {len(places)} tensors, one for each parameter, found {len(given)}; if the other "
             "package was given only some of the model's parameters, pass those as parameters="
         )
-    wanted = {name: id(tensor) for name, tensor in averaged_tensors(ema, averages).items()}
+    current = tensors_of(ema.model)
+    if differ := mismatch([name for name in averages if name not in current], [], "it"):
+        raise ValueError(f"model: expected the names it had when the manager was made; {differ}")
+    wanted = {name: id(current[name]) for name in averages}
     averaged = set(wanted.values())
     plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
     found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has

@@ -455,9 +455,9 @@ MUTANTS = [
     ),
     Mutant(
         "all averages in an export",
-        "fused_ema/checkpoints/layouts.py",
-        "return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor",
-        "return tensor",
+        "fused_ema/manager/ema.py",
+        "shared = self._averages.count > 1 and",
+        "shared = False and",
     ),
     Mutant(
         "any folder for code",
