@@ -122,7 +122,7 @@ class Binding:
         self._current_plan()
 
     def _current_plan(self) -> Plan:
-        if self._plan is None or not self._plan.current():
+        if self._plan is None or not self._plan.prepared.current():
             return self._keep(_new_plan(*self._sources))
         return self._plan
 

@@ -39,7 +39,7 @@ def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | 
 
 
 class Plan:
-    """Checked pairs, prepared by a runner.
+    """Checked pairs, and `prepared`, what a runner made of them.
 
     Args:
         pairs: the tensors that belong together.
@@ -81,11 +81,11 @@ class Plan:
         job = Job(
             *checked.pairs[:3], actions=checked.actions, averages=averages, strides=[*strides] or [0] * len(pairs.ema)
         )
-        self._prepared = runner.prepare(job, watch)
+        self.prepared = runner.prepare(job, watch)
         self._about = {
             "backend": "+".join(sorted({runner.backend(kind) for kind in kinds})),
             **_describe(active, averages),
-            "launches_per_update": self._prepared.launches(),
+            "launches_per_update": self.prepared.launches(),
         }
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
@@ -96,21 +96,21 @@ class Plan:
         if writes_model:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
         if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
-            if pairs is None and not self._prepared.current():  # the averages may have been cast since
+            if pairs is None and not self.prepared.current():  # the averages may have been cast since
                 return False
             self._coarse = 0.0
             _warn_of_standstill(call.decays)
         if pairs is None:
-            return self._prepared.run(call)
+            return self.prepared.run(call)
         if self._sharded:
             if any(map(shards.refusal, *pairs[:3])):
                 return False
             here = shards.localized(pairs)
-            ran = self._prepared.run(call, here.ema, here.model)
+            ran = self.prepared.run(call, here.ema, here.model)
             if ran:
                 shards.written([*pairs.ema, *pairs.model] if writes_model else pairs.ema)
             return ran
-        return self._prepared.run(call, pairs.ema, pairs.model)
+        return self.prepared.run(call, pairs.ema, pairs.model)
 
     def refusal(self, call: Call) -> Exception | None:
         """Why this plan can't do what the call asks for; None where it can."""
@@ -122,21 +122,9 @@ class Plan:
             )
         return self._refusals.get(call.op)
 
-    def current(self) -> bool:
-        """Whether the plan still fits what its watch sees."""
-        return self._prepared.current()
-
-    def exchanged(self) -> bool:
-        """Whether this plan has put an average into the model."""
-        return self._prepared.exchanged()
-
-    def mark_exchanged(self) -> None:
-        """Records that another plan did a swap on the same memory, so that this one may undo it."""
-        self._prepared.mark_exchanged()
-
     def new_scratch(self) -> list[Tensor]:
         """Memory for a swap between types: a tensor of bytes for each device that needs one."""
-        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self._prepared.scratch()]
+        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self.prepared.scratch()]
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)

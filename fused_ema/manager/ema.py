@@ -443,7 +443,7 @@ class EMA:
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
         average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
         try:
-            plan = (self._plan if self._plan and self._plan.current() else self._new_plan()).describe()
+            plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
         except (ValueError, TypeError, RuntimeError) as problem:
             plan = {"problem": str(problem)}
         return report.describe(

@@ -111,11 +111,11 @@ class Exchange:
         """A plan that undoes the exchange in the original tensors, where the block put others into the model."""
         self.replaced = True
         plan = make(list(self._memory.values()))
-        plan.mark_exchanged()
+        plan.prepared.mark_exchanged()
         return plan
 
     def _exchanged(self) -> bool:
-        return self._plan is not None and self._plan.exchanged()
+        return self._plan is not None and self._plan.prepared.exchanged()
 
     def _trades(self, name: str) -> bool:
         """Whether the average and the model's values change places, as they do where they have one type."""
