@@ -45,9 +45,7 @@ def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
             raise ValueError("decay: expected a value in [0, 1]")  # tracing does not know the value
         # A product, since torch.full would make the number a constant, and compile again for each one.
         decay = torch.ones((), dtype=torch.float64, device=pairs.ema[0].device) * decay
-    for label, ema_tensor, model_tensor in zip(pairs.labels, pairs.ema, pairs.model, strict=True):
-        if refusal := shards.refusal(f"ema{label}", ema_tensor, model_tensor):
-            raise refusal
+    shards.check(pairs)
     with torch.no_grad():
         ema, model = ([_shard(tensor) for tensor in side] for side in (pairs.ema, pairs.model))
         torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.parameter, buffers)

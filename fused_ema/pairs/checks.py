@@ -56,9 +56,7 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     """
     check_buffers(buffers)
     if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
-        for label, ema, model in zip(*pairs[:3], strict=True):
-            if refusal := shards.refusal(f"ema{label}", ema, model):
-                raise refusal
+        shards.check(pairs)
         pairs = shards.localized(pairs)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []

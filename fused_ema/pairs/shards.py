@@ -94,6 +94,13 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
     return None
 
 
+def check(pairs: Pairs) -> None:
+    """Raises where the tensors of a pair are not sharded in the same way."""
+    for label, ema, model in zip(*pairs[:3], strict=True):
+        if problem := refusal(f"ema{label}", ema, model):
+            raise problem
+
+
 def written(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that sharded tensors have changed; the counters of their shards are already up to date."""
     for tensor in tensors:
