@@ -7,46 +7,33 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._warning import warn
 from ..runners.base import one_at_a_time
+from .state import State
 
 Undo = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
 
 
-class Manager(Protocol):
+class Manager(NamedTuple):
     """What an attachment needs of the manager that it updates."""
 
     model: nn.Module
     on_host: bool  # whether the averages of a model on CUDA devices lie in host memory
-
-    def refuse_swapped(self) -> None:
-        """Raises where an optimizer step would train the averages."""
-
-    def update(self, skipped: Tensor | None) -> None:
-        """One step. `skipped`: on the averages' device, not 0 where the optimizer skipped its own; None: it did not."""
-
-    def progress(self) -> object:
-        """What the next update changes besides the averages."""
-
-    def rewind(self, progress: Any) -> None:
-        """Restores such progress, because the latest update changed no average."""
-
-    def cuda_devices(self) -> list[torch.device]:
-        """The devices that updates run on."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def checked_state(self, saved: Any) -> Callable[[], None]:
-        """Raises where the state does not fit; returns a function that loads it."""
-
-    def detached(self, attachment: Attachment) -> None:
-        """Called when the attachment has ended."""
+    cuda_devices: Callable[[], list[torch.device]]  # the devices that updates run on
+    refuse_swapped: Callable[[str], None]  # raises inside swapped(), for the call of that name
+    update: Callable[[Tensor | None], None]  # one step; a tensor that is not 0 says that the optimizer skipped its own
+    progress: Callable[[], Any]  # what the next update changes besides the averages
+    rewind: Callable[[Any], None]  # restores such progress, because the latest update changed no average
+    state_dict: Callable[[], dict[str, Any]]
+    parse: Callable[[Any], State]  # raises where a saved state does not fit
+    take: Callable[[State], None]
+    detached: Callable[[Attachment], None]  # called when the attachment has ended
 
 
 class _News(NamedTuple):
@@ -84,7 +71,7 @@ class Attachment:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
-        self._checked: Callable[[], None] | None = None  # loads the averages of the state that the optimizer is loading
+        self._loading: State | None = None  # in the state that the optimizer is loading
         self._rehearsed = False  # the running step trains nothing
         self._running = 0  # calls of the outermost step()
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update has yet to run
@@ -136,22 +123,22 @@ class Attachment:
 
     def _check_loaded(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Runs before the optimizer checks its own part, so that either both are loaded or neither."""
-        self._checked = None
+        self._loading = None
         if STATE in state:
-            self._checked = self._manager.checked_state(state[STATE])
+            self._loading = self._manager.parse(state[STATE])
         else:
             warn(f"EMA.attach: the optimizer's state has no averages under {STATE!r}; the manager keeps those it has")
         return {key: value for key, value in state.items() if key != STATE}
 
     def _load(self, _: torch.optim.Optimizer) -> None:
-        take, self._checked = self._checked, None
-        if take:
+        state, self._loading = self._loading, None
+        if state:
             with one_at_a_time():
-                take()
+                self._manager.take(state)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
-        self._manager.refuse_swapped()
+        self._manager.refuse_swapped("optimizer.step(), which would train the averages,")
         if self._overlap:
             self.join()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..runners.base import Call, one_at_a_time
 from ..runners.watch import watch
 from ..schedules import Schedule
 from . import report
-from .attach import Attachment
+from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into
 from .selection import Select, Selection, tensors_of
@@ -421,8 +421,28 @@ class EMA:
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
-        self._attachment = Attachment(_Attached(self), optimizer, overlap, save)
+        manager = Manager(
+            model=self._model,
+            on_host=self._averages.on_host,
+            cuda_devices=self._cuda_devices,
+            refuse_swapped=self._refuse_swapped,
+            update=self._update,
+            progress=lambda: (self._step, self._decays),
+            rewind=self._rewind,
+            state_dict=self.state_dict,
+            parse=self._parse,
+            take=self._take,
+            detached=self._detached,
+        )
+        self._attachment = Attachment(manager, optimizer, overlap, save)
         return self._attachment
+
+    def _rewind(self, progress: tuple[int, tuple[float, ...]]) -> None:
+        self._step, self._decays = progress
+
+    def _detached(self, attachment: Attachment) -> None:
+        if self._attachment is attachment:
+            self._attachment = None
 
     def wait(self) -> None:
         """Makes the current streams wait for the latest update, where that runs on a stream of its own.
@@ -541,32 +561,6 @@ class EMA:
             raise RuntimeError(f"{call} was called inside swapped(); leave the block first")
         if holds_average(lambda: self._current().values()):
             raise RuntimeError(f"{call} was called inside another manager's swapped(); leave that block first")
-
-
-class _Attached:
-    """A manager as its attachment sees it; see `attach.Manager`."""
-
-    def __init__(self, ema: EMA) -> None:
-        self._ema = ema
-        self.model, self.on_host = ema.model, ema._averages.on_host
-        self.update, self.cuda_devices, self.state_dict = ema._update, ema._cuda_devices, ema.state_dict
-
-    def refuse_swapped(self) -> None:
-        self._ema._refuse_swapped("optimizer.step(), which would train the averages,")
-
-    def progress(self) -> tuple[int, tuple[float, ...]]:
-        return self._ema._step, self._ema._decays
-
-    def rewind(self, progress: tuple[int, tuple[float, ...]]) -> None:
-        self._ema._step, self._ema._decays = progress
-
-    def checked_state(self, saved: Any) -> Callable[[], None]:
-        state = self._ema._parse(saved)
-        return lambda: self._ema._take(state)
-
-    def detached(self, attachment: Attachment) -> None:
-        if self._ema._attachment is attachment:
-            self._ema._attachment = None
 
 
 def _unless(skipped: Tensor, decays: tuple[float, ...]) -> Tensor:

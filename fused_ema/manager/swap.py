@@ -189,10 +189,11 @@ class Exchange:
         return address(self._memory[name]) if self._memory[name].numel() else id(self._tensors[name])
 
     def _is_new(self, name: str, tensor: Tensor) -> bool:
-        if tensor is not local(self._tensors[name]):
-            return bool(tensor.numel())
+        if not tensor.numel():
+            return False
         before = self._memory[name]
-        return bool(tensor.numel()) and (tensor.data_ptr(), tensor.stride()) != (before.data_ptr(), before.stride())
+        same = tensor is local(self._tensors[name])
+        return not same or (tensor.data_ptr(), tensor.stride()) != (before.data_ptr(), before.stride())
 
     def holds_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether any of these was a tensor of the model or an average when the swap began, or lies where one was."""

@@ -381,7 +381,7 @@ MUTANTS = [
     Mutant(
         "swapped models trained",
         "fused_ema/manager/attach.py",
-        "        self._manager.refuse_swapped()\n",
+        '        self._manager.refuse_swapped("optimizer.step(), which would train the averages,")\n',
         "",
     ),
     Mutant("the count of warm-up", "fused_ema/schedules.py", "(1 + n) / (10 + n)", "n / (10 + n)"),
