@@ -175,7 +175,7 @@ class Attachment:
             found_inf = None
         devices = self._manager.cuda_devices() if self._overlap or found_inf is not None else []
         if found_inf is not None and devices != [found_inf.device]:
-            if found_inf.item():  # averages elsewhere can't read it there
+            if found_inf.item():  # averages on other devices can't read it
                 return
             found_inf = None
         before = self._manager.progress()

@@ -59,7 +59,7 @@ class Averages:
         return [self.as_sharded(name, tensor) for name, tensor in self._first.items()]
 
     def as_sharded(self, name: str, shard: Tensor) -> Tensor:
-        """The sharded tensor that `shard` is the part on this rank of; itself where the name is not sharded."""
+        """The sharded tensor whose part on this rank is `shard`; `shard` itself where the name is not sharded."""
         return self._shardings[name].tensor(shard) if name in self._shardings else shard
 
     def sharded(self) -> bool:

@@ -285,7 +285,7 @@ class EMA:
             values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
             into = tensors_of(model)
             if holds_average(into.values):
-                raise RuntimeError("EMA.copy_to(): the model that is to be written is inside swapped(); leave it first")
+                raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
             if differ := difference(into, values, "the model"):
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
             copy_into(values, into, self._averages)

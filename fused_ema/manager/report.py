@@ -1,4 +1,4 @@
-"""What a manager shows of itself."""
+"""Describes a manager, for `EMA.describe`, `repr` and `EMA.distance`."""
 
 from __future__ import annotations
 

@@ -120,20 +120,21 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
     """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers."""
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
-    unequal = ", and the other side has neither of them; expected equal names on both sides"
-    plain_ours, plain_theirs = by_plain_name("ema", ours, unequal), by_plain_name("model", theirs, unequal)
+    plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
     if differ := difference(plain_ours, plain_theirs, "ema"):
         raise ValueError(f"ema and model: expected the same names; {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
-def by_plain_name(side: str, names: Iterable[str], hint: str = "; rename one of them") -> dict[str, str]:
-    """Each name under its plain name, without the segments of wrappers. `hint` ends the error where two collide."""
+def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
+    """Each name under its plain name, without the segments of wrappers. Raises where two collide."""
     plain_names: dict[str, str] = {}
     for name in names:
         other = plain_names.setdefault(plain_name(name), name)
         if other != name:
-            raise ValueError(f"{side}: {other!r} and {name!r} are the same name without the segments of wrappers{hint}")
+            raise ValueError(
+                f"{side}: {other!r} and {name!r} are the same name without the segments of wrappers; rename one of them"
+            )
     return plain_names
 
 

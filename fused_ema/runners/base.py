@@ -81,8 +81,8 @@ class Prepared(Protocol):
         nothing was written.
 
         Without `ema` and `model` it runs on the tensors that the watched sources hold; with them on those, which may be
-        new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either as it was or
-        done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
+        new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either unchanged
+        or done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
         """
 
     def exchanged(self) -> bool:
@@ -123,4 +123,4 @@ def _renew_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one for ever
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one forever
