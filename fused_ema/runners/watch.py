@@ -59,21 +59,17 @@ class SlotWatch:
         found = {id(each): each for module in modules for each in (module, *module.modules())}
         self._modules = [weakref.ref(each) for each in found.values()]
         self._containers = containers
-        registries = self._registries() or []
-        values = _values(registries)
-        self._lengths, self._keys, self._ids = list(map(len, registries)), _keys(registries), list(map(id, values))
-        self._sharded = [value for value in values if is_sharded(value)]
+        seen = self._look()
+        self._expected = seen[0] if seen else None
+        self._sharded = [value for value in (seen[1] if seen else ()) if is_sharded(value)]
 
     def current(self) -> bool:
         return self.values() is not None
 
     def values(self) -> list[Any] | None:
         """What the slots hold, in one fixed order; None where that has changed."""
-        registries = self._registries()
-        if registries is None or list(map(len, registries)) != self._lengths or _keys(registries) != self._keys:
-            return None
-        values = _values(registries)
-        return values if list(map(id, values)) == self._ids else None
+        seen = self._look()
+        return seen[1] if seen and seen[0] == self._expected else None
 
     def places(self, tensors: Sequence[Tensor]) -> list[int] | None:
         """The place among `values` of each of these tensors, or of the sharded one that it is a shard of; None where
@@ -82,18 +78,16 @@ class SlotWatch:
         found = [place.get(id(tensor)) for tensor in tensors]
         return [i for i in found if i is not None] if None not in found else None
 
-    def _registries(self) -> list[Any] | None:
+    def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
+        """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""
         modules = [reference() for reference in self._modules]
         if None in modules:
             return None
         attributes = list(map(vars, modules))
-        found = [each.get(name) for each in attributes for name in _REGISTRIES]
-        return None if None in found else [*found, *self._containers]
-
-
-def _keys(registries: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(each for each in registries if isinstance(each, dict)))
-
-
-def _values(registries: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in registries))
+        registries = [each.get(name) for each in attributes for name in _REGISTRIES]
+        if None in registries:
+            return None
+        slots = [*registries, *self._containers]
+        keys = list(chain.from_iterable(each for each in slots if isinstance(each, dict)))
+        values = list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in slots))
+        return (list(map(len, slots)), keys, list(map(id, values))), values
