@@ -46,14 +46,14 @@ class EMA:
         buffers: "copy" or "ignore": the manager keeps no buffers; wherever some are needed they are the model's.
             "average": floating buffers are averaged as parameters are, except those that are not persistent.
         select: `select(name, tensor) -> bool`, called for each name when the manager is made; names are without the
-            segments of wrappers, and for tied names one yes is enough. A tensor that it turns
-            down takes no memory, and the model's own is used in its place. Default: everything real or complex.
+            segments of wrappers, and for tied names one yes is enough. A tensor that it turns down takes no memory, and
+            the model's own is used in its place. Default: everything real or complex.
         update_every: k moves the averages only at every k-th `update()`, with the k-th power of the decay at that step.
             (A schedule with `per_step = False`, such as `power_function`, gets the number of the update instead of the
             step, and its decay is taken as it is.)
         update_after_step: up to this step the averages are copies of the model; schedules count from here.
         rounding: "nearest" or "stochastic". 16-bit averages stand still when rounded to nearest; stochastic rounding
-            goes up or down by chance, so that the mean is right. It is reproducible: the random bits depend on `seed`,
+            goes up or down at random, so that the mean is right. It is reproducible: the random bits depend on `seed`,
             the step and the element alone.
         seed: of stochastic rounding.
 
@@ -165,7 +165,7 @@ class EMA:
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """The decay of the latest update (before any: of the first); one for each average where there are several."""
+        """The decay of the latest update, or of the first before there was any; one for each of several averages."""
         self.wait()
         decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
         return decays[0] if len(decays) == 1 else decays

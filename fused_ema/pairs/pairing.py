@@ -133,7 +133,7 @@ def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
         other = plain_names.setdefault(plain_name(name), name)
         if other != name:
             raise ValueError(
-                f"{side}: {other!r} and {name!r} are the same name without the segments of wrappers; rename one of them"
+                f"{side}: expected names that differ without the segments of wrappers, found {other!r} and {name!r}"
             )
     return plain_names
 

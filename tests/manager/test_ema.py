@@ -251,7 +251,7 @@ def test_names_that_are_one_without_wrappers():
             super().__init__(2, 2)
             self.module = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are the same name .*; rename one"):
+    with pytest.raises(ValueError, match=r"expected names that differ .*, found 'weight' and 'module.weight'"):
         EMA(Inner())
 
 
