@@ -220,7 +220,7 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:
-    """float32 → bfloat16 or float16, up or down by chance: the formulas of csrc/lerp.h on its random bits."""
+    """float32 → bfloat16 or float16, up or down at random: the formulas of csrc/lerp.h on its random bits."""
     numbers = torch.arange(number, number + values.numel(), device=values.device).view(values.shape)
     inner = _mix((numbers & _MASK) ^ (key & _MASK))
     random = _mix((inner + (key >> 32) + (numbers >> 32) * 0x9E3779B9) & _MASK)
