@@ -10,8 +10,8 @@ OUT ?= build/bench
 PY := $(VENV)/bin/python
 BUILD_SOURCES := $(wildcard csrc/*) setup.py pyproject.toml fused_ema/_version.py $(wildcard fused_ema/_build/*.py)
 
-# The name of a stamp says what it was made for. The checkout holds one extension at a time, and its stamp lies beside
-# it, so that an environment rebuilds it rather than use the one of another environment. The .json is written with the
+# The name of a stamp says what it was made for. The checkout holds one extension at a time, and its stamp lies next to
+# it, so that an environment rebuilds it instead of using that of another environment. The .json is written with the
 # extension: if it is newer than the stamp, something else has built the extension.
 key = $(firstword $(shell echo '$(1)' | cksum))
 TORCH_STAMP := $(VENV)/.torch-$(call key,$(TORCH))

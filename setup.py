@@ -1,4 +1,4 @@
-"""Builds the extension for the torch that is installed; without one, a pure-Python install that says so.
+"""Builds the extension for the installed torch; without torch, makes a pure-Python install that says so.
 
 The rest is in pyproject.toml and fused_ema/_build.
 """
@@ -22,7 +22,7 @@ _cache = importlib.import_module("fused_ema._build.cache")
 
 
 def give_up(reason):
-    """Continues as a pure-Python install, unless the environment asks for more."""
+    """Continues as a pure-Python install, unless the environment demands the extension."""
     for name in ("FUSED_EMA_EXT", "FUSED_EMA_CUDA"):
         if _build.switch(name):
             sys.exit(f"fused_ema: {reason}; {name}=1 makes this an error")
@@ -32,12 +32,12 @@ def give_up(reason):
 
 
 class BuildExt(build_ext):
-    """Compiles with CUDA or, where that fails, without it; where that fails too, goes on without an extension."""
+    """Compiles with CUDA or, if that fails, without it; if that fails too, continues without an extension."""
 
     def run(self):
         folder = Path(self.get_ext_fullpath(_build.NAME)).parent
         if target is None:  # give_up() has said why
-            _cache.remove(folder)  # an older library must not pass for this one
+            _cache.remove(folder)  # an older library must not be taken for this one
             return
         torch, toolkit = target
         # The objects stay, so that ninja compiles only what changed. Each torch has its own: the headers of

@@ -101,8 +101,8 @@ def ratios(content: dict[str, Any]) -> Figure:
         for at, value in enumerate(values):
             why = left_out[case].get(methods[at], "")
             text = times(value) if value else MISSING.get(why.partition(":")[0], "raises") if why else ""
-            beside = (value or 0.7) * 1.1 if highest > WIDE else (value or 0) + highest * 0.02
-            axes.text(beside, at, text, va="center", fontsize=7)
+            position = (value or 0.7) * 1.1 if highest > WIDE else (value or 0) + highest * 0.02
+            axes.text(position, at, text, va="center", fontsize=7)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])
         if highest > WIDE:
             axes.set_xscale("log")
@@ -213,7 +213,7 @@ PLOTS = {"rows": ratios, "ceiling": ceiling, "scaling": scaling, "training": tra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, help="default: beside the results")
+    parser.add_argument("--out", type=Path, help="default: next to the results")
     arguments = parser.parse_args()
     content = json.loads(arguments.results.read_text(encoding="utf-8"))
     folder = arguments.out or arguments.results.parent

@@ -36,7 +36,7 @@ def _gpus() -> list[str]:
 
 
 def _table(device: str) -> tuple[list[str], str | None]:
-    """What updates cost on the device; and a complaint where they are slow for no other known reason."""
+    """What updates cost on the device, and a complaint if they are slow without a known reason."""
     try:
         cost = _cost.measure(torch.device(device))
     except RuntimeError as error:
@@ -59,7 +59,7 @@ def _table(device: str) -> tuple[list[str], str | None]:
     if fused_ema.backend(device) == "torch" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
         return lines, None
     load = f" (load average {os.getloadavg()[0]:.1f} on {_cost.cores()} cores)" if hasattr(os, "getloadavg") else ""
-    return lines, f"On {device} this measurement was slower than it should be: do other programs run there{load}?"
+    return lines, f"On {device} this measurement was slower than it should be; are other programs running there{load}?"
 
 
 def _reasons() -> list[str]:

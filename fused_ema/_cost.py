@@ -14,7 +14,7 @@ from .functional import bind
 
 MANY = (1000, 1000)  # tensors, and elements of each
 LARGE = (1, 1 << 24)
-CALLS, SECONDS = 7, 0.1  # the least of both, for each measurement
+CALLS, SECONDS = 7, 0.1  # the minimum for each measurement
 
 
 class Cost(NamedTuple):
@@ -43,11 +43,11 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
         call()
         wait()
         times.append(time.perf_counter() - start)
-    return min(times)  # other programs only ever make a call slower
+    return min(times)  # other programs can only make a call slower
 
 
 def measure(device: torch.device) -> Cost:
-    """Float32 averages of float32. Takes 200 MB; raises what PyTorch raises where there is less."""
+    """Float32 averages of float32. Allocates 200 MB, and raises PyTorch's error where it can't."""
     fused, foreach = [], []
     for tensors, elements in (MANY, LARGE):
         ema, model = ([torch.zeros(elements, device=device) for _ in range(tensors)] for _ in range(2))

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's line, not at one inside this package."""
+"""Warnings that point at the caller's line instead of a line in this package."""
 
 from __future__ import annotations
 

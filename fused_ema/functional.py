@@ -36,13 +36,13 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             parallelism) each rank averages what lies on it; both sides have one mesh and the same placements.
         decay: a float in [0, 1], or a 0-d float32 or float64 tensor on the averages' device, which is read there,
             without waiting for it. 1 writes nothing at all, 0 copies.
-        buffers: what becomes of a module's floating buffers: "copy" (as torch's AveragedModel does), "average" or
+        buffers: what to do with a module's floating buffers: "copy" (as torch's AveragedModel does), "average" or
             "ignore". Integer and bool tensors are copied, or ignored with the buffers. A mapping or a sequence does
-            not tell buffers from parameters: all its floating tensors are averaged.
+            not distinguish buffers from parameters: all its floating tensors are averaged.
 
     Raises:
-        ValueError, TypeError, RuntimeError: the tensor that can't be used, what was expected and what was found.
-            Nothing is written then.
+        ValueError, TypeError, RuntimeError: a tensor can't be used. The text names it, and says what was expected and
+            what was found. Nothing is written.
 
     Equivalent to::
 
@@ -65,7 +65,7 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             optimizer.zero_grad()
             fused_ema.update(ema, model, 0.999)
 
-    `bind` does it at less overhead; `EMA` keeps the averages by itself.
+    `bind` does the same with less overhead per call; `EMA` also keeps the averages for you.
     """
     _run_cached("update", ema, model, decay, buffers)
 
@@ -73,7 +73,7 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
 def copy_(ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
     """ema ← model, in place, in one kernel launch per device, with the cast that the dtypes need.
 
-    Takes what `update` takes, and averages narrower than the model too; raises what it raises.
+    Takes the arguments of `update`, and allows averages narrower than the model; raises the same errors.
 
     Equivalent to ``average.copy_(parameter)`` under ``torch.no_grad()`` for each pair.
     """
@@ -83,8 +83,8 @@ def copy_(ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
 def swap_(ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
     """Exchanges the values of ema and model, in place; every tensor keeps its address.
 
-    Takes what `update` takes, with equal dtypes on both sides; raises what it raises. With ``buffers="ignore"``
-    buffers stay where they are.
+    Takes the arguments of `update`, with equal dtypes on both sides; raises the same errors. With
+    ``buffers="ignore"`` buffers stay where they are.
 
     Equivalent to ``old = average.clone(); average.copy_(parameter); parameter.copy_(old)`` for each pair.
     """
@@ -100,18 +100,18 @@ class Binding:
         self._current_plan()
 
     def update(self, decay: float | Tensor) -> None:
-        """`fused_ema.update` of what is bound."""
+        """`fused_ema.update` for the bound sources."""
         if _recorded():
             _reshard(*self._sources[:2])
             return ops.trace_update(pair(*self._sources), decay, self._sources[2])
         self._run(_call("update", decay))
 
     def copy_(self) -> None:
-        """`fused_ema.copy_` of what is bound."""
+        """`fused_ema.copy_` for the bound sources."""
         self._run(Call("copy"))
 
     def swap_(self) -> None:
-        """`fused_ema.swap_` of what is bound."""
+        """`fused_ema.swap_` for the bound sources."""
         self._run(Call("swap"))
 
     def _run(self, call: Call) -> None:
@@ -120,12 +120,12 @@ class Binding:
             self._keep(plan)
 
     def prepare(self) -> None:
-        """Makes ready for a CUDA graph capture: pairs what was replaced since the last call, and uploads the new
-        addresses. Call it right before the capture; inside one, a plan that no longer fits raises RuntimeError."""
+        """Prepares for a CUDA graph capture: pairs tensors that were replaced since the last call, and uploads their
+        addresses. Call it right before the capture; during one, a plan that no longer fits raises RuntimeError."""
         self._current_plan()
 
     def _current_plan(self) -> Plan:
-        if self._plan is None or not self._plan.current():
+        if self._plan is None or not self._plan.prepared.current():
             return self._keep(_new_plan(*self._sources))
         return self._plan
 
@@ -152,20 +152,20 @@ class Binding:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._sources = state["sources"]
-        self._plan = None  # made by the first call: a module that holds its binding may not be complete yet
+        self._plan = None  # the first call makes it: a module that holds its binding may not be complete yet
 
 
 def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
-    """A handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
+    """Returns a handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
 
-    Takes and raises what `update` does. Each call still re-reads what the modules, dicts or lists hold, and pairs them
-    again where parameters were replaced, moved, cast, added, removed or tied.
+    Takes the arguments of `update` and raises the same errors. Each call still re-reads what the modules, dicts or
+    lists hold, and pairs them again where parameters were replaced, moved, cast, added, removed or tied.
     """
     return Binding(ema, model, buffers=buffers)
 
 
 def backend(device: torch.device | str | int | None = None) -> str:
-    """What would run, now, for tensors on `device`: "cuda", "cpu" or "torch" (the pure-PyTorch path).
+    """Returns what would run, now, for tensors on `device`: "cuda", "cpu" or "torch" (the pure-PyTorch path).
 
     `device` defaults to CUDA where it is available, else the CPU.
     """
@@ -176,7 +176,7 @@ def backend(device: torch.device | str | int | None = None) -> str:
 
 
 class EMAMultiAvgFn:
-    """See `get_ema_multi_avg_fn`. A class, so that models that hold it can be pickled and deep-copied."""
+    """See `get_ema_multi_avg_fn`. It is a class, so that models that hold it can be pickled and deep-copied."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay_number(decay)
@@ -216,41 +216,41 @@ def _call_of_number(op: OpName, decay: float) -> Call:
 
 
 def _reshard(*sides: Source) -> None:
-    """So that an update does not go into the full parameters that FSDP2 throws away."""
+    """Reshards FSDP2's modules, which would throw an update of their full parameters away."""
     for side in sides:
         if isinstance(side, nn.Module):
             shards.reshard(side)
 
 
 def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
-    """Watches the sources, then pairs them: what another thread changes in between is seen when the plan runs."""
+    """Watches the sources, then pairs them, so that the plan sees what another thread changes in between."""
     _reshard(ema, model)
     watched = watch(ema, model)
     pairs = pair(ema, model, buffers)
     return Plan(pairs, buffers, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
 
 
-# The plans of `update`, `copy_` and `swap_`. Those of two modules end with the modules; of the others, which hold no
-# tensors, the least recently used goes when there are too many.
+# The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed. The others hold
+# no tensors; the least recently used one goes when there are too many.
 _module_plans: dict[tuple[int, int, str], tuple[Plan, tuple[Any, ...]]] = {}
 _list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _MOST_LISTS = 16
 
 
 def _recorded() -> bool:
-    """Whether a tracer or a dispatch mode has to see the call, so that it must be an operation of PyTorch's."""
+    """Whether a tracer or a dispatch mode has to see the call, which must then be a PyTorch operation."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     if torch._C._get_tracing_state():
-        raise RuntimeError("fused_ema.update: expected to run, found torch.jit.trace, which would leave the update out")
+        raise RuntimeError("fused_ema.update was called under torch.jit.trace, which would leave the update out")
     return False
 
 
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
+    check_buffers(buffers)
     if op == "update" and _recorded():
         ops.trace_update(pair(ema, model, buffers), decay, buffers)
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        check_buffers(buffers)
         key = (id(ema), id(model), buffers)
         kept = _module_plans.get(key, (None, ()))[0]
         plan = plans.run(kept, lambda: _new_plan(ema, model, buffers), _call(op, decay))
@@ -262,7 +262,6 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
 
 
 def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
-    check_buffers(buffers)
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
     key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])

@@ -1,5 +1,5 @@
-"""`update` as one node of a traced graph, `torch.ops.fused_ema.lerp_`. Used while torch.compile traces, and only then:
-otherwise the plain call is several times cheaper than the dispatcher with its lists."""
+"""`update` as one node of a traced graph, `torch.ops.fused_ema.lerp_`. It is used only while torch.compile traces:
+elsewhere the plain call is several times cheaper than the dispatcher with its lists."""
 
 from __future__ import annotations
 
@@ -42,12 +42,10 @@ def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
         return
     if not isinstance(decay, Tensor):
         if not 0.0 <= decay <= 1.0:
-            raise ValueError("decay: expected a value in [0, 1]")  # which tracing can't put into words
-        # A product, since torch.full would bake the number in, and compile again for each one.
+            raise ValueError("decay: expected a value in [0, 1]")  # tracing does not know the value
+        # A product, since torch.full would make the number a constant, and compile again for each one.
         decay = torch.ones((), dtype=torch.float64, device=pairs.ema[0].device) * decay
-    for label, ema_tensor, model_tensor in zip(pairs.labels, pairs.ema, pairs.model, strict=True):
-        if refusal := shards.refusal(f"ema{label}", ema_tensor, model_tensor):
-            raise refusal
+    shards.check(pairs)
     with torch.no_grad():
         ema, model = ([_shard(tensor) for tensor in side] for side in (pairs.ema, pairs.model))
         torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.parameter, buffers)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._warning import warn
 from .pairs import shards
-from .pairs.checks import Action, Checked, check, dtype_name
+from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
 from .runners import choose
 from .runners.base import Call, Job, OpName, Watch
@@ -23,13 +23,14 @@ Buffers = Literal["copy", "average", "ignore"]
 def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | None = None) -> Plan:
     """Runs the kept plan or, where that no longer fits what its sources hold, a new one; returns the one that ran.
 
-    The only path of every call. Without `pairs` a plan runs on what its watch sees; with them on those tensors.
-    Raises what speaks against the call, before anything is written.
+    Every call takes this path. Without `pairs` a plan runs on what its watch sees; with them it runs on those tensors.
+    Raises the plan's refusal of the call, before anything is written.
     """
     if kept is not None and kept.try_run(call, pairs):
         return kept
     plan = make()
-    plan.check(call)
+    if refusal := plan.refusal(call):
+        raise refusal
     if not plan.try_run(call, pairs):
         raise RuntimeError(
             "fused_ema: the tensors changed while they were paired; another thread may be replacing them"
@@ -38,15 +39,15 @@ def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | 
 
 
 class Plan:
-    """Checked pairs, prepared by a runner.
+    """Checked pairs, and `prepared`, what a runner made of them.
 
     Args:
-        pairs: what belongs together.
+        pairs: the tensors that belong together.
         buffers: see `fused_ema.update`.
-        watch: what the sources of the pairs held before they were paired; None: each call brings its own pairs.
-        lasts: False for a plan that is good for one call only, since its sources can't be watched.
-        averages, strides: of a manager: how many averages of each tensor there are, and for each pair how many elements
-            lie between one and the next.
+        watch: watches the sources since before they were paired; None: each call passes its own pairs.
+        lasts: False for a plan that serves one call only, since its sources can't be watched.
+        averages, strides: for a manager, how many averages each tensor has, and for each pair how many elements lie
+            between one average and the next.
         free_types: see `check`.
     """
 
@@ -63,58 +64,55 @@ class Plan:
     ) -> None:
         checked = check(pairs, buffers, free_types=free_types)
         self.lasts = lasts
-        self._sharded = checked.sharded is not None
+        self._sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
             self._refusals |= {"update": checked.no_update, "update_stochastic": checked.no_update}
         if checked.no_swap:
             self._refusals |= {"swap": checked.no_swap, "restore": checked.no_swap}
-        # Averages in 16 bits stand still where 1 - decay is below this. Looked at in each update, since schedules come
-        # near 1 late in a training.
-        self._coarse = max((4 * torch.finfo(dtype).eps for dtype in _sixteen_bits(checked)), default=0.0)
-        devices = _devices(checked) or ["cpu"]
-        runner = choose(dict.fromkeys(device.partition(":")[0] for device in devices))
+        active = [each for each in zip(*checked.pairs[1:3], checked.actions, strict=True) if each[2] is not Action.NONE]
+        # 16-bit averages stand still where 1 - decay is below this. It is checked at each update, since schedules
+        # approach 1 late in a training run.
+        types = {ema.dtype for ema, _, action in active if action is Action.AVERAGE and ema.element_size() == 2}
+        self._coarse = max((4 * torch.finfo(dtype).eps for dtype in types), default=0.0)
+        kinds = list(dict.fromkeys(model.device.type for _, model, _ in active)) or ["cpu"]
+        runner = choose(kinds)
         job = Job(
             *checked.pairs[:3], actions=checked.actions, averages=averages, strides=[*strides] or [0] * len(pairs.ema)
         )
-        self._prepared = runner.prepare(job, watch)
-        backends = {runner.backend(device.partition(":")[0]) for device in devices}
+        self.prepared = runner.prepare(job, watch)
         self._about = {
-            "backend": "+".join(sorted(backends)),
-            **_describe(checked, averages),
-            "launches_per_update": self._prepared.launches(),
+            "backend": "+".join(sorted({runner.backend(kind) for kind in kinds})),
+            **_describe(active, averages),
+            "launches_per_update": self.prepared.launches(),
         }
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
-        if (call.op in self._refusals or call.device_decays is not None) and self._refusal(call):
+        if (call.op in self._refusals or call.device_decays is not None) and self.refusal(call):
             return False
         writes_model = call.op in ("swap", "restore")
         if writes_model:
-            torch.clear_autocast_cache()  # of 16-bit copies of what the tensors held before
+            torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
         if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
-            if pairs is None and not self._prepared.current():  # the averages may have been cast
+            if pairs is None and not self.prepared.current():  # the averages may have been cast since
                 return False
             self._coarse = 0.0
             _warn_of_standstill(call.decays)
         if pairs is None:
-            return self._prepared.run(call)
+            return self.prepared.run(call)
         if self._sharded:
             if any(map(shards.refusal, *pairs[:3])):
                 return False
             here = shards.localized(pairs)
-            ran = self._prepared.run(call, here.ema, here.model)
+            ran = self.prepared.run(call, here.ema, here.model)
             if ran:
                 shards.written([*pairs.ema, *pairs.model] if writes_model else pairs.ema)
             return ran
-        return self._prepared.run(call, pairs.ema, pairs.model)
+        return self.prepared.run(call, pairs.ema, pairs.model)
 
-    def check(self, call: Call) -> None:
-        """Raises what speaks against the call."""
-        if refusal := self._refusal(call):
-            raise refusal
-
-    def _refusal(self, call: Call) -> Exception | None:
+    def refusal(self, call: Call) -> Exception | None:
+        """Why this plan can't do what the call asks for; None where it can."""
         devices = self._about["devices"]
         if call.device_decays is not None and devices and devices != [str(call.device_decays.device)]:
             return ValueError(
@@ -123,33 +121,19 @@ class Plan:
             )
         return self._refusals.get(call.op)
 
-    def current(self) -> bool:
-        """Whether it still fits what its watch sees."""
-        return self._prepared.current()
-
-    def exchanged(self) -> bool:
-        """Whether the model holds an average, by this plan's doing."""
-        return self._prepared.exchanged()
-
-    def mark_exchanged(self) -> None:
-        """Says that another plan did a swap on the same memory, so that this one may undo it."""
-        self._prepared.mark_exchanged()
-
     def new_scratch(self) -> list[Tensor]:
-        """Memory for a swap between types: bytes, a tensor for each device that needs some."""
-        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self._prepared.scratch()]
+        """Memory for a swap between types: a tensor of bytes for each device that needs one."""
+        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self.prepared.scratch()]
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)
 
 
-def _describe(checked: Checked, averages: int) -> dict[str, Any]:
+def _describe(active: list[tuple[Tensor, Tensor, Action]], averages: int) -> dict[str, Any]:
     elements = size = 0
     counts: Counter[Action] = Counter()
     dtypes: Counter[str] = Counter()
-    for ema, model, action in zip(checked.pairs.ema, checked.pairs.model, checked.actions, strict=True):
-        if action is Action.NONE:
-            continue
+    for ema, model, action in active:
         counts[action] += 1
         elements += ema.numel()
         accesses = 2 * averages if action is Action.AVERAGE else averages
@@ -157,7 +141,7 @@ def _describe(checked: Checked, averages: int) -> dict[str, Any]:
         if action is Action.AVERAGE:
             dtypes[f"{dtype_name(ema)}←{dtype_name(model)}"] += 1
     return {
-        "devices": _devices(checked),
+        "devices": list(dict.fromkeys(str(model.device) for _, model, _ in active)),
         "tensors": counts.total(),
         "averaged": counts[Action.AVERAGE],
         "copied": counts[Action.COPY],
@@ -167,28 +151,17 @@ def _describe(checked: Checked, averages: int) -> dict[str, Any]:
     }
 
 
-def _devices(checked: Checked) -> list[str]:
-    """The devices that updates run on."""
-    active = zip(checked.pairs.model, checked.actions, strict=True)
-    return list(dict.fromkeys(str(model.device) for model, action in active if action is not Action.NONE))
-
-
-def _sixteen_bits(checked: Checked) -> set[torch.dtype]:
-    """The 16-bit types among the averages."""
-    averaged = zip(checked.pairs.ema, checked.actions, strict=True)
-    return {ema.dtype for ema, action in averaged if action is Action.AVERAGE and ema.element_size() == 2}
-
-
 _warned = False
 
 
 def _warn_of_standstill(decays: tuple[float, ...]) -> None:
-    """Warns, once in a process."""
+    """Warns once per process."""
     global _warned
     if not _warned:
         _warned = True
         finest = max(decay for decay in decays if decay < 1.0)
         warn(
-            f"fused_ema: averages in 16 bits stand still at decay {finest}: most steps are smaller than half a unit in "
-            "the last place and round away. Keep the averages in float32, or round stochastically (fused_ema.EMA)."
+            f"fused_ema: averages in 16 bits stand still at decay {finest}, because most steps are smaller than half a "
+            "unit in the last place and round away. Keep the averages in float32, or let fused_ema.EMA round "
+            "stochastically."
         )

@@ -1,4 +1,4 @@
-"""What the tests share: the backends of a machine without a GPU, ways to call, and the check of a refusal."""
+"""Helpers that the tests share: the backends of a machine without a GPU, ways to call, the check of a refusal."""
 
 import gc
 import os
@@ -32,7 +32,7 @@ pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that failed a
 
 @pytest.fixture(autouse=True, scope="session")
 def temporary_folder(tmp_path_factory):
-    """Temporary files of tests and their processes are deleted together with pytest's own."""
+    """Deletes the temporary files of tests and their processes together with pytest's own."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patched.setattr(tempfile, "tempdir", None)  # the folder that tempfile has cached
@@ -54,14 +54,14 @@ def backend(request, monkeypatch):
 
 
 def forget_plans():
-    """The next call of each function makes a new plan."""
+    """Drops the cached plans, so that the next call of each function makes a new one."""
     functional._module_plans.clear()
     functional._list_plans.clear()
 
 
 @pytest.fixture(params=["update", "bound"])
 def update(request, backend):
-    """update(ema, model, decay): the function, or a handle that is bound for each call."""
+    """Gives update(ema, model, decay): the function, or a handle that is bound for each call."""
     if request.param == "update":
         return fused_ema.update
     return lambda ema, model, decay, **options: fused_ema.bind(ema, model, **options).update(decay)
@@ -69,7 +69,7 @@ def update(request, backend):
 
 @pytest.fixture(params=["update", "bound", "used"])
 def stepper(request, backend):
-    """stepper(ema, model) → step(decay), through a plan made before the test changes anything."""
+    """Gives stepper(ema, model), which returns step(decay); its plan is made before the test changes anything."""
 
     def make(ema, model):
         handle = fused_ema.bind(ema, model)
@@ -94,7 +94,7 @@ def source(kind, tensors):
     if kind == "list":
         return list(tensors.values())
     module = nn.Module()
-    module._parameters.update(tensors)  # register_parameter() would refuse some of what the tests pass in
+    module._parameters.update(tensors)  # register_parameter() would refuse some tensors of the tests
     return module
 
 
@@ -140,7 +140,7 @@ def same_bits(before, *sources):
 
 
 def clones(tensors):
-    """Of a dict of tensors."""
+    """Clones the tensors of a dict."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -164,7 +164,7 @@ def equal(left, right):
 
 
 def trained(model, decay=0.5, **options):
-    """A manager whose averages are none of the model's values."""
+    """A manager whose averages differ from the model's values."""
     ema = EMA(model, decay, **options)
     with torch.no_grad():
         for tensor in model.parameters():
@@ -192,7 +192,7 @@ def refused(error, call, *sources, names=()):
 
 
 def net(bias=True):
-    """Parameters, float buffers and an integer one, each element another value."""
+    """A module with parameters, float buffers and an integer one, all of whose elements differ."""
     module = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with torch.no_grad():
         for tensor in tensors_of(module):
@@ -202,7 +202,7 @@ def net(bias=True):
 
 @pytest.fixture
 def quick_collections():
-    """gc.collect() looks only at what the test makes, which takes a hundredth of the time."""
+    """Lets gc.collect() look only at what the test makes, which takes a hundredth of the time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -210,7 +210,7 @@ def quick_collections():
 
 @pytest.fixture
 def grid(request, capfd):
-    """The kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
+    """Runs the kernel's tile code over an emulated grid; a report of its sanitizer fails the test."""
     import emulated_grid  # in tests/grid, which pytest puts on sys.path for the tests there
 
     yield emulated_grid.build(getattr(request, "param", "default"))
@@ -237,7 +237,7 @@ def same_values(found, expected):
 
 def interrupted_at(moment, call):
     """Raises KeyboardInterrupt at one of the moments of `call` at which Python handles signals: where a function begins
-    or a built-in one ends.
+    or a built-in function ends.
 
     False if the call ended before that moment.
     """
@@ -256,5 +256,5 @@ def interrupted_at(moment, call):
         return True
     finally:
         sys.setprofile(None)
-        torch.set_grad_enabled(True)  # which an interrupted no_grad() leaves off
+        torch.set_grad_enabled(True)  # an interrupted no_grad() leaves it off
     return False

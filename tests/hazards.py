@@ -1,7 +1,7 @@
-"""The rows of the table of hazards: what goes wrong in averages of weights elsewhere.
+"""The rows of the table of hazards: what goes wrong in other packages that average weights.
 
 A test names the row that it covers by a marker: `hazard(row, "good")` where the right thing happens, `hazard(row,
-"guarded")` where the wrong one is refused or kept from happening. summary.py prints the table with their outcomes.
+"guarded")` where the wrong thing is refused or prevented. summary.py prints the table with their outcomes.
 """
 
 from __future__ import annotations

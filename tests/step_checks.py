@@ -48,7 +48,7 @@ def name(parameter):
 
 
 def check_sizes(device, pair, decay, bitwise):
-    """One call over all sizes and alignments; not a byte beside the tensors changes."""
+    """One call over all sizes and alignments; no byte next to the tensors changes."""
     ema_dtype, model_dtype = pair
     rng = np.random.default_rng(1)
     tile = TILE_BYTES // ema_dtype.itemsize
@@ -63,12 +63,12 @@ def check_sizes(device, pair, decay, bitwise):
     check_step(old, model, ema, decay, bitwise=bitwise)
     for view, values_before in zip(ema, old, strict=True):
         view.copy_(values_before)
-    assert all(map(same_bits, ema_storages, old_storages)), "written beside an average"
+    assert all(map(same_bits, ema_storages, old_storages)), "written next to an average"
     assert all(map(same_bits, model_storages, old_models)), "written to a model"
 
 
 def check_count(device, count, decay, bitwise):
-    """Many small tensors in one call, of all pairs of types in turn."""
+    """Many small tensors in one call, which cycle through all pairs of types."""
     rng = np.random.default_rng(2)
     sizes = rng.integers(0, 40, count).tolist()
     pairs = [value_pair(*pair, size, rng) for pair, size in zip(itertools.cycle(PAIRS), sizes, strict=False)]

@@ -1,4 +1,4 @@
-"""What pytest prints at the end of a run: the table of hazards, and the skips that nobody expected.
+"""Prints the table of hazards and the unexpected skips at the end of a run.
 
 conftest.py imports the hooks. They also work under pytest-xdist: only the process that collects the reports prints, and
 a report carries the hazards of its test in its user_properties, since markers stay in the process that ran the test.
@@ -10,9 +10,9 @@ from collections import defaultdict
 import pytest
 from hazards import CASES, ROWS
 
-EXPECTED_SKIPS = [  # tests that cannot run in some place, or have nothing to test there; any other skip hides a gap
+EXPECTED_SKIPS = [  # tests that can't run everywhere, or have nothing to test somewhere; any other skip hides a gap
     r"no CUDA GPU",
-    r"could not import 'composer\.algorithms'",  # which can't be imported beside a current PyTorch
+    r"could not import 'composer\.algorithms'",  # it can't be imported together with a current PyTorch
     r"FSDP2 runs on the CPU from PyTorch 2\.7 on",
     r"this PyTorch's AveragedModel: Tensors of the same index must be on the same device and the same dtype",
     r"its steps would not round away at that decay",
@@ -20,7 +20,7 @@ EXPECTED_SKIPS = [  # tests that cannot run in some place, or have nothing to te
 
 
 def pytest_addoption(parser):
-    parser.addoption("--only-expected-skips", action="store_true", help="any other skip is a failure")
+    parser.addoption("--only-expected-skips", action="store_true", help="let any other skip fail the run")
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +46,7 @@ def pytest_sessionfinish(session):
 
 
 def unexpected(reports):
-    """The reasons of skips that are not in the list, with the place of each."""
+    """The reason and the place of each skip that is not in the list."""
     skips = [report.longrepr for report in reports if isinstance(report.longrepr, tuple)]
     return [
         f"{path}:{line}: {reason}"
@@ -65,7 +65,7 @@ def _table(reporter):
                     outcomes[row, case].append(outcome)
                     names[row, case][report.nodeid.rpartition("::")[2].partition("[")[0]] = None
     if len(outcomes) < len(ROWS):
-        return  # Only some of the tests ran.
+        return  # only some of the tests ran
     reporter.section("hazards")
     shown = 0
     for row, title in ROWS.items():
@@ -77,6 +77,6 @@ def _table(reporter):
 
 
 def _outcome(outcomes):
-    """The worst first, and what was skipped beside it."""
+    """The outcomes with their counts, the worst first."""
     found = [each for each in ("failed", "error", "passed", "skipped") if each in outcomes]
     return ", ".join(f"{each} ({outcomes.count(each)})" for each in found) or "not run"

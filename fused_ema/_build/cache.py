@@ -1,4 +1,4 @@
-"""Where a library is put, with a record of what it was built for: the user's cache, or another folder.
+"""Puts a library, with a record of what it was built for, into the user's cache or another folder.
 
 setup.py imports this in an environment that may lack torch: nothing here imports torch.
 """
@@ -23,7 +23,7 @@ RECORD = LIBRARY.rpartition(".")[0] + ".json"
 def place(built: Built, folder: Path) -> None:
     """Moves a library and its record into a folder. A process that has loaded the old library keeps it."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = built.library.stat().st_size  # recorded because loading a library that was cut off would crash
+    size = built.library.stat().st_size  # recorded, because loading a truncated library would crash
     with tempfile.TemporaryDirectory(prefix=".fused_ema-", dir=folder) as staging:
         library, text = Path(staging) / LIBRARY, Path(staging) / RECORD
         shutil.copyfile(built.library, library)
@@ -63,7 +63,7 @@ def cache_folder(torch_version: str) -> Path:
 
 
 def distrust(folder: Path) -> str | None:
-    """Why code in this folder must not be loaded: someone else could have put it there."""
+    """Why code in this folder must not be loaded, which someone else could have put there; None where it may be."""
     if not hasattr(os, "getuid"):
         return None
     status = folder.stat()
@@ -76,7 +76,7 @@ def distrust(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Allows one build per folder at a time. The system releases the lock of a process that dies."""
+    """Allows one build per folder at a time. The system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -94,7 +94,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def build(folder: Path | None = None, force: bool = False) -> tuple[Path, bool]:
     """Compiles the extension for the installed torch into a folder, by default the user's cache.
 
-    Returns the library's path, and whether it was compiled now rather than found there. Raises BuildError.
+    Returns the library's path, and whether it was compiled now instead of found there. Raises BuildError.
     """
     torch, toolkit = find_target()
     if folder is None:

@@ -1,4 +1,4 @@
-"""The one description of sources and flags, and the compiling, for setup.py and for `python -m fused_ema build`.
+"""Describes the sources and flags, and compiles them, for setup.py and for `python -m fused_ema build`.
 
 setup.py imports this in an environment that may lack torch: nothing here imports torch or setuptools at import.
 """
@@ -41,7 +41,7 @@ def import_torch() -> Any:
 
 
 def source_folder() -> Path:
-    """fused_ema/_csrc in an installed package, csrc beside fused_ema in a checkout."""
+    """fused_ema/_csrc in an installed package, csrc next to fused_ema in a checkout."""
     installed = PACKAGE / "_csrc"
     return installed if installed.is_dir() else PACKAGE.parent / "csrc"
 
@@ -50,7 +50,7 @@ def source_folder() -> Path:
 
 
 def sources(cuda: bool) -> list[Path]:
-    """Absolute, in a fixed order."""
+    """Absolute paths, in a fixed order."""
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     return [path for path in sorted(source_folder().iterdir()) if path.suffix in suffixes]
 
@@ -85,7 +85,7 @@ def extension(cuda: bool) -> Any:
 
 
 def sources_digest() -> str:
-    """Changes with anything that goes into the library."""
+    """A digest that changes with anything that goes into the library."""
     digest = hashlib.sha256(repr([cxx_flags(), nvcc_flags()]).encode())
     for path in sorted(source_folder().iterdir()):
         if path.suffix in (".h", ".cpp", ".cu"):
@@ -94,7 +94,7 @@ def sources_digest() -> str:
 
 
 def describe(torch: Any, toolkit: Toolkit | str) -> Record:
-    """What a library is built for and from; this is written beside it, and read before it is loaded."""
+    """What a library is built for and from. This is written next to it, and read before it is loaded."""
     if isinstance(toolkit, Toolkit):
         cuda = {"cuda": ".".join(map(str, toolkit.version)), "archs": toolkit.archs}
     else:
@@ -150,23 +150,20 @@ def _compile(temp: Path, toolkit: Toolkit | str) -> Path:
 
 def compile_extension(temp: Path, torch: Any, toolkit: Toolkit | str) -> Built:
     """Compiles the extension into `temp`, with CUDA where that succeeds, else without it. Raises BuildError."""
-    if isinstance(toolkit, Toolkit):
-        say(f"compiling for torch {torch.__version__} with nvcc in {toolkit.home}, for {toolkit.archs}")
-        record = describe(torch, toolkit)  # before compiling, which takes long enough for the sources to be edited
-        try:
-            return Built(_compile(temp, toolkit), record)
-        except Exception as error:
-            if switch("FUSED_EMA_CUDA"):
-                raise BuildError(f"FUSED_EMA_CUDA=1, but compiling with CUDA failed: {error}") from error
-            say(f"WARNING: compiling with CUDA failed ({error}); the compiler's output is above.")
-            say("WARNING: the extension is now built WITHOUT CUDA; set FUSED_EMA_CUDA=1 to make this an error.")
-            toolkit = f"compiling with nvcc in {toolkit.home} failed: {error}"
-    say(f"compiling for torch {torch.__version__} without CUDA: {toolkit}")
-    record = describe(torch, toolkit)
+    cuda = toolkit if isinstance(toolkit, Toolkit) else None
+    how = f"with nvcc in {cuda.home}, for {cuda.archs}" if cuda else f"without CUDA: {toolkit}"
+    say(f"compiling for torch {torch.__version__} {how}")
+    record = describe(torch, toolkit)  # before compiling, which takes long enough for the sources to be edited
     try:
         return Built(_compile(temp, toolkit), record)
     except Exception as error:
-        raise BuildError(
-            f"compiling failed ({type(error).__name__}: {error}); the compiler's output is above. Building needs "
-            "setuptools and a C++ compiler that this torch supports"
-        ) from error
+        if cuda is None:
+            raise BuildError(
+                f"compiling failed ({type(error).__name__}: {error}); the compiler's output is above. Building needs "
+                "setuptools and a C++ compiler that this torch supports"
+            ) from error
+        if switch("FUSED_EMA_CUDA"):
+            raise BuildError(f"FUSED_EMA_CUDA=1, but compiling with CUDA failed: {error}") from error
+        say(f"WARNING: compiling with CUDA failed ({error}); the compiler's output is above.")
+        say("WARNING: the extension is now built WITHOUT CUDA; set FUSED_EMA_CUDA=1 to make this an error.")
+        return compile_extension(temp, torch, f"compiling with nvcc in {cuda.home} failed: {error}")

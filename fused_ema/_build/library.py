@@ -35,7 +35,7 @@ def _refusal(library: Path, record: Record | None, cached: bool) -> str | None:
     if cached and (reason := distrust(library.parent)):
         return reason
     if record is None:
-        return f"{library} has no readable {RECORD} beside it that says what it was built for; {BUILD}"
+        return f"{library} has no readable {RECORD} next to it that says what it was built for; {BUILD}"
     here = built_for({"torch": str(torch.__version__), "version": __version__})
     if built_for(record) != here:
         return f"{library} was built for {built_for(record)}, but {here} are installed; {BUILD}"
@@ -77,7 +77,7 @@ def _find() -> _Found:
                 usable.append((library, record or {}))
         except OSError as error:
             reasons.append(f"{folder} cannot be read ({error})")
-    usable.sort(key=lambda found: found[1].get("cuda") is None)  # one with CUDA first; else the package's own
+    usable.sort(key=lambda found: found[1].get("cuda") is None)  # one with CUDA comes first, else the package's own
     for library, record in usable:
         try:
             return _Found(_import(library), library, record)
@@ -108,7 +108,7 @@ def why_not() -> str | None:
 
 
 def cuda_kernel_why_not() -> str | None:
-    """As `cuda_why_not`, but whether or not there is a GPU."""
+    """Like `cuda_why_not`, whether or not there is a GPU."""
     if (reason := no_cuda_in(torch)) or _found.module is None:
         return reason or _found.why_not
     if not _found.module.cuda_built:
@@ -128,7 +128,7 @@ def cuda_why_not() -> str | None:
 def _insist() -> None:
     """Raises where the environment asks for a part that is missing.
 
-    `python -m fused_ema` must run even there: it says what to do, and does it.
+    `python -m fused_ema` must run even then: it says what to do, and can do it.
     """
     if any(pair == ("-m", "fused_ema") for pair in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)):
         return

@@ -1,4 +1,4 @@
-"""The environment variables that switch parts off, or make their absence an error."""
+"""Reads the environment variables that switch parts off, or make their absence an error."""
 
 from __future__ import annotations
 

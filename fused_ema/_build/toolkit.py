@@ -19,7 +19,7 @@ from .switch import switch
 
 USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
 
-# Each architecture, with the first nvcc and the first torch that know it.
+# Each architecture, with the first nvcc and the first torch that support it.
 ARCHITECTURES = (
     ("7.5", (10, 0), (2, 0)),
     ("8.0", (11, 0), (2, 0)),
@@ -76,7 +76,7 @@ def nvcc_version(home: Path) -> tuple[int, int] | None:
 
 
 def arch_list(nvcc: tuple[int, int], torch: tuple[int, int]) -> str:
-    """The value for TORCH_CUDA_ARCH_LIST: all that this nvcc and this torch support, and PTX of the last."""
+    """The value for TORCH_CUDA_ARCH_LIST: all that this nvcc and this torch support, and PTX for the last."""
     known = [arch for arch, since_nvcc, since_torch in ARCHITECTURES if nvcc >= since_nvcc and torch >= since_torch]
     return ";".join(known) + "+PTX"
 
@@ -89,7 +89,7 @@ class Toolkit:
 
 
 def no_cuda_in(torch: Any) -> str | None:
-    """Why the CUDA kernel can be neither built for this torch nor run in it; None where it can."""
+    """Why the CUDA kernel can neither be built for this torch nor run in it; None where it can."""
     if switch("FUSED_EMA_CUDA") is False:
         return "FUSED_EMA_CUDA=0 switches the CUDA kernel off; unset it"
     if torch.version.hip is not None:

@@ -1,6 +1,6 @@
-"""Averages from and for other packages, and safetensors files of the averaged model.
+"""Reads and writes averages as other packages do, and the averaged model as a safetensors file.
 
-    restore(ema, load("last.pth.tar"))            # a checkpoint of timm; its keys tell which layout it has
+    restore(ema, load("last.pth.tar"))            # a checkpoint of timm, as its keys show
     torch.save(export(ema, "diffusers"), path)    # what EMAModel.load_state_dict takes
     save_safetensors("model.safetensors", ema)    # what model.load_state_dict takes
 

@@ -19,21 +19,21 @@ def export(
     parameters: Iterable[Tensor] | None = None,
     include_online: bool = True,
 ) -> dict[str, Any]:
-    """The average as the state of another package: what its `load_state_dict` takes, in tensors and numbers.
+    """Returns the average as the state of another package: what its `load_state_dict` takes, in tensors and numbers.
 
     Averages keep their dtype. They are copies where the manager has several averages, and while it is swapped. What is
     not averaged comes from the model. Names are those of `model.state_dict()`; for timm, the prefixes of DDP and
     torch.compile are removed.
 
-    The states of diffusers and torch_ema can describe some schedules: diffusers goes on with the decays of `constant`,
-    `half_life`, `inverse_power` and `tf_warmup`, torch_ema with those of `constant`, `half_life` and `tf_warmup`, and
-    it keeps a count only for the latter. Any other schedule becomes a constant, the decay of the latest update. No
-    layout holds `update_every`, and `shadow_params` has no place for averages of buffers.
+    The states of diffusers and torch_ema can describe some schedules: diffusers continues with the decays of
+    `constant`, `half_life`, `inverse_power` and `tf_warmup`, torch_ema with those of `constant`, `half_life` and
+    `tf_warmup`, and it keeps a count only for the last. Any other schedule becomes a constant, the decay of the latest
+    update. No layout holds `update_every`, and `shadow_params` has no place for averages of buffers.
 
     Args:
         layout: one of `LAYOUTS`.
-        index: of the average.
-        parameters: for `shadow_params`, what the other package is given, if that is not `model.parameters()`.
+        index: which average.
+        parameters: for `shadow_params`, the parameters that the other package has, if not `model.parameters()`.
         include_online: for "ema_pytorch", adds the model's own weights, as its `include_online_model` does by default.
 
     Raises:

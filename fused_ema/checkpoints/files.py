@@ -1,4 +1,4 @@
-"""Safetensors files, written so that a file under its final name is always complete."""
+"""Writes safetensors files so that a file under its final name is always complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def safetensors() -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write. It replaces `path` once it is on disk, and is removed after an error.
+    """Gives a temporary file to write to, which replaces `path` once it is on disk, and is removed after an error.
 
     If `path` is a symbolic link, the file that it points to is replaced. The new file gets the mode of the old one and,
     where that is allowed, its owner.
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path}: expected a file to replace or no file, found {found}")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch()  # gives the mode that the umask asks for; safetensors may replace it with a file of mode 0600
+        temporary.touch()  # it gets the mode that the umask asks for; safetensors may replace it by a file of mode 0600
         about = (path if path.exists() else temporary).stat()
         yield temporary
         with suppress(OSError):  # it may not be allowed, or the file system may have no owners
@@ -64,9 +64,9 @@ def _sync(path: Path) -> None:
 
 
 def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """A contiguous copy on the CPU, as safetensors needs it. Complex numbers become two real ones.
+    """Returns a contiguous copy on the CPU, as safetensors needs it. A complex number becomes two real ones.
 
-    A sharded tensor is gathered by all of its ranks; the first rank of the mesh gets the copy, and the others None.
+    All ranks of a sharded tensor gather it; the first rank of the mesh gets the copy, and the others None.
     """
     if refusal := storage_refusal(f"ema[{name!r}]", shards.local(tensor)):
         raise refusal
@@ -80,7 +80,7 @@ def storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor | N
 
 
 def save(path: Path, tensors: Mapping[str, Tensor | None], metadata: dict[str, str]) -> None:
-    """Writes the copies from `storable`; writes nothing on ranks that have none."""
+    """Writes the copies that `storable` made; ranks without them write nothing."""
     if "__metadata__" in tensors:
         raise ValueError(
             "ema['__metadata__']: safetensors files keep this name for their metadata; rename the parameter"

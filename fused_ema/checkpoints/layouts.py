@@ -1,4 +1,4 @@
-"""The layouts of other packages. Each is one object, which holds all that is known about it."""
+"""The layouts of other packages. One object for each holds all that is known about it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from ..manager.ema import EMA
 from ..manager.selection import tensors_of
 from ..manager.timetable import Timetable
-from ..pairs.arguments import average_index, whole_number
-from ..pairs.pairing import first_few, listed
-from ..pairs.shards import local
+from ..pairs.arguments import whole_number
+from ..pairs.pairing import first_few, listed, unwrapped
 from ..schedules import inverse_power, tf_warmup
-from .names import unwrapped
 
 
 class Layout:
-    """Where a package's state has the averages and the count of steps, and what else it holds.
+    """Where the state of a package holds its averages and its count of steps, and what else it holds.
 
     A new layout subclasses `Named` or `Positional`, joins `BY_NAME` below, and gets a row in the table of the package's
     docstring.
@@ -31,7 +29,7 @@ class Layout:
     online: ClassVar[str | None] = None  # the prefix of the model's own weights, where a state may have them
 
     def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The values in a state, under the keys that errors name and that are those of `places`."""
+        """The values in a state, under the keys that `places` has and that errors name."""
         raise NotImplementedError
 
     def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
@@ -71,7 +69,7 @@ class Named(Layout):
     def tensors(self, state: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
             found = "keys of other types" if isinstance(state, Mapping) else type(state).__name__
-            raise TypeError(f"state: the layout {self.name!r} has tensors by name, found {found}")
+            raise TypeError(f"state: expected tensors by name, as in the layout {self.name!r}, found {found}")
         return {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
 
     def places(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
@@ -137,11 +135,10 @@ class Positional(Layout):
         return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
     def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
-        averages = ema.state_dict()["averages"][average_index(index, len(ema.schedules))]
+        state = ema.averaged_state_dict(index)
+        values = {id(tensor): state[key] for key, tensor in ema.model.state_dict(keep_vars=True).items()}
         places = self.places(ema.model, parameters).values()
-        names = {id(tensor): name for name, tensor in averaged_tensors(ema, averages).items()}
-        shadows = [_alone(averages[names[id(each)]]) if id(each) in names else each.detach() for each in places]
-        return {"shadow_params": shadows}
+        return {"shadow_params": [values[id(each)] if id(each) in values else each.detach() for each in places]}
 
 
 class Diffusers(Positional):
@@ -188,20 +185,6 @@ def _latest_decay(ema: EMA, index: int) -> float:
     return float(schedule(max(1, n)))
 
 
-def averaged_tensors(ema: EMA, averages: Iterable[str]) -> dict[str, Tensor]:
-    """The model's tensor for each name of an average."""
-    current = tensors_of(ema.model)
-    if gone := [name for name in averages if name not in current]:
-        raise ValueError(f"model: expected the names it had when the manager was made; missing from it: {listed(gone)}")
-    return {name: current[name] for name in averages}
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, as a copy where its memory holds more than it: torch.save would write all of that."""
-    here = local(tensor)
-    return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor
-
-
 # ---- Choosing
 
 
@@ -218,7 +201,7 @@ def named_layout(name: str) -> Layout:
 
 
 def layout_of(state: Any, name: str | None) -> Layout:
-    """The layout of that name, which the state has to have, or the one that the keys of the state tell."""
+    """The layout of that name, which the state must have; without a name, the one that the state's keys show."""
     asked = None if name is None else named_layout(name)
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a dict, found {type(state).__name__}")

@@ -1,4 +1,4 @@
-"""Checkpoints from files, without running what is in them."""
+"""Loads checkpoints from files without running code that is in them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .files import PathLike, safetensors
 
 
 def load(path: PathLike, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """A checkpoint from a .safetensors file, or from any other file with `torch.load(weights_only=True)`.
+    """Loads a checkpoint from a .safetensors file, or from any other file with `torch.load(weights_only=True)`.
 
-    timm's checkpoints hold an argparse.Namespace, which is allowed because it runs nothing.
+    timm's checkpoints hold an argparse.Namespace, which is allowed because it runs no code.
 
     Raises:
         ValueError: the file is a pickle that could run code, as EDM2's are; it is truncated or corrupt; or it holds no
@@ -41,7 +41,7 @@ def load(path: PathLike, map_location: str | torch.device = "cpu") -> dict[str, 
         raise ValueError(
             f"{path}: expected tensors, numbers, strings and containers, found {found}; the file was refused, because "
             "unpickling it could run code"
-        ) from None  # torch's own message says how to unpickle it all the same
+        ) from None  # torch's own message says how to unpickle it anyway
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict, found {type(state).__name__}")
     return state

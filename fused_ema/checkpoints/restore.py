@@ -1,4 +1,4 @@
-"""The average of a manager from the state of another package."""
+"""Restores an average from the state of another package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..manager.ema import EMA
+from ..manager.selection import tensors_of
 from ..pairs.arguments import average_index, whole_number
 from ..pairs.checks import check_tensor, equal_values
-from ..pairs.pairing import by_plain_name, first_few, listed, plain_name
-from .layouts import Layout, Positional, averaged_tensors, layout_of
+from ..pairs.pairing import by_plain_name, first_few, mismatch, plain_name
+from .layouts import Layout, Positional, layout_of
 
 
 def restore(
@@ -25,15 +26,15 @@ def restore(
 ) -> None:
     """Takes the average and the step from the state of another package; the schedules stay as they are.
 
-    Names are compared without the segments of wrappers; of tied names, one is enough. Values for what is not averaged
-    are ignored. The step stays where the state has no count, as in timm's checkpoints and in those of torch_ema with
-    `use_num_updates=False`.
+    Names are compared without the segments of wrappers; one of several tied names is enough. Values for what is not
+    averaged are ignored. The step stays as it is where the state has no count, as in timm's checkpoints and
+    in those of torch_ema with `use_num_updates=False`.
 
     Args:
-        state: the `state_dict()`; for timm the checkpoint, of which only `state_dict_ema` is read.
-        layout: one of `LAYOUTS`; None: the keys of the state tell it.
-        index: of the average. (All averages of a manager have one step.)
-        parameters: for `shadow_params`, what the other package was given, if that is not `model.parameters()`.
+        state: the `state_dict()`; for timm the checkpoint; only its `state_dict_ema` is read.
+        layout: one of `LAYOUTS`; None: the one that the state's keys show.
+        index: which average. (All averages of a manager have one step.)
+        parameters: for `shadow_params`, the parameters that the other package had, if not `model.parameters()`.
         step: the manager's step from now on; None: the state's.
 
     Raises:
@@ -84,13 +85,16 @@ def _matched(
             f"shadow_params: expected {len(places)} tensors, one for each parameter, found {len(given)}; if the other "
             "package was given only some of the model's parameters, pass those as parameters="
         )
-    wanted = {name: id(tensor) for name, tensor in averaged_tensors(ema, averages).items()}
+    current = tensors_of(ema.model)
+    if differ := mismatch([name for name in averages if name not in current], [], "it"):
+        raise ValueError(f"model: expected the names it had when the manager was made; {differ}")
+    wanted = {name: id(current[name]) for name in averages}
     averaged = set(wanted.values())
     plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
     found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
     problems = []
     for plain, place in plain_places.items():
-        # Positions are compared also where nothing is averaged, since the order may be another one.
+        # Positions are compared even where nothing is averaged, since the order may differ.
         if plain not in plain_given or not (positional or id(place) in averaged):
             continue
         key = plain_given[plain]
@@ -103,11 +107,6 @@ def _matched(
             problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
-    differences = [
-        f"{what} the state: {listed(names)}"
-        for what, names in (("missing from", missing), ("unexpected in", unexpected))
-        if names
-    ]
-    if differences or problems:
-        raise ValueError(f"state: {'; '.join(differences) or first_few(problems, '; ')}")
+    if problem := mismatch(missing, unexpected, "the state") or first_few(problems, "; "):
+        raise ValueError(f"state: {problem}")
     return {name: found[tensor] for name, tensor in wanted.items()}

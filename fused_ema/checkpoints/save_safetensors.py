@@ -1,4 +1,4 @@
-"""The averaged model as a safetensors file."""
+"""Writes the averaged model to a safetensors file."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..manager.ema import EMA
 from ..pairs.arguments import check_floating
+from ..pairs.pairing import unwrapped
 from .files import PathLike, safetensors, save, storable
-from .names import unwrapped
 
 
 def save_safetensors(path: PathLike, ema: EMA, index: int = 0, *, dtype: torch.dtype | None = None) -> None:
     """Writes the model with the average in it, for `model.load_state_dict(safetensors.torch.load_file(path))`.
 
-    The prefixes of DDP and torch.compile are removed from the names. The file holds tensors only, and tied ones under
-    each of their names. If writing is interrupted, the file that was there before stays as it was. For a sharded model
-    every rank has to call this; the first rank of the mesh writes the whole tensors.
+    The prefixes of DDP and torch.compile are removed from the names. The file holds tensors only, and stores tied
+    ones under each of their names. If writing is interrupted, the file that was there before stays as it was. If the
+    model is sharded, every rank has to call this; the first rank of the mesh writes the whole tensors.
 
     Args:
-        index: of the average.
+        index: which average.
         dtype: a floating type to cast floating tensors to. None: as they are.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Callbacks for the trainers of other packages, a file for each. `import fused_ema` imports none of them."""
+"""Callbacks for the trainers of other packages, one file for each. `import fused_ema` does not import them."""

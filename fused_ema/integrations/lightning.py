@@ -29,7 +29,7 @@ class EMACallback(Callback):
             "average", which puts the model's own under "current_model_state", as Lightning's own callback does. In
             both cases `fit(ckpt_path=...)` resumes both. It also resumes from a checkpoint of Lightning's own callback.
         optimizer: the position in `trainer.optimizers` of the optimizer whose steps the updates follow.
-        index: of the average that is used, if `decay` is a sequence.
+        index: which average is used, if `decay` is a sequence.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `fit` on.
@@ -131,7 +131,9 @@ class EMACallback(Callback):
         self._state = state_dict or None  # _manager() loads it
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        swapped = self.ema is not None and self.ema.swapped_index is not None  # it is saved during an evaluation
+        swapped = (
+            self.ema is not None and self.ema.swapped_index is not None
+        )  # the checkpoint is saved during an evaluation
         if swapped:
             self._leave()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()

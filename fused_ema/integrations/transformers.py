@@ -28,7 +28,7 @@ class EMACallback(TrainerCallback):
             for evaluations, pass this one last.
         save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads, and a file `ema.pt`, from
             which `train(resume_from_checkpoint=...)` resumes.
-        index: of the average that is used, if `decay` is a sequence.
+        index: which average is used, if `decay` is a sequence.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `train` on.
@@ -49,7 +49,7 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        self._inside.close()  # an exception may have ended the previous training inside an evaluation
+        self._inside.close()  # an exception may have ended the previous training during an evaluation
         model = given["model"]
         if self.ema is None or self.ema.model is not model or state.global_step == 0:
             self.ema = EMA(model, self.decay, **self.options)
@@ -121,7 +121,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _trainer_frames(function: str) -> Iterator[dict[str, Any]]:
-    """The variables of the Trainer's calls of that function on the stack, as callbacks are not told enough."""
+    """The variables of the Trainer's calls of that function on the stack, since callbacks are not told enough."""
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code.co_name == function and isinstance(frame.f_locals.get("self"), Trainer):

@@ -7,50 +7,37 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._warning import warn
 from ..runners.base import one_at_a_time
+from .state import State
 
 Undo = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
 
 
-class Manager(Protocol):
+class Manager(NamedTuple):
     """What an attachment needs of the manager that it updates."""
 
     model: nn.Module
     on_host: bool  # whether the averages of a model on CUDA devices lie in host memory
-
-    def refuse_swapped(self) -> None:
-        """Raises where an optimizer step would train the averages."""
-
-    def update(self, skipped: Tensor | None) -> None:
-        """One step. `skipped`: on the averages' device, not 0 where the optimizer skipped its own; None: it did not."""
-
-    def progress(self) -> object:
-        """What the next update changes, apart from the averages."""
-
-    def rewind(self, progress: Any) -> None:
-        """Goes back to that, since the latest update changed no average."""
-
-    def cuda_devices(self) -> list[torch.device]:
-        """The devices that updates run on."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def checked_state(self, saved: Any) -> Callable[[], None]:
-        """Raises where the state does not fit; returns what takes it over."""
-
-    def detached(self, attachment: Attachment) -> None:
-        """The attachment has ended."""
+    cuda_devices: Callable[[], list[torch.device]]  # the devices that updates run on
+    refuse_swapped: Callable[[str], None]  # raises inside swapped(), for the call of that name
+    update: Callable[[Tensor | None], None]  # one step; a tensor that is not 0 says that the optimizer skipped its own
+    progress: Callable[[], Any]  # what the next update changes besides the averages
+    rewind: Callable[[Any], None]  # restores such progress, because the latest update changed no average
+    state_dict: Callable[[], dict[str, Any]]
+    parse: Callable[[Any], State]  # raises where a saved state does not fit
+    take: Callable[[State], None]
+    detached: Callable[[Attachment], None]  # called when the attachment has ended
 
 
 class _News(NamedTuple):
-    """Whether the latest step was skipped, on its way from the device, and what to go back to in that case."""
+    """A copy on its way from the device, which says whether the latest step was skipped; and what to restore then."""
 
     skipped: Tensor
     arrived: torch.cuda.Event
@@ -60,8 +47,8 @@ class _News(NamedTuple):
 class Attachment:
     """A manager that updates after each step of an optimizer, until `remove()`.
 
-    Where `optimizer` wraps another (in `.optimizer`, as accelerate's and Lookahead do), the innermost one tells which
-    steps were skipped; the update comes once the outermost has returned, which may write to the parameters last.
+    Where `optimizer` wraps another (in `.optimizer`, as accelerate's and Lookahead do), the innermost one knows which
+    steps were skipped; the update runs once the outermost has returned, which may write to the parameters last.
     """
 
     def __init__(self, manager: Manager, optimizer: torch.optim.Optimizer, overlap: bool, save: bool) -> None:
@@ -76,19 +63,19 @@ class Attachment:
         if averaged and not any(each in averaged for each in stepped):
             # Not an error: some optimizers step copies of the parameters in higher precision.
             warn(
-                "EMA.attach: expected an optimizer of the averaged model's parameters, found none of them in its "
-                "groups; is it another model's?"
+                "EMA.attach: the optimizer has none of the averaged model's parameters in its groups; was it made for "
+                "another model?"
             )
         self._manager = manager
         self._overlap = overlap or manager.on_host  # the bus is slow: nothing on the device should wait for it
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[tuple[torch.device, torch.cuda.Event]] = []  # of an update on other streams
         self._news: _News | None = None
-        self._checked: Callable[[], None] | None = None  # takes over the state that the optimizer is loading
-        self._rehearsed = False  # the step that is running trains nothing
+        self._loading: State | None = None  # in the state that the optimizer is loading
+        self._rehearsed = False  # the running step trains nothing
         self._running = 0  # calls of the outermost step()
-        self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update is to come
-        if not getattr(type(inner).step, "hooked", False):  # an __init__ that does not call its base's
+        self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update has yet to run
+        if not getattr(type(inner).step, "hooked", False):  # its __init__ did not call torch's
             inner._patch_step_function()
         self._undo: list[Undo] = [
             inner.register_step_pre_hook(self._before_step).remove,
@@ -99,7 +86,7 @@ class Attachment:
             if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
                 self.remove()
                 raise ValueError(
-                    "EMA.attach: expected save=True from one manager of an optimizer, found another that saves with it"
+                    "EMA.attach: another manager already saves with this optimizer; only one can have save=True"
                 )
             self._undo += [
                 inner.register_state_dict_post_hook(self._save).remove,
@@ -112,7 +99,7 @@ class Attachment:
             self._undo.append(_wrap_step(layers[0], self._around_step))
 
     def remove(self) -> None:
-        """Ends it, once an update that may be running is done. A second call does nothing."""
+        """Ends the attachment, after an update that may be running. A second call does nothing."""
         self.join()
         for undo in self._undo:
             undo()
@@ -135,26 +122,23 @@ class Attachment:
         return {**state, STATE: self._manager.state_dict()}
 
     def _check_loaded(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """Runs before the optimizer checks its own part, so that both are taken over or neither."""
-        self._checked = None
+        """Runs before the optimizer checks its own part, so that either both are loaded or neither."""
+        self._loading = None
         if STATE in state:
-            self._checked = self._manager.checked_state(state[STATE])
+            self._loading = self._manager.parse(state[STATE])
         else:
-            warn(
-                f"EMA.attach: the optimizer's state has no averages under {STATE!r}: the manager goes on with those "
-                "it has"
-            )
+            warn(f"EMA.attach: the optimizer's state has no averages under {STATE!r}; the manager keeps those it has")
         return {key: value for key, value in state.items() if key != STATE}
 
     def _load(self, _: torch.optim.Optimizer) -> None:
-        take, self._checked = self._checked, None
-        if take:
+        state, self._loading = self._loading, None
+        if state:
             with one_at_a_time():
-                take()
+                self._manager.take(state)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
-        self._manager.refuse_swapped()
+        self._manager.refuse_swapped("optimizer.step(), which would train the averages,")
         if self._overlap:
             self.join()
 
@@ -183,7 +167,7 @@ class Attachment:
 
     def _update(self, found_inf: Tensor | None) -> None:
         # A GradScaler does not call step() where gradients overflowed, except for optimizers that skip by themselves:
-        # those get a tensor that tells.
+        # they get a tensor that says so.
         self.join()
         if found_inf is not None and not found_inf.is_cuda:
             if found_inf.item():
@@ -191,7 +175,7 @@ class Attachment:
             found_inf = None
         devices = self._manager.cuda_devices() if self._overlap or found_inf is not None else []
         if found_inf is not None and devices != [found_inf.device]:
-            if found_inf.item():  # averages elsewhere can't read it there
+            if found_inf.item():  # averages on other devices can't read it
                 return
             found_inf = None
         before = self._manager.progress()
@@ -215,7 +199,7 @@ class Attachment:
 
 
 def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
-    """Runs every `optimizer.step()` within `around()`; returns what ends that."""
+    """Runs every `optimizer.step()` within `around()`; returns a function that ends this."""
     original, of_the_object = optimizer.step, "step" in vars(optimizer)
     active = [True]
 
@@ -224,7 +208,7 @@ def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextMa
         with around() if active else contextlib.nullcontext():
             return original(*args, **kwargs)
 
-    wrapped = types.MethodType(step, optimizer)  # which schedulers of the learning rate wrap again
+    wrapped = types.MethodType(step, optimizer)  # a method, since learning-rate schedulers wrap it again
 
     def undo() -> None:
         active.clear()

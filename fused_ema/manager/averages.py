@@ -28,7 +28,7 @@ class Averages:
 
     def __init__(self, tensors: dict[str, Tensor], count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         self.count = count
-        # On the host for a model on CUDA devices, whose kernels write to them: so in pinned memory.
+        # Kernels write to averages on the host of a model on CUDA devices, so these lie in pinned memory.
         self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
         self._first: dict[str, Tensor] = {}  # the first average of each; of sharded ones, the shard on this rank
         self._shardings = {name: sharding for name, tensor in tensors.items() if (sharding := Sharding.of(tensor))}
@@ -59,14 +59,14 @@ class Averages:
         return [self.as_sharded(name, tensor) for name, tensor in self._first.items()]
 
     def as_sharded(self, name: str, shard: Tensor) -> Tensor:
-        """The sharded tensor that `shard` is the part on this rank of; itself where the name is not sharded."""
+        """The sharded tensor whose part on this rank is `shard`; `shard` itself where the name is not sharded."""
         return self._shardings[name].tensor(shard) if name in self._shardings else shard
 
     def sharded(self) -> bool:
         return bool(self._shardings)
 
     def gathered(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether some of the model's tensors are gathered now, of which the averages are shards."""
+        """Whether some of the model's tensors are gathered now whose averages are shards."""
         return any(name in self._shardings and not is_sharded(tensor) for name, tensor in tensors.items())
 
     def strides(self) -> list[int]:
@@ -86,7 +86,7 @@ class Averages:
 
     def to(self, device: torch.device) -> None:
         if self._shardings:
-            raise ValueError(f"device: expected the mesh's own for averages that are sharded over one, found {device}")
+            raise ValueError(f"device: averages that are sharded over a mesh stay on its devices, found {device}")
         from_cuda = bool(self.cuda_devices())
         self.on_host = device.type == "cpu" and (self.on_host or from_cuda)
         self._move(lambda memory: memory.to(device))
@@ -118,12 +118,12 @@ class Averages:
 
 
 def _empty(name: str, tensor: Tensor, count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Memory for the averages of one tensor, seen as the first of them, with the strides of a dense tensor."""
+    """Memory for the averages of one tensor, viewed as the first of them, with the strides of a dense tensor."""
     check_tensor(f"model[{name!r}]", tensor)
     tensor = local(tensor)
     target = tensor.device if device is None else device
     if target.type not in ("cpu", tensor.device.type):
-        raise ValueError(f"device: expected 'cpu' or that of model[{name!r}], {tensor.device}, found {device}")
+        raise ValueError(f"device: expected 'cpu' or {tensor.device}, where model[{name!r}] is, found {device}")
     strides = torch.empty_like(tensor, device="meta").stride()
     dtype = _average_dtype(tensor, dtype)
     pinned = target.type == "cpu" and tensor.is_cuda

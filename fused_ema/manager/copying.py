@@ -14,8 +14,8 @@ from .averages import Averages
 
 
 def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
-    """Writes each value into the tensor of its name, with the cast that its dtype needs; all or, where one can't be
-    written, none."""
+    """Writes each value into the tensor of its name, with the cast that its dtype needs. If one can't be written, none
+    is."""
     for name, value in values.items():
         _check_pair(name, value, into[name])
     _check_memory(values, into, averages)
@@ -41,9 +41,9 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
 
 
 def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
-    """Raises where writing to one tensor would write to another, or to the averages. Tensors that are the same
-    elements, as tied ones are, must get the same values; those that are not averaged may overlap, since they already
-    do in the model that they come from."""
+    """Raises where writing to one tensor would write to another, or to the averages. Tied tensors, which are
+    the same elements, must get the same values. Those that are not averaged may overlap, since they already do in the
+    model that they come from."""
     targets = {name: tensor for name in values if (tensor := shards.local(into[name])).numel()}
     first: dict[tuple[object, ...], str] = {}
     for name, target in targets.items():
@@ -51,7 +51,7 @@ def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], aver
         one, other = (shards.local(values[each]) for each in (before, name))
         if place(one) != place(other) and not equal_values(one, other):
             raise ValueError(
-                f"model[{name!r}]: expected memory of its own, found that of {before!r}, whose average is another"
+                f"model[{name!r}]: expected memory of its own, found that of {before!r}, which has another average"
             )
     pairs = overlaps(span(name, targets[name]) for name in first.values())
     if shared := {each.name for pair in pairs for each in pair}:
@@ -61,4 +61,6 @@ def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], aver
     ours = averages.storages()
     for name, target in targets.items():
         if storage(target) in ours and place(target) != place(shards.local(values[name])):
-            raise ValueError(f"model[{name!r}]: expected memory of its own, found that of the averages; clone it first")
+            raise ValueError(
+                f"model[{name!r}]: expected memory of its own, found memory of the averages; clone it first"
+            )

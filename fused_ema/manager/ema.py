@@ -1,9 +1,9 @@
-"""EMA: the manager. Averages that are easy to keep, evaluate, save and resume."""
+"""EMA, the manager: keeps, evaluates, saves and resumes averages."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from .. import plan as plans
 from ..pairs import shards
-from ..pairs.arguments import average_index, check_buffers
+from ..pairs.arguments import average_index, check_buffers, check_floating
 from ..pairs.pairing import Pairs, difference
 from ..plan import Buffers, Plan
 from ..runners.base import Call, one_at_a_time
 from ..runners.watch import watch
 from ..schedules import Schedule
 from . import report
-from .attach import Attachment
+from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into
 from .selection import Select, Selection, tensors_of
@@ -46,14 +46,14 @@ class EMA:
         buffers: "copy" or "ignore": the manager keeps no buffers; wherever some are needed they are the model's.
             "average": floating buffers are averaged as parameters are, except those that are not persistent.
         select: `select(name, tensor) -> bool`, called for each name when the manager is made; names are without the
-            segments of wrappers, and of tied names one yes is enough. A tensor that it turns down takes no memory, and
+            segments of wrappers, and for tied names one yes is enough. A tensor that it turns down takes no memory, and
             the model's own is used in its place. Default: everything real or complex.
-        update_every: k moves the averages at each k-th `update()` only, with the k-th power of the decay at that step.
+        update_every: k moves the averages only at every k-th `update()`, with the k-th power of the decay at that step.
             (A schedule with `per_step = False`, such as `power_function`, gets the number of the update instead of the
             step, and its decay is taken as it is.)
         update_after_step: up to this step the averages are copies of the model; schedules count from here.
         rounding: "nearest" or "stochastic". 16-bit averages stand still when rounded to nearest; stochastic rounding
-            goes up or down by chance, so that the mean is right. It is reproducible: the random bits depend on `seed`,
+            goes up or down at random, so that the mean is right. It is reproducible: the random bits depend on `seed`,
             the step and the element alone.
         seed: of stochastic rounding.
 
@@ -97,8 +97,7 @@ class EMA:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+        check_floating(dtype)
         self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
@@ -133,7 +132,7 @@ class EMA:
 
     @property
     def update_every(self) -> int:
-        """One in so many steps moves the averages."""
+        """The number of steps from one move of the averages to the next."""
         return self._timetable.update_every
 
     @property
@@ -161,12 +160,12 @@ class EMA:
 
     @property
     def updates(self) -> int:
-        """How often the averages were moved: after `update_after_step`, once in `update_every` steps."""
+        """How often the averages have moved: once in `update_every` steps after `update_after_step`."""
         return self._timetable.updates_at(self.step)
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """The decay of the latest update (before any: of the first), one for each average where there are several."""
+        """The decay of the latest update, or of the first before there was any; one for each of several averages."""
         self.wait()
         decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
         return decays[0] if len(decays) == 1 else decays
@@ -208,13 +207,13 @@ class EMA:
         parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
         names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
         to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
-        Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Gives the model.
+        Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
 
         Raises:
             RuntimeError: the model is already swapped, by this manager or another. At the end: the block replaced
-                tensors by some that can't take the model's own values, and they keep the block's; or it freed memory
-                that averages were in, and these start again from the model's values. The error names them; all other
-                averages and tensors are restored.
+                tensors by some that can't take the model's own values, and these keep the block's values; or it freed
+                memory that held averages, and these start again from the model's values. The error names them; all
+                other averages and tensors are restored.
         """
         self.wait()
         index = self._check_index(index)
@@ -235,7 +234,7 @@ class EMA:
             while swap is not None and self._swap is swap and tries:  # no call here, which Ctrl-C could interrupt
                 try:
                     with one_at_a_time():
-                        tries -= 1  # not counted where it is interrupted while it waits
+                        tries -= 1  # an interrupt while it waits does not count
                         self._leave(swap)
                 except BaseException as found:
                     problem = found
@@ -258,7 +257,7 @@ class EMA:
             if swap.over:
                 self._swap = None
                 if swap.replaced:
-                    self._plan = None  # it still takes the model for swapped
+                    self._plan = None  # it still counts the model as swapped
 
     def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
@@ -286,7 +285,7 @@ class EMA:
             values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
             into = tensors_of(model)
             if holds_average(into.values):
-                raise RuntimeError("EMA.copy_to(): the model that is to be written is inside swapped(); leave it first")
+                raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
             if differ := difference(into, values, "the model"):
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
             copy_into(values, into, self._averages)
@@ -302,19 +301,19 @@ class EMA:
         """
         self.wait()
         index = self._check_index(index)
-        found = self.model.state_dict(keep_vars=True)  # which may make other tensors of sharded ones
+        found = self.model.state_dict(keep_vars=True)  # it may return new tensors for sharded ones
         averages = self._by_tensor(index)
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         for key, value in tensors.items():
-            if not is_lazy(value):  # which has no values yet, and is not averaged
+            if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
                 found[key] = averages.get(id(value), value.detach())
         return found
 
     def _by_tensor(self, index: int) -> dict[int, Tensor]:
-        """The average of each of the model's tensors, by its id, in memory of which torch.save writes no more."""
+        """The average of each of the model's tensors, by the tensor's id, in a storage without other averages."""
         averages: dict[int, Tensor] = {}
         for name, tensor in self._current().items():
             if id(tensor) not in averages:
@@ -329,21 +328,21 @@ class EMA:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
         The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
-        the true average. To come back to a state without a file, `copy.deepcopy` it.
+        the true average. To return to a state later without a file, `copy.deepcopy` it.
         """
         self.wait()
         return self._state().to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes over averages, step, schedules and options; goes on with the bits that the saved run would have had.
+        """Loads averages, step, schedules and options; later updates give the same bits as in the run that was saved.
 
-        Schedules of `fused_ema.schedules` take the place of those there are; one of your own, which a state can't hold,
-        has to be there already. To go on with other decays, put those into the state first:
+        Schedules of `fused_ema.schedules` replace the manager's; a schedule of your own, which a state can't hold, must
+        be the manager's already. To go on with other decays, put them into the state first:
         ``saved["schedules"] = ema.state_dict()["schedules"]``.
 
         Raises:
-            ValueError: a schedule of your own was saved and is not there; or names, shapes, types or the number of
-                averages differ. Nothing is changed.
+            ValueError: the state was saved with a schedule of your own that the manager lacks; or names, shapes, types
+                or the number of averages differ. Nothing is changed.
             RuntimeError: inside `swapped()`.
         """
         with one_at_a_time():
@@ -376,8 +375,7 @@ class EMA:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Names, numbers, tensors, the model and the schedules: a pickle names no class of this package but public
-        ones."""
+        """Names, numbers, tensors, the model and the schedules: a pickle names only public classes of this package."""
         if self._swap or self._attachment:
             raise RuntimeError("EMA: leave swapped() and detach the optimizer before you copy or pickle the manager")
         self.wait()
@@ -403,8 +401,8 @@ class EMA:
         """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
 
         Args:
-            optimizer: the one that steps last, where there are several; of one that wraps another, the outermost. A
-                warning says where it has none of the model's parameters.
+            optimizer: the one that steps last, if there are several; the outermost, if one wraps another. One that has
+                none of the model's parameters gives a warning.
             overlap: on CUDA, the update runs on a stream of its own, during the next forward and backward pass, and
                 the next optimizer step waits for it. Averages in host memory are always updated so. Every method here
                 waits for it too; code that writes to the parameters between steps, or replaces them, calls `wait()`
@@ -423,18 +421,38 @@ class EMA:
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
-        self._attachment = Attachment(_Attached(self), optimizer, overlap, save)
+        manager = Manager(
+            model=self._model,
+            on_host=self._averages.on_host,
+            cuda_devices=self._cuda_devices,
+            refuse_swapped=self._refuse_swapped,
+            update=self._update,
+            progress=lambda: (self._step, self._decays),
+            rewind=self._rewind,
+            state_dict=self.state_dict,
+            parse=self._parse,
+            take=self._take,
+            detached=self._detached,
+        )
+        self._attachment = Attachment(manager, optimizer, overlap, save)
         return self._attachment
 
+    def _rewind(self, progress: tuple[int, tuple[float, ...]]) -> None:
+        self._step, self._decays = progress
+
+    def _detached(self, attachment: Attachment) -> None:
+        if self._attachment is attachment:
+            self._attachment = None
+
     def wait(self) -> None:
-        """Makes what comes next on the current streams see the latest update, where that runs on a stream of its own.
+        """Makes the current streams wait for the latest update, where that runs on a stream of its own.
 
         Needed only by code that writes to the parameters between two optimizer steps, or replaces them, with
         `attach(overlap=True)`, and by code that reads averages in host memory: every method here waits by itself.
         """
         if self._attachment:
             self._attachment.join()
-        if self._averages.on_host:  # the host would read what a kernel is still writing
+        if self._averages.on_host:  # else the host could read what a kernel is still writing
             for device in self._cuda_devices():
                 torch.cuda.synchronize(device)
 
@@ -445,7 +463,7 @@ class EMA:
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
         average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
         try:
-            plan = (self._plan if self._plan and self._plan.current() else self._new_plan()).describe()
+            plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
         except (ValueError, TypeError, RuntimeError) as problem:
             plan = {"problem": str(problem)}
         return report.describe(
@@ -498,11 +516,11 @@ class EMA:
         return list(dict.fromkeys(tensor.device for tensor in tensors_of(self.model).values() if tensor.is_cuda))
 
     def _average(self, name: str, k: int) -> Tensor:
-        """The true average, inside `swapped()` too: there a copy of what is in the model."""
+        """The true average; inside `swapped()` a copy of what is in the model."""
         return self._averages.as_sharded(name, self._shard(name, k))
 
     def _shard(self, name: str, k: int) -> Tensor:
-        """The shard of it on this rank."""
+        """The true average's shard on this rank."""
         average = self._averages.get(name, k)
         return self._swap.true_average(name, k, average) if self._swap else average
 
@@ -513,12 +531,12 @@ class EMA:
         self._plan = plan if plan.lasts else None
 
     def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
-        """For the model, or for `tensors` (of sharded ones, the shards on this rank) in the place of its own."""
+        """A plan for the model, or for `tensors` in the place of its own (of sharded ones, the shards on this rank)."""
         names, firsts = list(self._averages), self._averages.firsts()
         watched = None
         if tensors is None:
             if self._averages.sharded():
-                self._current()  # makes shards of what FSDP2 left gathered, before it is watched
+                self._current()  # reshards what FSDP2 left gathered, before it is watched
             watched = watch(self.model, firsts)
             current = self._current()
             tensors = [current[name] for name in names]
@@ -543,32 +561,6 @@ class EMA:
             raise RuntimeError(f"{call} was called inside swapped(); leave the block first")
         if holds_average(lambda: self._current().values()):
             raise RuntimeError(f"{call} was called inside another manager's swapped(); leave that block first")
-
-
-class _Attached:
-    """A manager as its attachment sees it; see `attach.Manager`."""
-
-    def __init__(self, ema: EMA) -> None:
-        self._ema = ema
-        self.model, self.on_host = ema.model, ema._averages.on_host
-        self.update, self.cuda_devices, self.state_dict = ema._update, ema._cuda_devices, ema.state_dict
-
-    def refuse_swapped(self) -> None:
-        self._ema._refuse_swapped("optimizer.step(), which would train the averages,")
-
-    def progress(self) -> tuple[int, tuple[float, ...]]:
-        return self._ema._step, self._ema._decays
-
-    def rewind(self, progress: tuple[int, tuple[float, ...]]) -> None:
-        self._ema._step, self._ema._decays = progress
-
-    def checked_state(self, saved: Any) -> Callable[[], None]:
-        state = self._ema._parse(saved)
-        return lambda: self._ema._take(state)
-
-    def detached(self, attachment: Attachment) -> None:
-        if self._ema._attachment is attachment:
-            self._ema._attachment = None
 
 
 def _unless(skipped: Tensor, decays: tuple[float, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a manager shows of itself."""
+"""Describes a manager, for `EMA.describe`, `repr` and `EMA.distance`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .timetable import Timetable
 
 
 def describe(plan: dict[str, Any], averages: Averages, timetable: Timetable, **more: Any) -> dict[str, Any]:
-    """See `EMA.describe`. `plan` describes what an update does, `more` is the manager's to add."""
+    """See `EMA.describe`. `plan` describes what an update does, `more` is what the manager adds."""
     untied = averages.untied().values()
     return {
         **plan,
@@ -46,20 +46,20 @@ def summary(about: dict[str, Any], model: str) -> str:
 @torch.no_grad()
 def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float) -> dict[str, float]:
     """See `EMA.distance`. `pairs`: a name, its average and its tensor in the model; of sharded ones, shards."""
-    apart = size = still = elements = 0.0
+    gap = size = still = elements = 0.0
     for name, average, tensor in pairs:
         if refusal := storage_refusal(f"the average of {name!r}", average):
             raise refusal
         check_tensor(f"model[{name!r}]", tensor)
         parameter = local(tensor).detach().to(average.device)
         wide = torch.complex128 if average.is_complex() else torch.float64
-        apart += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
+        gap += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
         size += parameter.to(wide).abs().square().sum().item()
         moved = average.clone()
         reference.update_(moved, parameter, decay, average=True)
         still += ((moved == average) & (average != parameter)).sum().item()
         elements += average.numel()
     return {
-        "relative": math.sqrt(apart / size) if size else math.nan,
+        "relative": math.sqrt(gap / size) if size else math.nan,
         "still": still / elements if elements else 0.0,
     }

@@ -14,7 +14,7 @@ Select = Callable[[str, Tensor], bool]
 
 class Selection:
     """Parameters, and with `buffers` "average" also the persistent buffers, that are real or complex and that `select`
-    takes; by name, without the segments of wrappers.
+    takes, by name without the segments of wrappers.
 
     A buffer that is not persistent (a mask, a table of frequencies) is made by the model and in no checkpoint: it is
     never averaged.
@@ -40,7 +40,7 @@ class Selection:
             )
 
     def chosen(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is averaged. Raises where the names are others than when the manager was made."""
+        """The tensors that are averaged. Raises where the model's names have changed since the manager was made."""
         candidates = self._candidates(model)
         if differ := difference(candidates, self._known, "the model"):
             raise ValueError(

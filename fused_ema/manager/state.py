@@ -1,4 +1,4 @@
-"""What a manager saves: a frozen value, which is parsed and checked as a whole before anything is taken over."""
+"""What a manager saves: a frozen value, which is parsed and checked as a whole before any of it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The averages in the model and back: what `EMA.swapped` does."""
+"""Puts averages into the model and takes them out again, for `EMA.swapped`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Exchange:
     """Puts average `index` into the model, and takes it out again.
 
     The values change places in one launch each way; where the types differ, the model's values wait in scratch memory.
-    The memory of the model's tensors is held here, so that the exchange can be undone whatever the block does to the
-    tensors themselves.
+    The memory of the model's tensors is held here, so that the exchange can be undone whatever the block does to
+    the tensors themselves.
 
-    `leave` may be interrupted anywhere and called again: every step leaves behind what the next try needs.
+    `leave` may be interrupted anywhere and called again: every step leaves what the next attempt needs.
     """
 
     def __init__(self, averages: Averages, index: int, current: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
@@ -46,14 +46,13 @@ class Exchange:
         self._versions: list[int] = []
         self._written: list[str] | None = None  # by the block, in place
         self._freed: set[str] = set()  # whose memory the block freed
-        self._values: dict[str, Tensor] | None = None  # for the tensors that the block put in the place of the first
         self._plan: Plan | None = None
         self._scratch: list[Tensor] = []
         taken = [*self._memory.values(), *(averages.get(name, index) for name in averages)]
         self._places = {id(tensor) for tensor in current.values()} | {address(t) for t in taken if t.numel()}
 
     def enter(self, kept: Plan | None, make: MakePlan) -> Plan:
-        """Returns the plan that did it."""
+        """Swaps, and returns the plan that did so."""
         _under_way[:] = [*(each for each in _under_way if not each.over), self]
         plan = self._run("swap", kept, lambda: make(None))
         self._versions = self._versions_now()
@@ -73,7 +72,7 @@ class Exchange:
             try:
                 lost = self._follow(current())
             except Exception:
-                self.over = True  # as far as it goes: the averages are in their place
+                self.over = True  # no more can be done, and the averages are back in place
                 raise
         self.over = True
         if self in _under_way:
@@ -109,21 +108,21 @@ class Exchange:
         return plan
 
     def _plan_for_first_tensors(self, make: MakePlan) -> Plan:
-        """The block put others into the model: the exchange is undone in the tensors that it was done with."""
+        """A plan that undoes the exchange in the original tensors, where the block put others into the model."""
         self.replaced = True
         plan = make(list(self._memory.values()))
-        plan.mark_exchanged()
+        plan.prepared.mark_exchanged()
         return plan
 
     def _exchanged(self) -> bool:
-        return self._plan is not None and self._plan.exchanged()
+        return self._plan is not None and self._plan.prepared.exchanged()
 
     def _trades(self, name: str) -> bool:
         """Whether the average and the model's values change places, as they do where they have one type."""
         return self._memory[name].dtype == self._averages.get(name, 0).dtype
 
     def true_average(self, name: str, k: int, average: Tensor) -> Tensor:
-        """A copy from the model, where the average is there; of sharded ones, the shard on this rank."""
+        """A copy from the model, where that holds the average; of a sharded one, the shard on this rank."""
         if not (self._exchanged() and k == self.index and self._trades(name)):
             return average
         if refusal := storage_refusal(f"the average of {name!r}, which is in the model", self._memory[name]):
@@ -131,7 +130,7 @@ class Exchange:
         return self._memory[name].clone()
 
     def _bring_back_memory(self) -> None:
-        """Allocates again what the block freed. Where an average was in it, it becomes the model's own value."""
+        """Allocates again what the block freed. An average that was in it starts again from the model's own value."""
         self._freed |= {name for name, size in self._sizes.items() if self._storages[name].nbytes() < size}
         for name in self._freed:
             if self._storages[name].nbytes() < self._sizes[name]:
@@ -162,15 +161,11 @@ class Exchange:
                 warn(f"EMA.swapped: writes to {listed(names)} inside swapped() {what}")
 
     def _follow(self, current: dict[str, Tensor]) -> list[str]:
-        """Gives the model's own values to the tensors that the block put in the place of the first ones; returns the
-        names of those that can't take them."""
+        """Gives the model's own values to the tensors that the block put in the place of the original ones; returns
+        the names of those that can't take them."""
         here = {name: local(current[name]) for name in self._memory if name in current}
         here = {name: tensor for name, tensor in here.items() if _takes(tensor, self._memory[name])}
         new = {name: tensor for name, tensor in here.items() if self._is_new(name, tensor)}
-        if self._values is None:  # the values before any of them is written, since two may have changed places
-            written = {storage(tensor) for tensor in new.values() if _plain(tensor)}
-            values = {name: self._memory[name] for name in new}
-            self._values = {name: v.clone() if storage(v) in written else v for name, v in values.items()}
         owner = {id(tensor): self._place(name) for name, tensor in here.items() if name not in new}
         apart = {id(tensor): storage(tensor) for tensor in here.values() if _plain(tensor)}
         shared = Counter([*apart.values(), *self._averages.storages(), *{*map(storage, self._memory.values())}])
@@ -182,10 +177,10 @@ class Exchange:
             try:
                 with torch.no_grad():
                     if id(tensor) in apart and shared[apart[id(tensor)]] > 1:  # may not be written in place
-                        tensor.data = torch.empty_like(tensor).copy_(self._values[name])
+                        tensor.data = torch.empty_like(tensor).copy_(self._memory[name])
                     else:
-                        tensor.copy_(self._values[name])
-            except (RuntimeError, ValueError, TypeError, NotImplementedError):  # a kind of tensor that takes no values
+                        tensor.copy_(self._memory[name])
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):  # it can't be written
                 lost.append(name)
         return lost
 
@@ -194,13 +189,14 @@ class Exchange:
         return address(self._memory[name]) if self._memory[name].numel() else id(self._tensors[name])
 
     def _is_new(self, name: str, tensor: Tensor) -> bool:
-        if tensor is not local(self._tensors[name]):
-            return bool(tensor.numel())
+        if not tensor.numel():
+            return False
         before = self._memory[name]
-        return bool(tensor.numel()) and (tensor.data_ptr(), tensor.stride()) != (before.data_ptr(), before.stride())
+        same = tensor is local(self._tensors[name])
+        return not same or (tensor.data_ptr(), tensor.stride()) != (before.data_ptr(), before.stride())
 
     def holds_any(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether any of these is, or lies where, a tensor of the model or an average was when the swap began."""
+        """Whether any of these was a tensor of the model or an average when the swap began, or lies where one was."""
         return any(id(t) in self._places or (t.numel() and address(local(t)) in self._places) for t in tensors)
 
 
@@ -214,14 +210,14 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and has_address(tensor)
 
 
-# Those under way, and at most one that is over, which an interrupt kept here. (Not weak references: a Ctrl-C that comes
-# while one is cleared is lost.)
+# Exchanges under way, and at most one that is over, which an interrupt left here. (They are no weak references, because
+# a Ctrl-C that arrives while one of those is cleared is lost.)
 _under_way: list[Exchange] = []
 
 
 def holds_average(tensors: Callable[[], Iterable[Tensor]]) -> bool:
-    """Whether any of a model's tensors holds an average now, of whichever manager. Asks for them only where a model is
-    swapped at all."""
+    """Whether any of a model's tensors holds an average of any manager now. Asks for the tensors only while some
+    model is swapped."""
     active = [each for each in list(_under_way) if not each.over]
     found = list(tensors()) if active else []
     return any(each.holds_any(found) for each in active)

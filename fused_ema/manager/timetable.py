@@ -1,4 +1,4 @@
-"""From the step to what an update does at it: which decays, which random bits, or nothing at all."""
+"""What an update does at each step: which decays and random bits it uses, or that it does nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_AVERAGES = 8
 class Timetable:
     """The options of a manager that decide what happens at which step; see `fused_ema.EMA` for each.
 
-    Steps count calls of `EMA.update` from 1, updates those that moved the averages. `seed` and `rounding` are here
-    because the random bits of an update follow from the seed and the step.
+    Steps count the calls of `EMA.update` from 1; updates count those that moved the averages. `seed` and `rounding` are
+    here because the random bits of an update follow from the seed and the step.
     """
 
     schedules: tuple[Schedule, ...]

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no tensors: decays, counts, options."""
+"""Checks of arguments that are not tensors: decays, counts, options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def check_decay(decay: float | Tensor) -> float | Tensor:
-    """A number in [0, 1], as a float, or a 0-d float32 or float64 tensor, whose value is not looked at."""
+    """Returns a number in [0, 1] as a float, or a 0-d float32 or float64 tensor without reading its value."""
     if isinstance(decay, Tensor):
         if decay.dim() != 0 or decay.dtype not in (torch.float32, torch.float64):
             found = str(decay.dtype).removeprefix("torch.")
@@ -29,7 +29,7 @@ def check_decay(decay: float | Tensor) -> float | Tensor:
 
 
 def decay_number(decay: Any) -> float:
-    """The same for where a tensor won't do."""
+    """Like `check_decay`, but refuses tensors."""
     value = check_decay(decay)
     if not isinstance(value, float):
         raise TypeError("decay: expected a number, found a tensor")
@@ -38,7 +38,7 @@ def decay_number(decay: Any) -> float:
 
 def _as_float(decay: object) -> float:
     try:
-        if isinstance(decay, SupportsFloat):  # which a string is not, though float() takes one
+        if isinstance(decay, SupportsFloat):  # a string is not, though float() takes one
             return float(decay)
     except OverflowError:
         return math.inf
@@ -64,7 +64,7 @@ def average_index(index: SupportsIndex, count: int) -> int:
 
 
 def shown(value: object) -> str:
-    """For an error: never the values of a tensor, which may be freed, nor a number of thousands of digits."""
+    """The repr for an error message; it never reads a tensor, whose memory may be freed, and shortens huge numbers."""
     return _Shown().repr(value)
 
 

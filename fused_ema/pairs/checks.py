@@ -1,4 +1,4 @@
-"""What a pair of tensors must be. All of this runs before the first byte is written, whichever runner follows."""
+"""Checks of pairs of tensors. They all run before the first byte is written, whichever runner follows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN_TYPES = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
 class Action(enum.IntEnum):
-    """What becomes of a pair. The numbers are those of `Action` in csrc/plan.h."""
+    """What an update does with a pair. The numbers are those of `Action` in csrc/plan.h."""
 
     NONE = 0
     COPY = 1
@@ -42,7 +42,7 @@ class Checked(NamedTuple):
     """Pairs that may be written, and the operations on them that may not."""
 
     pairs: Pairs  # where tensors are sharded, the shards on this rank
-    sharded: Pairs | None  # the pairs as they were given, where some of them are sharded
+    sharded: bool  # whether some of them were
     actions: list[Action]
     no_update: Exception | None  # the reason, where an update is refused
     no_swap: Exception | None  # the reason, where a swap is refused
@@ -55,11 +55,8 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
     pinned memory of the host.
     """
     check_buffers(buffers)
-    given = pairs
     if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
-        for label, ema, model in zip(*pairs[:3], strict=True):
-            if refusal := shards.refusal(f"ema{label}", ema, model):
-                raise refusal
+        shards.check(pairs)
         pairs = shards.localized(pairs)
     floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
@@ -83,11 +80,11 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
         if action is Action.AVERAGE and not free_types:
             no_update = no_update or _update_refusal(ema_name, ema, model)
         no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model, free_types)
-    return Checked(pairs, given if sharded else None, actions, no_update, no_swap)
+    return Checked(pairs, sharded, actions, no_update, no_swap)
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
-    """A tied pair that comes again runs once. One average of two different tensors is an error."""
+    """Makes a pair that is tied to an earlier one run once; refuses one average of two different tensors."""
     first: dict[tuple[object, ...], int] = {}
     for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
         if actions[i] is Action.NONE:
@@ -121,7 +118,7 @@ def _overlap_refusal(ema: set[Span], model: set[Span]) -> Exception | None:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raises where a tensor is of a kind that no operation here can read."""
+    """Raises where no operation here can read the tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if why := _elsewhere(tensor):
@@ -155,7 +152,7 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def storage_refusal(name: str, tensor: Tensor) -> Exception | None:
-    """The reason where a dense tensor has less memory than it says; reading it would end the process."""
+    """The reason where a dense tensor has less memory than its shape needs; reading it would end the process."""
     if not tensor.numel() or not has_address(tensor):
         return None
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
@@ -224,7 +221,7 @@ def _swap_refusal(ema_name: str, ema: Tensor, model_name: str, model: Tensor, fr
 
 
 def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of whatever types hold equal values; NaN equals NaN."""
+    """Whether two tensors, of any types, hold equal values; NaN equals NaN."""
     return a is b or (a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0, atol=0, equal_nan=True))
 
 

@@ -26,8 +26,8 @@ def span(name: str, tensor: Tensor) -> Span:
 def overlaps(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
     """Pairs of spans that share bytes, in order of address.
 
-    Each span that overlaps one before it comes once, with the one of those that reaches farthest; so every span that
-    overlaps any other is in some pair.
+    Each span that overlaps earlier ones comes once, paired with the one of them that reaches farthest; so every span
+    that overlaps another is in some pair.
     """
     farthest = None
     for each in sorted(spans):
@@ -38,17 +38,17 @@ def overlaps(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
 
 
 def place(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the same elements."""
+    """A key that is equal for tensors that are the same elements."""
     return (address(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins; a number of its own for kinds that have no address."""
+    """Where the memory of a tensor begins; a unique number for tensors that have no address."""
     return tensor.data_ptr() if has_address(tensor) else id(tensor) << 64
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether data_ptr() is an address of bytes. For other kinds it raises, or means nothing."""
+    """Whether data_ptr() is an address. For other tensors it raises, or means nothing."""
     return tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided and not is_functorch(tensor)
 
 
@@ -58,7 +58,7 @@ def storage(tensor: Tensor) -> int:
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements from the first to one past the last, of a tensor that has any."""
+    """The number of elements from the first to one past the last, for a tensor that has any."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Modules, mappings, sequences → pairs of tensors, by name."""
+"""Pairs the tensors of two modules, mappings or sequences, by name."""
 
 from __future__ import annotations
 
@@ -82,12 +82,15 @@ def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]
 
 
 def difference(found: Iterable[str], wanted: Iterable[str], finder: str) -> str:
-    """The names that `found` lacks or has too many, in words; "" where both have the same names."""
+    """The names that `found` lacks or has in excess, in words; "" where both have the same names."""
     found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    parts = [f"missing from {finder}: {listed(missing)}"] if missing else []
-    return "; ".join([*parts, f"unexpected in {finder}: {listed(unexpected)}"] if unexpected else parts)
+    return mismatch(missing, [name for name in found if name not in wanted], finder)
+
+
+def mismatch(missing: list[str], unexpected: list[str], finder: str) -> str:
+    named = ((f"missing from {finder}", missing), (f"unexpected in {finder}", unexpected))
+    return "; ".join(f"{what}: {listed(names)}" for what, names in named if names)
 
 
 def plain_name(name: str) -> str:
@@ -97,26 +100,41 @@ def plain_name(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
+def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state of the model under the names of the innermost model: without the prefixes of DDP and torch.compile.
+
+    Only prefixes are removed, since a module of the user's may be called "module" too.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            prefix = "module"
+        elif "_orig_mod" in model._modules:  # torch.compile
+            prefix = "_orig_mod"
+        else:
+            return state
+        state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+        model = model.get_submodule(prefix)
+
+
 def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers."""
     if ours.keys() == theirs.keys():
         return [(name, name) for name in ours]
-    unequal = ", and the other side has neither of them; expected equal names on both sides"
-    plain_ours, plain_theirs = by_plain_name("ema", ours, unequal), by_plain_name("model", theirs, unequal)
+    plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
     if differ := difference(plain_ours, plain_theirs, "ema"):
         raise ValueError(f"ema and model: expected the same names; {differ}")
     return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
 
 
-def by_plain_name(
-    side: str, names: Iterable[str], hint: str = "; expected names that differ by more"
-) -> dict[str, str]:
-    """Each name under its plain name, without the segments of wrappers. `hint` ends the error where two collide."""
+def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
+    """Each name under its plain name, without the segments of wrappers. Raises where two collide."""
     plain_names: dict[str, str] = {}
     for name in names:
         other = plain_names.setdefault(plain_name(name), name)
         if other != name:
-            raise ValueError(f"{side}: {other!r} and {name!r} are the same name without the segments of wrappers{hint}")
+            raise ValueError(
+                f"{side}: expected names that differ without the segments of wrappers, found {other!r} and {name!r}"
+            )
     return plain_names
 
 

@@ -18,12 +18,12 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard on this rank, as the very tensor that holds the memory; a plain tensor as it is."""
+    """The shard on this rank, as the tensor object that holds the memory; a plain tensor as it is."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor. Of a sharded tensor every rank has to call this."""
+    """The full tensor. Every rank has to call this for a sharded tensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -36,7 +36,7 @@ def first_here(tensor: Tensor) -> bool:
 
 
 def localized(pairs: Pairs) -> Pairs:
-    """The pairs with the shard on this rank in the place of each sharded tensor."""
+    """The pairs with each sharded tensor replaced by its shard on this rank."""
     return pairs._replace(ema=[*map(local, pairs.ema)], model=[*map(local, pairs.model)])
 
 
@@ -74,7 +74,7 @@ class Sharding(NamedTuple):
 
 
 def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
-    """The reason where two tensors are not sharded alike. All other checks look at their shards."""
+    """The reason where two tensors are not sharded in the same way. All other checks look at their shards."""
     ours, theirs = Sharding.of(ema), Sharding.of(model)
     if ours is None and theirs is None:
         return None
@@ -94,8 +94,15 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
     return None
 
 
+def check(pairs: Pairs) -> None:
+    """Raises where the tensors of a pair are not sharded in the same way."""
+    for label, ema, model in zip(*pairs[:3], strict=True):
+        if problem := refusal(f"ema{label}", ema, model):
+            raise problem
+
+
 def written(tensors: Iterable[Tensor]) -> None:
-    """Tells autograd that sharded tensors have changed; their shards' own counters are up to date already."""
+    """Tells autograd that sharded tensors have changed; the counters of their shards are already up to date."""
     for tensor in tensors:
         if is_sharded(tensor) and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

@@ -20,7 +20,7 @@ Numbers: TypeAlias = Sequence[float] | Tensor
 
 
 def solve_weights(times: Numbers, gammas: Numbers, time: float, gamma: float) -> Tensor:
-    """The weights for which Σ weights[k]·average[k] comes nearest to the wanted average.
+    """The weights for which Σ weights[k]·average[k] is nearest to the wanted average.
 
     Solves A·x = b in float64, where A[k, l] is the inner product of the profiles k and l, and b[k] that of profile k
     and the wanted one. Then x is scaled to sum to 1, as the shares in an average do. Profiles are scaled to norm 1

@@ -1,4 +1,4 @@
-"""An average of any length, from snapshots of others."""
+"""Reconstructs an average of any length from snapshots of others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reconstruct(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The average that power_function(sigma_rel) would have given, approximately; see `profile_error`.
+    """Returns the average that power_function(sigma_rel) would have given, approximately; see `profile_error`.
 
     It is exact where a snapshot holds that very average; a warning says where the error is above 0.25. The result has
     the manager's names, without the segments of wrappers, and only what it averages: load it into a model with buffers
@@ -35,8 +35,8 @@ def reconstruct(
     Args:
         folder: of the snapshots.
         sigma_rel: in (0, 0.2887], as for `schedules.power_function`.
-        updates: the number of updates after which the average is wanted; None: the last snapshot's. Choose one at which
-            there is a snapshot: between two, what came after the earlier one is missing, and the error is large.
+        updates: the number of updates after which the average is wanted; None: the last snapshot's. Choose one that has
+            a snapshot: between two, what came after the earlier one is missing, and the error is large.
         dtype: of the result, floating. Complex tensors are complex128 if it is float64, else complex64.
         device: of the result.
 
@@ -81,8 +81,8 @@ def reconstruct(
                         sums[name].add_(value, alpha=weight)
     result = {}
     for name in expected:
-        value = sums.pop(name)  # so that it is freed once it is cast
-        if name in about["complex"]:  # which is the same in each file
+        value = sums.pop(name)  # popped, so that it is freed once it is cast
+        if name in about["complex"]:  # this is the same in each file
             result[name] = torch.view_as_complex(value if dtype == torch.float64 else value.float()).to(device)
         else:
             cast = value.to(dtype)
@@ -93,7 +93,7 @@ def reconstruct(
 
 
 def _read(path: Path, file: Any, k: int, key: str, is_complex: bool) -> Tensor:
-    """The tensor of average k in float64, which has to have the shape that it has in average 0."""
+    """The tensor of average k in float64. Raises where its shape differs from that in average 0."""
     value: Tensor = file.get_tensor(f"{k}/{key}")
     if not value.is_floating_point():
         raise ValueError(f"{path}: '{k}/{key}': expected a floating type, found {dtype_name(value)}")

@@ -1,4 +1,4 @@
-"""Snapshots of power_function averages: one safetensors file each, with what it holds in the metadata."""
+"""Snapshots of power_function averages: safetensors files whose metadata describe what they hold."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def save_snapshot(folder: PathLike, ema: EMA, *, dtype: torch.dtype | None = Non
 
     To reconstruct averages at the end of the training, save the last snapshot after its last update.
 
-    If writing is interrupted, the file that was there before stays as it was. For sharded averages every rank has to
-    call this; the first rank of the mesh writes the whole tensors, and the others do not wait for it.
+    If writing is interrupted, the file that was there before stays as it was. If averages are sharded, every rank has
+    to call this; the first rank of the mesh writes the whole tensors, and the others do not wait for it.
 
     Args:
-        folder: it is created if it does not exist. Keep the snapshots of one run in a folder of their own; a warning
-            names those of more updates, which another run has left there, or this one before it went back to an earlier
-            state.
+        folder: where to write; it is created if it does not exist. Keep the snapshots of one run in a
+            folder of their own; a warning names those with more updates, which another run left there, or this one
+            before it returned to an earlier state.
         ema: the manager. Its averages are first copied to the CPU, all at once.
         dtype: a floating type to cast to, such as torch.float16 for half the size. None: as they are.
 
@@ -80,14 +80,14 @@ def save_snapshot(folder: PathLike, ema: EMA, *, dtype: torch.dtype | None = Non
     if later and not any(tensor is None for tensor in tensors.values()):
         warn(
             f"{folder}: {first_few(later, ', ')} had more updates than {path.name}, which was saved now; they belong "
-            "to another run, or to this one before it went back to an earlier state. reconstruct() would mix them with "
+            "to another run, or to this one before it returned to an earlier state. reconstruct() would mix them with "
             "the new ones; remove them, or use another folder",
         )
     return path
 
 
 def snapshots(folder: PathLike) -> list[Snapshot]:
-    """The snapshots in a folder, in the order of their updates; other files are ignored.
+    """Returns the snapshots in a folder, in the order of their updates; other files are ignored.
 
     Raises:
         ValueError: a file is truncated, corrupt, or in a format of another version. The error names it.
@@ -122,7 +122,7 @@ def _updates_of(path: Path) -> int | None:
 
 
 def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]:
-    """Equal for names that are tied in all averages; sharded ones never are: a rank can't tell empty shards apart."""
+    """A key that is equal for names that are tied in all averages. Sharded ones never are: empty shards look alike."""
     each = [average[name] for average in averages]
     if any(map(is_sharded, each)):
         return (name,)

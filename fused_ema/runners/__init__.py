@@ -1,4 +1,4 @@
-"""What runs updates. base.py has the interface."""
+"""The runners, which run updates. base.py has their interface."""
 
 from __future__ import annotations
 

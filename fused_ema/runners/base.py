@@ -1,8 +1,8 @@
 """The interface between a plan and what runs it.
 
-A plan (fused_ema/plan.py) pairs tensors, checks them, and asks a runner to prepare them: to look up whatever the pairs
-alone decide, such as addresses, tables on a device, or lists for `torch._foreach_*`. What the runner returns is kept
-and run at every update, for as long as the tensors stay what they were.
+A plan (fused_ema/plan.py) pairs tensors, checks them, and asks a runner to prepare them: to work out whatever depends
+on the pairs alone, such as addresses, tables on a device, or lists for `torch._foreach_*`. What the runner returns is
+kept and run at every update, for as long as the tensors stay what they were.
 
 To add a runner, implement `Runner` and `Prepared` in a file of this folder and put it into the list in __init__.py:
 `choose` takes the first of them that can run on a device. It computes what docs/numerics.md promises. reference.py
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     op: OpName
     decays: tuple[float, ...] = (0.0,)  # in [0, 1]: 1 leaves the average alone, 0 copies
-    device_decays: Tensor | None = None  # these instead: float32 or float64, on the device, never read on the host
+    device_decays: Tensor | None = None  # replaces `decays`: float32 or float64, on the device, never read on the host
     keys: tuple[int, ...] = ()  # 64 random bits each, for "update_stochastic"
     average: int = -1  # the only average that takes part; -1: all of them
     scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes on each device, as `Prepared.scratch` asks
@@ -81,21 +81,21 @@ class Prepared(Protocol):
         nothing was written.
 
         Without `ema` and `model` it runs on the tensors that the watched sources hold; with them on those, which may be
-        new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either as it was or
-        done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
+        new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either unchanged
+        or done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
         """
 
     def exchanged(self) -> bool:
         """Whether a "swap" wrote to the model and no "restore" has undone it."""
 
     def mark_exchanged(self) -> None:
-        """Says that another `Prepared` did the swap on the same memory, so that this one may undo it."""
+        """Records that another `Prepared` did the swap on the same memory, so that this one may undo it."""
 
 
 class Runner(Protocol):
     """Something that can run updates. One instance serves the process."""
 
-    name: str  # the file's
+    name: str  # that of its file
 
     def backend(self, device_type: str) -> str:
         """What `fused_ema.backend()` calls it on a device of this type, such as "cuda"."""
@@ -123,4 +123,4 @@ def _renew_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one for ever
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one forever

@@ -40,7 +40,7 @@ class Reference:
 
 
 class _Row(NamedTuple):
-    """What the pairs alone decide of one of them."""
+    """What is known of a pair before any call."""
 
     pair: int
     average: bool  # False: copied
@@ -98,7 +98,7 @@ class _Pairs:
         if whole is None:
             return False
         if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
-            return False  # a new plan refuses it, in words
+            return False  # a new plan raises the error
         tensors = list(map(shards.local, whole))
         if not self._fits(tensors):
             return False
@@ -133,7 +133,7 @@ class _Pairs:
                 if call.op == "swap":
                     self._exchange(row, ema, model, call, done + 1)
                 elif call.op == "copy":
-                    copy_(ema, model)
+                    ema.copy_(model)
                 else:
                     random = (call.keys[position], row.number) if call.op == "update_stochastic" else None
                     update_(ema, model, decays[position], average=row.average, random=random)
@@ -143,7 +143,7 @@ class _Pairs:
         return first if k <= 0 else nth_average(first, row.stride, k)
 
     def _exchange(self, row: _Row, ema: Tensor, model: Tensor, call: Call, done: int) -> None:
-        """Exchanges one pair, or undoes that, and counts it: both or, where Ctrl-C comes in between, neither."""
+        """Exchanges one pair, or undoes that, and counts it. An interrupt leaves both done or neither."""
         old_ema, old_model = ema.clone(), model.clone()
         before = self._exchanged
         try:
@@ -165,7 +165,7 @@ class _Pairs:
 
 
 def _record(tensor: Tensor) -> tuple[object, ...]:
-    """Equal as long as a tensor is of one kind and in one place."""
+    """A record that stays equal as long as the tensor keeps its type and its memory."""
     size = tensor.untyped_storage().nbytes() if has_address(tensor) else 0
     return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg())
 
@@ -190,7 +190,7 @@ def update_(
         strides = ema.stride()
         order = sorted(range(ema.dim()), key=lambda d: -strides[d])
         ema, model = ema.permute(order), model.permute(order)
-    # Written through .data, whose blocks would count one change each.
+    # Written through .data, since autograd would count a change for each block.
     at = 0
     for e, p in _blocks(_reals(ema.data), _reals(model)):
         difference = p.to(_compute_type(e)).sub(e)
@@ -205,7 +205,7 @@ def update_(
 
 
 def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool) -> None:
-    """The same, with a decay that the host does not know."""
+    """Does what `update_` does, with a decay that the host does not know."""
     if not average:
         ema.copy_(torch.where(decay == 1, ema, model.to(ema.dtype)))
         return
@@ -219,14 +219,8 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
     ema.copy_(torch.where(decay == 0, new, moved))
 
 
-@torch.no_grad()
-def copy_(ema: Tensor, model: Tensor) -> None:
-    """ema ← model."""
-    ema.copy_(model)
-
-
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:
-    """float32 → bfloat16 or float16, up or down by chance: the formulas of csrc/lerp.h on its random bits."""
+    """float32 → bfloat16 or float16, up or down at random: the formulas of csrc/lerp.h on its random bits."""
     numbers = torch.arange(number, number + values.numel(), device=values.device).view(values.shape)
     inner = _mix((numbers & _MASK) ^ (key & _MASK))
     random = _mix((inner + (key >> 32) + (numbers >> 32) * 0x9E3779B9) & _MASK)

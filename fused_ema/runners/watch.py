@@ -1,4 +1,4 @@
-"""Whether modules, dicts and lists still hold what they held when a plan was made.
+"""Watches, which tell whether modules, dicts and lists still hold what they held when a plan was made.
 
 Parameters get replaced, moved, cast, added, removed and tied between two updates. A watch is taken before the tensors
 are paired, so that what another thread changes in between is seen too. It holds neither modules nor plain tensors: a
@@ -37,13 +37,13 @@ def watch(*sources: Source) -> Watch | None:
 
 
 def watchable(source: Source) -> bool:
-    """Whether a look at slots shows everything that a source holds."""
+    """Whether the slots of a source show everything that it holds."""
     if not isinstance(source, nn.Module):
         return type(source) in (dict, OrderedDict, list, tuple)  # a subclass may return other tensors than it holds
     modules = [source, *source.modules()]
     registries: list[Any] = [vars(module).get(name) for module in modules for name in _REGISTRIES]
     if not all(type(registry) in (dict, OrderedDict) for registry in registries):
-        return False  # as those of a ScriptModule
+        return False  # a ScriptModule's, for example
     children = {id(child) for registry in registries[2::3] for child in registry.values()}
     return {id(source), *children} - {id(None)} == set(map(id, modules))  # modules() may be overridden
 
@@ -51,49 +51,43 @@ def watchable(source: Source) -> bool:
 class SlotWatch:
     """The watch in Python: compares the identities of all values, then gives them to whoever compares the tensors.
 
-    Another object may have the address of one that is gone. For a module its weak reference tells; a plain tensor is
-    compared by its memory, type and shape afterwards. A sharded one is held, since more than that is known of it.
+    A new object may have the address of one that was freed. A weak reference tells whether a module was; a plain tensor
+    is compared by its memory, type and shape afterwards. A sharded one is kept alive, since those don't identify it.
     """
 
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[Any]) -> None:
         found = {id(each): each for module in modules for each in (module, *module.modules())}
         self._modules = [weakref.ref(each) for each in found.values()]
         self._containers = containers
-        registries = self._registries() or []
-        values = _values(registries)
-        self._lengths, self._keys, self._ids = list(map(len, registries)), _keys(registries), list(map(id, values))
-        self._sharded = [value for value in values if is_sharded(value)]
+        seen = self._look()
+        self._expected = seen[0] if seen else None
+        self._sharded = [value for value in (seen[1] if seen else ()) if is_sharded(value)]
 
     def current(self) -> bool:
         return self.values() is not None
 
     def values(self) -> list[Any] | None:
         """What the slots hold, in one fixed order; None where that has changed."""
-        registries = self._registries()
-        if registries is None or list(map(len, registries)) != self._lengths or _keys(registries) != self._keys:
-            return None
-        values = _values(registries)
-        return values if list(map(id, values)) == self._ids else None
+        seen = self._look()
+        return seen[1] if seen and seen[0] == self._expected else None
 
     def places(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Where among `values` each of these tensors is, or the sharded one that it is a shard of; None where some are
-        not there, since another thread has replaced them by now."""
+        """The place among `values` of each of these tensors, or of the sharded one that it is a shard of; None where
+        some are not there, since another thread has replaced them."""
         place = {id(local(value)): i for i, value in enumerate(self.values() or ())}
         found = [place.get(id(tensor)) for tensor in tensors]
         return [i for i in found if i is not None] if None not in found else None
 
-    def _registries(self) -> list[Any] | None:
+    def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
+        """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""
         modules = [reference() for reference in self._modules]
         if None in modules:
             return None
         attributes = list(map(vars, modules))
-        found = [each.get(name) for each in attributes for name in _REGISTRIES]
-        return None if None in found else [*found, *self._containers]
-
-
-def _keys(registries: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(each for each in registries if isinstance(each, dict)))
-
-
-def _values(registries: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in registries))
+        registries = [each.get(name) for each in attributes for name in _REGISTRIES]
+        if None in registries:
+            return None
+        slots = [*registries, *self._containers]
+        keys = list(chain.from_iterable(each for each in slots if isinstance(each, dict)))
+        values = list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in slots))
+        return (list(map(len, slots)), keys, list(map(id, values))), values

@@ -122,7 +122,7 @@ def views(storages, places):
 
 
 def check_same_as_cpu(device, batches, count):
-    """One launch per batch. Whole storages are compared, so a write beside a tensor shows too."""
+    """One launch per batch. Whole storages are compared, so a write next to a tensor shows too."""
     rng = np.random.default_rng(21)
     for batch in range(batches):
         storages, places = random_batch(rng, count)

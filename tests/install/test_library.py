@@ -67,7 +67,7 @@ def test_a_library_without_a_record(folders, text):
         record.unlink()
     else:
         record.write_text(text)
-    assert f"has no readable {cache.RECORD} beside it" in why_not()
+    assert f"has no readable {cache.RECORD} next to it" in why_not()
 
 
 def test_a_cache_that_others_can_write(folders):

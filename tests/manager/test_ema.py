@@ -251,7 +251,7 @@ def test_names_that_are_one_without_wrappers():
             super().__init__(2, 2)
             self.module = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are the same name .*; expected names that"):
+    with pytest.raises(ValueError, match=r"expected names that differ .*, found 'weight' and 'module.weight'"):
         EMA(Inner())
 
 
@@ -896,7 +896,7 @@ def test_copy_to_the_averages_themselves(backend):
     ema.update()
     target.load_state_dict(ema.state_dict()["averages"][0], assign=True)
     both = [averages(ema, k) for k in range(2)]
-    refused(ValueError, lambda: ema.copy_to(target, 1), target, ema.model, *both, names=["that of the averages"])
+    refused(ValueError, lambda: ema.copy_to(target, 1), target, ema.model, *both, names=["memory of the averages"])
     with ema.swapped():
         refused(RuntimeError, lambda: ema.copy_to(target), target, ema.model, averages(ema, 1), names=["swapped"])
     before = clones(averages(ema))

@@ -32,7 +32,7 @@ def hooks(optimizer):
 
 
 class Checked:
-    """An attached manager, beside one that is updated by hand after the steps that were taken."""
+    """An attached manager, and another that is updated by hand after the steps that were taken."""
 
     def __init__(self, model, optimizer, overlap=False, **options):
         self.model, self.optimizer = model, optimizer
@@ -267,7 +267,7 @@ def test_other_things_are_refused(backend, thing):
 
 def test_an_optimizer_of_another_model_is_warned_of(backend, recwarn):
     model, other = net(), net()
-    with pytest.warns(UserWarning, match="expected an optimizer of the averaged model's parameters, found none of"):
+    with pytest.warns(UserWarning, match="the optimizer has none of the averaged model's parameters in its groups"):
         EMA(model).attach(torch.optim.SGD(other.parameters(), 0.1)).remove()
     recwarn.clear()
     some = [next(model.parameters()), next(other.parameters())]
@@ -389,7 +389,7 @@ def test_a_wrapper_that_writes_after_the_step(backend, kind, scheduled):
     ema = EMA(model, 0.0)  # copies: what it holds is what it saw
     original = optimizer.step
     handle = ema.attach(optimizer)
-    if scheduled:  # wraps step() in turn
+    if scheduled:  # the scheduler wraps step() again
         torch.optim.lr_scheduler.StepLR(optimizer, 2)
     for step in range(1, 4):
         backward(model)
@@ -616,7 +616,7 @@ def test_two_managers_do_not_save_under_one_name(make_optimizer):
     optimizer = make_optimizer(model.parameters())
     first, second = EMA(model, decay=0.5), EMA(model, decay=0.9)
     handle = first.attach(optimizer, save=True)
-    with pytest.raises(ValueError, match="save=True from one manager"):
+    with pytest.raises(ValueError, match="another manager already saves"):
         second.attach(optimizer, save=True)
     assert equal(optimizer.state_dict()["fused_ema"]["averages"][0], averages(first))
     backward(model)

@@ -191,7 +191,7 @@ def test_goes_on_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_saved_while_swapped(backend, index):
-    # An evaluation that saves: the checkpoint is that of a moment later.
+    # An evaluation that saves a checkpoint, which has to hold the state of a moment later.
     ema = EMA(small(), [0.9, 0.5])
     run(ema, 0, 4)
     with ema.swapped(index):
@@ -345,7 +345,7 @@ REFUSED = {
 HALF_WRITTEN = "_fitting lets it through: copy_() raises after the first averages were written"
 NOT_YET = {
     "decays strings": (changed(decays=["x", "y"]), ["decay"], "TypeError"),
-    "schedules numbers": (changed(schedules=[1, 2]), ["schedule"], "taken for schedules of one's own"),
+    "schedules numbers": (changed(schedules=[1, 2]), ["schedule"], "taken for schedules of the user's"),
     "integers": (with_averages(lambda a: a.update({"1.bias": a["1.bias"].long()})), ["int64"], "taken, truncated"),
     "bools": (with_averages(lambda a: a.update({"1.bias": a["1.bias"] > 0})), ["bool"], "taken"),
     "float8": (

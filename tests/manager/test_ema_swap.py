@@ -142,7 +142,7 @@ def test_special_values_are_restored(backend):
         assert same_bits(model[0].detach(), before)
 
 
-# ---- What is refused meanwhile
+# ---- What is refused while the model is swapped
 
 
 @pytest.mark.hazard(38, "guarded")
@@ -426,7 +426,7 @@ def test_the_averages_themselves_put_into_the_model(backend, dtype, early, which
     assert whole.averages_are_true()
     for name, tensor in parameters(model).items():
         assert torch.equal(tensor.to(dtype), whole.raw[name])
-    ema.update()  # the memory is apart again
+    ema.update()  # the tensors have their own memory again
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -671,7 +671,7 @@ def test_an_error_that_stays_is_raised(backend):
 
     def names_that_collide(*args, **options):
         calls.append(1)
-        if len(calls) < 50:  # lest it hangs
+        if len(calls) < 50:  # else it would hang
             raise ValueError("one name")
         return nn.Module.named_modules(model, *args, **options)
 
@@ -705,7 +705,7 @@ def test_refused_after_a_block_that_replaced_tensors(backend, dtype):
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of the storages that PyTorch makes meanwhile."""
+    """Bytes of the storages that PyTorch makes during the block."""
 
     def __init__(self):
         super().__init__()
@@ -909,7 +909,7 @@ def interrupt(what, dtype, rounds, longest, block=lambda model: None):
 
 if _native.load():
     interrupt("values exchanged", torch.float32, 400, 5e-4)
-    interrupt("values set aside", torch.bfloat16, 400, 5e-4)
+    interrupt("values in scratch memory", torch.bfloat16, 400, 5e-4)
     interrupt("tensors replaced", torch.float32, 100, 2e-3, replace)
     interrupt("tensors of another type replaced", torch.bfloat16, 100, 2e-3, replace)
     _native.load = lambda: None

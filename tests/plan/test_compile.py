@@ -143,5 +143,5 @@ def test_jit_trace_is_refused():
         fused_ema.update([e], [p], 0.5)
         return e * 1
 
-    with pytest.raises(RuntimeError, match=r"found torch\.jit\.trace"):
+    with pytest.raises(RuntimeError, match=r"under torch\.jit\.trace"):
         torch.jit.trace(step, (torch.zeros(3), torch.ones(3)))

@@ -382,7 +382,7 @@ def test_nothing_runs_while_modules_are_compared(backend):
     threshold = gc.get_threshold()
     gc.callbacks.append(lambda phase, _: collections.append(phase))
     try:
-        current = binding._plan._prepared.current
+        current = binding._plan.prepared.current
         gc.disable()
         due = [{} for _ in range(500)]
         gc.set_threshold(1)
@@ -462,7 +462,7 @@ def test_prepare_pairs_again_and_writes_nothing(backend):
     handle.prepare()
     assert same_bits(before, ema, model)
     if backend != "torch":
-        assert handle._plan.current()
+        assert handle._plan.prepared.current()
     handle.update(0.0)
     assert ema[0].weight.eq(1).all()
     model[0].weight = nn.Parameter(torch.ones(1))

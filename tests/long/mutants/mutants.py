@@ -328,12 +328,6 @@ MUTANTS = [
         "        if False:\n",
     ),
     Mutant(
-        "values that change places",
-        "fused_ema/manager/swap.py",
-        "v.clone() if storage(v) in written else v",
-        "v",
-    ),
-    Mutant(
         "written to where another is",
         "fused_ema/manager/swap.py",
         "if owner.setdefault(id(tensor), self._place(name)) != self._place(name):",
@@ -387,7 +381,7 @@ MUTANTS = [
     Mutant(
         "swapped models trained",
         "fused_ema/manager/attach.py",
-        "        self._manager.refuse_swapped()\n",
+        '        self._manager.refuse_swapped("optimizer.step(), which would train the averages,")\n',
         "",
     ),
     Mutant("the count of warm-up", "fused_ema/schedules.py", "(1 + n) / (10 + n)", "n / (10 + n)"),
@@ -461,9 +455,9 @@ MUTANTS = [
     ),
     Mutant(
         "all averages in an export",
-        "fused_ema/checkpoints/layouts.py",
-        "return tensor.clone() if here.untyped_storage().nbytes() > here.nbytes else tensor",
-        "return tensor",
+        "fused_ema/manager/ema.py",
+        "shared = self._averages.count > 1 and",
+        "shared = False and",
     ),
     Mutant(
         "any folder for code",
