@@ -22,3 +22,4 @@ __all__ = [
 
 for _public in (EMA, Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update):
     _public.__module__ = __name__  # so that pickles and errors name this package, not its submodules
+del _public

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+import torch
+
+# Of this package, and of those that call it on behalf of the user: contextlib leaves `swapped()`, PyTorch runs hooks.
+_SKIPPED = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, contextlib.__file__)
 
 
 def warn(message: str) -> None:
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back and frame.f_code.co_filename.startswith(_SKIPPED):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

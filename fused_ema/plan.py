@@ -95,7 +95,8 @@ class Plan:
         if writes_model:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
         if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
-            if pairs is None and not self.prepared.current():  # the averages may have been cast since
+            # The averages may have been cast since.
+            if not (self.prepared.current() if pairs is None else any(ema.element_size() == 2 for ema in pairs.ema)):
                 return False
             self._coarse = 0.0
             _warn_of_standstill(call.decays)

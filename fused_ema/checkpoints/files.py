@@ -39,6 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
         found = "a symbolic link that points to itself" if path.is_symlink() else "a device or pipe"
         raise ValueError(f"{path}: expected a file to replace or no file, found {found}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder to write to, found none at {path.parent}; make it first")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()  # it gets the mode that the umask asks for; safetensors may replace it by a file of mode 0600

@@ -131,7 +131,7 @@ class Positional(Layout):
         known = {id(tensor) for tensor in tensors_of(model).values()}
         if strangers := [str(i) for i, tensor in enumerate(those) if id(tensor) not in known]:
             at = first_few(strangers, ", ")
-            raise ValueError(f"parameters: expected parameters of the manager's model, found other tensors at {at}")
+            raise ValueError(f"parameters: expected parameters of the manager's model, found other tensors at positions {at}")
         return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
     def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
@@ -215,4 +215,4 @@ def layout_of(state: Any, name: str | None) -> Layout:
     else:
         wanted = f"one layout of {', '.join(LAYOUTS)}"
     found = " and ".join(each.name for each in told) or "none"
-    raise ValueError(f"state: expected {wanted}, found {found}; the keys are {listed(list(state)) or 'none'}")
+    raise ValueError(f"state: expected {wanted}, found {found}; its keys: {listed(list(state)) or 'none'}")

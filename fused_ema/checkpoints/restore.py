@@ -107,6 +107,8 @@ def _matched(
             problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
-    if problem := mismatch(missing, unexpected, "the state") or first_few(problems, "; "):
-        raise ValueError(f"state: {problem}")
+    if differ := mismatch(missing, unexpected, "the state"):
+        raise ValueError(f"state: expected the names that the manager averages; {differ}")
+    if problems:
+        raise ValueError(f"state: {first_few(problems, '; ')}")
     return {name: found[tensor] for name, tensor in wanted.items()}

@@ -530,23 +530,23 @@ class EMA:
     def _keep(self, plan: Plan) -> None:
         self._plan = plan if plan.lasts else None
 
-    def _new_plan(self, tensors: Sequence[Tensor] | None = None) -> Plan:
-        """A plan for the model, or for `tensors` in the place of its own (of sharded ones, the shards on this rank)."""
+    def _new_plan(self, given: Mapping[str, Tensor] | None = None) -> Plan:
+        """A plan for the model, or for tensors `given` by name in the place of its own, as the shards on this rank."""
         names, firsts = list(self._averages), self._averages.firsts()
         watched = None
-        if tensors is None:
+        if given is None:
             if self._averages.sharded():
                 self._current()  # reshards what FSDP2 left gathered, before it is watched
             watched = watch(self.model, firsts)
             current = self._current()
             tensors = [current[name] for name in names]
         else:
-            tensors = [self._averages.as_sharded(name, shard) for name, shard in zip(names, tensors, strict=True)]
-        pairs = Pairs([f"[{name!r}]" for name in names], firsts, list(tensors), [True] * len(names))
+            tensors = [self._averages.as_sharded(name, given[name]) for name in names]
+        pairs = Pairs([f"[{name!r}]" for name in names], firsts, tensors, [True] * len(names))
         return Plan(
             pairs,
             "average",
-            watched or watch(list(tensors), firsts),
+            watched or watch(tensors, firsts),
             lasts=watched is not None,
             averages=self._averages.count,
             strides=self._averages.strides(),

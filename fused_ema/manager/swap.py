@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..runners.base import Call, OpName
 from .averages import Averages
 
-MakePlan = Callable[[Sequence[Tensor] | None], Plan]  # for the model as it is, or for these tensors in its place
+MakePlan = Callable[[Mapping[str, Tensor] | None], Plan]  # for the model as it is, or for these tensors by name
 
 
 class Exchange:
@@ -66,7 +66,8 @@ class Exchange:
             self._written = self._written_now()
         self._bring_back_memory()
         if self._exchanged():
-            self._run("restore", self._plan, lambda: self._plan_for_first_tensors(make))
+            plan = self._run("restore", self._plan, lambda: self._plan_for_first_tensors(make))
+            self.replaced |= not plan.lasts  # it does not watch the model, so that tensors may have been replaced
         lost: list[str] = []
         if self.replaced:
             try:
@@ -77,20 +78,22 @@ class Exchange:
         self.over = True
         if self in _under_way:
             _under_way.remove(self)
-        self._warn_of_writes()
         problems = []
         if lost:
             problems.append(
-                f"the block replaced {listed(lost)} by tensors that can't take the model's own values, and they keep "
-                "what the block gave them"
+                f"the block removed, tied or replaced {listed(lost)}, so that the model's own values could not be put "
+                "back there"
             )
         if freed := [name for name in self._freed if self._trades(name)]:
             problems.append(
                 f"the block freed the memory of {listed(freed)}, where the averages were, and these averages start "
                 "again from the model's own values"
             )
-        if problems:
-            raise RuntimeError(f"EMA.swapped: {'; '.join(problems)}")
+        try:
+            self._warn_of_writes()
+        finally:  # though a warning may be an error
+            if problems:
+                raise RuntimeError(f"EMA.swapped: {'; '.join(problems)}")
 
     def _run(self, op: OpName, kept: Plan | None, make: Callable[[], Plan]) -> Plan:
         """Notes the plan before it runs, so that an interrupt right after the launch can be undone."""
@@ -110,7 +113,7 @@ class Exchange:
     def _plan_for_first_tensors(self, make: MakePlan) -> Plan:
         """A plan that undoes the exchange in the original tensors, where the block put others into the model."""
         self.replaced = True
-        plan = make(list(self._memory.values()))
+        plan = make(self._memory)
         plan.prepared.mark_exchanged()
         return plan
 

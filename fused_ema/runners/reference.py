@@ -151,7 +151,7 @@ class _Pairs:
                 ema.copy_(old_model)
                 model.copy_(old_ema)
             else:
-                memory = next(each for each in call.scratch if each.device == model.device)
+                memory = {each.device: each for each in call.scratch}[model.device]
                 waiting = memory[row.scratch].view(model.dtype).view(model.shape)
                 if call.op == "swap":
                     waiting.copy_(model)
@@ -167,7 +167,7 @@ class _Pairs:
 def _record(tensor: Tensor) -> tuple[object, ...]:
     """A record that stays equal as long as the tensor keeps its type and its memory."""
     size = tensor.untyped_storage().nbytes() if has_address(tensor) else 0
-    return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg())
+    return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
 
 
 @torch.no_grad()

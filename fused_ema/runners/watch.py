@@ -80,12 +80,10 @@ class SlotWatch:
 
     def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
         """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""
-        modules = [reference() for reference in self._modules]
-        if None in modules:
-            return None
-        attributes = list(map(vars, modules))
-        registries = [each.get(name) for each in attributes for name in _REGISTRIES]
-        if None in registries:
+        try:
+            attributes = [vars(reference()) for reference in self._modules]
+            registries = [each[name] for each in attributes for name in _REGISTRIES]
+        except (TypeError, KeyError):  # vars(None), where the module is gone
             return None
         slots = [*registries, *self._containers]
         keys = list(chain.from_iterable(each for each in slots if isinstance(each, dict)))

@@ -397,7 +397,7 @@ def test_tensors_that_change_places_in_the_block(backend, dtype, change):
 def test_tied_in_the_block(backend, dtype):
     ema = trained(square(dtype))
     whole = Whole(ema)
-    with pytest.raises(RuntimeError, match=r"replaced 'a.weight' by tensors that can't"), ema.swapped() as model:
+    with pytest.raises(RuntimeError, match=r"tied or replaced 'a.weight'"), ema.swapped() as model:
         model["a"].weight = model["b"].weight
     assert whole.averages_are_true()
     assert same_bits(model["b"].weight.detach(), whole.raw["b.weight"])
@@ -921,3 +921,66 @@ print("done")
 def test_interrupted_at_any_moment():
     done = subprocess.run([sys.executable, "-c", INTERRUPTS], capture_output=True, text=True, timeout=120)
     assert done.stdout == "done\n", done.stderr
+
+
+# ---- Models whose names change their order, or whose slots can't be watched
+
+
+def moves_the_first_child_last(model):
+    model._modules["0"] = model._modules.pop("0")
+
+
+def registers_the_weights_anew(model):
+    for child in model:
+        weight = child.weight
+        del child.weight
+        child.weight = weight
+
+
+@pytest.mark.parametrize("reorder", [moves_the_first_child_last, registers_the_weights_anew])
+@pytest.mark.parametrize("shapes", [(3, 3, 3), (3, 2, 5)], ids=["equal", "other"])
+def test_names_in_another_order_than_when_the_manager_was_made(backend, reorder, shapes):
+    one, two, three = shapes
+    ema = trained(nn.Sequential(nn.Linear(one, two), nn.Linear(two, three)))
+    reorder(ema.model)
+    whole = Whole(ema)
+    with ema.swapped() as model:
+        replaces_weights(model)
+        model[1].bias.data = model[1].bias.data.clone()
+    whole.check_values()
+
+
+class NamesLess(nn.Sequential):
+    def modules(self):
+        yield from ()
+
+
+@pytest.mark.parametrize("kind", [NamesLess, lambda layer: torch.jit.script(nn.Sequential(layer))])
+def test_tensors_replaced_in_a_model_that_can_not_be_watched(backend, kind):
+    ema = trained(kind(nn.Linear(3, 2)))
+    whole = Whole(ema)
+    with ema.swapped() as model:
+        model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+    whole.check_values()
+
+
+def test_warnings_point_at_the_block(backend):
+    ema = trained(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    with pytest.warns(UserWarning, match="these buffers are not averaged") as caught:  # noqa: SIM117
+        with ema.swapped() as model:
+            model(torch.randn(4, 3))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_warning_that_is_an_error_does_not_hide_what_was_lost(backend):
+    ema = trained(nn.Linear(3, 2))
+
+    @ema.swapped()
+    def block():
+        ema.model.weight.detach().fill_(1)
+        ema.model.bias = nn.Parameter(torch.zeros(5))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="replaced 'bias'"):
+            block()

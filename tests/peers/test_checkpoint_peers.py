@@ -233,7 +233,7 @@ def test_some_parameters_only(kind, monkeypatch):
     assert same(ours(ema), peer.averages())
     refuses(peer.manager(), peer.state(), "missing from the state: 'frozen'", parameters=trainable)
     with pytest.raises(
-        ValueError, match=r"parameters: expected parameters of the manager's model, found other tensors at 1"
+        ValueError, match=r"parameters: expected parameters of the manager's model, found other tensors at positions 1"
     ):
         export(ema, peer.layout, parameters=[model.frozen, torch.zeros(3)])
 

@@ -122,3 +122,10 @@ def test_stochastic_rounding_does_not_warn(backend):
     ema = EMA(net(), 0.99999, dtype=torch.bfloat16, rounding="stochastic")
     with no_warning():
         ema.update()
+
+
+def test_float32_averages_in_the_memory_of_16_bit_ones_do_not_warn(backend):
+    ema, model = torch.zeros(64, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    fused_ema.update([ema], [model], 0.5)
+    with no_warning():
+        fused_ema.update([ema.view(torch.float32)], [torch.ones(32)], 0.99999)

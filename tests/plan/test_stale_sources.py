@@ -7,6 +7,7 @@ import pickle
 from collections import UserDict, UserList, deque
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from conftest import bits, label, net, refused, same_bits, source, tensors_of
@@ -468,3 +469,34 @@ def test_prepare_pairs_again_and_writes_nothing(backend):
     model[0].weight = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="expected shape"):
         handle.prepare()
+
+
+def test_lists_in_which_a_tensor_became_an_inference_tensor(backend):
+    """At the same address, of the same kind: nothing else changed."""
+    arrays = [np.zeros(2, np.float32) for _ in range(2)]
+    model = [torch.ones(2) for _ in range(2)]
+    fused_ema.copy_(list(map(torch.from_numpy, arrays)), model)
+    for tensor in model:
+        tensor.fill_(5)
+    with torch.inference_mode():
+        inference = torch.from_numpy(arrays[1])
+    refused(RuntimeError, lambda: fused_ema.copy_([torch.from_numpy(arrays[0]), inference], model), names=["ema[1]"])
+    assert [array.tolist() for array in arrays] == [[1, 1], [1, 1]]
+
+
+class Compared(nn.Module):
+    """Modules that compare by a value of theirs."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.inner, self.value = nn.Linear(2, 2), value
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_modules_with_a_comparison_of_their_own(stepper):
+    ema, model = Compared(1), Compared(1)
+    follows(ema, model, stepper(ema, model))
