@@ -106,14 +106,14 @@ def test_exchanges(grid, threads, averages, index):
 
         tables.run("swap", [0.0], first=index, scratch=scratch)
         plan = run_on_cpu(others, averages, "swap", [0.0], average=average, scratch=[other_scratch])
-        assert plan.prepared.exchanged()
+        assert plan.exchanged()
         assert plan.scratch_bytes() == [(torch.device("cpu"), tables.scratch_bytes())]
         assert torch.equal(scratch, other_scratch)
         swapped = memory.clone(), other.clone()
 
         tables.run("restore", [0.0], first=index, scratch=scratch)
         plan = run_on_cpu(others, averages, "restore", [0.0], average=average, scratch=[other_scratch])
-        assert not plan.prepared.exchanged()
+        assert not plan.exchanged()
         assert torch.equal(memory, start)
         assert torch.equal(other, start)
         memory.copy_(swapped[0])
