@@ -131,7 +131,9 @@ class Positional(Layout):
         known = {id(tensor) for tensor in tensors_of(model).values()}
         if strangers := [str(i) for i, tensor in enumerate(those) if id(tensor) not in known]:
             at = first_few(strangers, ", ")
-            raise ValueError(f"parameters: expected parameters of the manager's model, found other tensors at positions {at}")
+            raise ValueError(
+                f"parameters: expected parameters of the manager's model, found other tensors at positions {at}"
+            )
         return {f"shadow_params[{i}]": tensor for i, tensor in enumerate(those)}
 
     def averages(self, ema: EMA, index: int, parameters: Iterable[Tensor] | None) -> dict[str, Any]:
