@@ -202,11 +202,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
 
 def _call(op: OpName, decay: float | Tensor) -> Call:
     value = check_decay(decay)
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu":
-            return Call(op, (1.0,), value)
-        value = decay_number(value.item())
-    return _call_of_number(op, value)
+    return Call(op, (1.0,), value) if isinstance(value, Tensor) else _call_of_number(op, value)
 
 
 @functools.lru_cache(maxsize=256)

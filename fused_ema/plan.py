@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._warning import warn
 from .pairs import shards
+from .pairs.arguments import decay_number
 from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
 from .runners import choose
@@ -91,6 +92,8 @@ class Plan:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
         if (call.op in self._refusals or call.device_decays is not None) and self.refusal(call):
             return False
+        if call.device_decays is not None and call.device_decays.device.type == "cpu":
+            call = call._replace(decays=(decay_number(call.device_decays.item()),), device_decays=None)
         writes_model = call.op in ("swap", "restore")
         if writes_model:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
