@@ -160,7 +160,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("update_stochastic", Op::update_stochastic);
   py::class_<CompiledWatch, std::shared_ptr<CompiledWatch>>(m, "CompiledWatch")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>(), py::arg("modules"),
-           py::arg("containers"));
+           py::arg("containers"))
+      .def("current", &CompiledWatch::current)
+      .def("values", &CompiledWatch::values);
   py::class_<PyPreparedPairs>(m, "PreparedPairs")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
                     std::shared_ptr<const CompiledWatch>, int, const std::vector<int64_t>&>(),

@@ -179,6 +179,14 @@ bool CompiledWatch::current() const {
                      [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
 }
 
+py::object CompiledWatch::values() const {
+  auto values = py::list(slots_.size());  // before the look: to allocate it may run code that changes something
+  if (!current()) return py::none();
+  for (size_t i = 0; i < slots_.size(); ++i)
+    PyList_SET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(slots_[i].value));
+  return values;
+}
+
 bool CompiledWatch::holds(const Tensors& tensors) const {
   std::unordered_set<const at::TensorImpl*> held;
   for (const auto& slot : slots_) held.insert(slot.shard ? slot.shard : slot.tensor);

@@ -21,6 +21,9 @@ class CompiledWatch {
 
   bool current() const;
 
+  // A list of what the slots hold, in one fixed order; None if that has changed.
+  py::object values() const;
+
   // Whether slots hold all of these tensors, or the DTensors that they are the local shards of, and so keep them alive.
   // They do not if another thread replaced one while Python was pairing.
   bool holds(const Tensors& tensors) const;

@@ -1,6 +1,7 @@
 # The compiled extension: csrc/bindings.cpp and csrc/watch.h.
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ class Op(Enum):
 
 class CompiledWatch:
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[object]) -> None: ...
+    def current(self) -> bool: ...
+    def values(self) -> list[Any] | None: ...
 
 class PreparedPairs:
     def __init__(

@@ -62,6 +62,9 @@ class Watch(Protocol):
 
     def current(self) -> bool: ...
 
+    def values(self) -> list[Any] | None:
+        """What the slots of the sources hold, in one fixed order; None where that has changed."""
+
 
 class Prepared(Protocol):
     """Pairs that a runner has prepared. Holds no reference to a tensor, so that replaced parameters are freed."""

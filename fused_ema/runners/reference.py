@@ -17,7 +17,6 @@ from ..pairs import shards
 from ..pairs.checks import Action
 from ..pairs.memory import has_address, nth_average, place
 from .base import Call, Job, Prepared, Tensors, Watch, one_at_a_time
-from .watch import SlotWatch
 
 CALLS_PER_AVERAGE = 7  # PyTorch operations, so launches on a device
 CALLS_PER_COPY = 1
@@ -71,8 +70,9 @@ class _Pairs:
         tensors = [*job.ema, *job.model]
         self._records = list(map(_record, tensors))
         self._inference = [any(map(Tensor.is_inference, side)) for side in (job.ema, job.model)]
-        self._watch = watch if isinstance(watch, SlotWatch) else None
-        self._places = self._watch.places(tensors) if self._watch else None
+        self._watch = watch
+        place = {id(shards.local(value)): i for i, value in enumerate((watch and watch.values()) or ())}
+        self._places = [place.get(id(tensor), -1) for tensor in tensors]  # among the watched values
         self._exchanged = 0  # rows that a swap has done and no restore has undone
 
     def launches(self) -> int:
@@ -109,9 +109,10 @@ class _Pairs:
         return True
 
     def _watched(self) -> Tensors | None:
-        """The tensors that the watched sources hold, if those are in the slots where they were."""
-        values = self._watch.values() if self._watch and self._places is not None else None
-        return None if values is None else [values[place] for place in self._places or ()]
+        """The tensors that the watched sources hold. None where those have changed, or held others from the start,
+        since another thread replaced some before they were paired."""
+        values = self._watch.values() if self._watch and -1 not in self._places else None
+        return None if values is None else [values[place] for place in self._places]
 
     def _fits(self, tensors: list[Tensor]) -> bool:
         return len(tensors) == len(self._records) and list(map(_record, tensors)) == self._records

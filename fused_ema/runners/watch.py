@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..pairs.pairing import Source
-from ..pairs.shards import is_sharded, local
+from ..pairs.shards import is_sharded
 from . import extension
 from .base import Watch
 
@@ -26,7 +26,7 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 def watch(*sources: Source) -> Watch | None:
     """Watches what the sources hold from now on; None where one of them can't be watched.
 
-    The compiled watch takes 25 ns per slot, the one in Python about ten times as long.
+    It looks by C++ where the extension is loaded, whichever runner follows: that takes a fraction of the time.
     """
     if not all(map(watchable, sources)):
         return None
@@ -49,7 +49,7 @@ def watchable(source: Source) -> bool:
 
 
 class SlotWatch:
-    """The watch in Python: compares the identities of all values, then gives them to whoever compares the tensors.
+    """The watch in Python. It compares the identities of all values.
 
     A new object may have the address of one that was freed. A weak reference tells whether a module was; a plain tensor
     is compared by its memory, type and shape afterwards. A sharded one is kept alive, since those don't identify it.
@@ -67,16 +67,8 @@ class SlotWatch:
         return self.values() is not None
 
     def values(self) -> list[Any] | None:
-        """What the slots hold, in one fixed order; None where that has changed."""
         seen = self._look()
         return seen[1] if seen and seen[0] == self._expected else None
-
-    def places(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """The place among `values` of each of these tensors, or of the sharded one that it is a shard of; None where
-        some are not there, since another thread has replaced them."""
-        place = {id(local(value)): i for i, value in enumerate(self.values() or ())}
-        found = [place.get(id(tensor)) for tensor in tensors]
-        return [i for i in found if i is not None] if None not in found else None
 
     def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
         """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""

@@ -1,4 +1,4 @@
-"""Every runner does what runners/base.py says. A new runner joins by being in RUNNERS."""
+"""Every runner does what runners/base.py says. A new runner joins by a line in WAYS."""
 
 import gc
 import weakref
@@ -6,9 +6,11 @@ import weakref
 import oracle
 import pytest
 import torch
-from conftest import bits, same_bits
+from conftest import averages, bits, forget_plans, same_bits
 from torch import nn
 
+from fused_ema import EMA, bind, update
+from fused_ema import backend as backend_on
 from fused_ema.pairs.checks import Action
 from fused_ema.plan import Plan
 from fused_ema.runners import RUNNERS, choose, extension
@@ -18,19 +20,31 @@ from fused_ema.runners.watch import SlotWatch
 DECAY = 0.9
 
 
-@pytest.fixture(params=RUNNERS, ids=lambda runner: runner.name)
-def runner(request):
-    if why := request.param.why_not("cpu"):
-        pytest.skip(f"no native extension: {why}")
-    return request.param
+COMPILED = extension.load() and extension.load().CompiledWatch
+# The reference runner gets the compiled watch where the extension is there, but has no kernel for a device.
+WAYS = [("extension", COMPILED), ("reference", SlotWatch), ("reference", COMPILED)]
 
 
-def watch_of(runner, *sources):
-    """What `watch` would take for this runner, whichever runs by default."""
-    modules = [source for source in sources if isinstance(source, nn.Module)]
-    containers = [source for source in sources if not isinstance(source, nn.Module)]
-    kind = extension.load().CompiledWatch if runner.name == "extension" else SlotWatch
-    return kind(modules, containers)
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{getattr(way[1], '__name__', None)}")
+def way(request):
+    name, kind = request.param
+    if kind is None:
+        pytest.skip(f"no native extension: {extension.why_not()}")
+    return next(runner for runner in RUNNERS if runner.name == name), kind
+
+
+@pytest.fixture
+def runner(way):
+    return way[0]
+
+
+@pytest.fixture
+def watch_of(way):
+    def watch_of(*sources):
+        modules = [source for source in sources if isinstance(source, nn.Module)]
+        return way[1](modules, [source for source in sources if not isinstance(source, nn.Module)])
+
+    return watch_of
 
 
 def sides(types=((torch.float32, torch.float32), (torch.float32, torch.bfloat16)), averages=1):
@@ -47,14 +61,18 @@ def job(ema, model, averages=1):
     return Job(names, ema, model, actions, averages, [128 if averages > 1 else 0] * len(ema))
 
 
-def prepared(runner, averages=1):
-    ema, model = sides(averages=averages)
-    if averages > 1:
-        ema, model = ema[:-1], model[:-1]
-        made = job([*ema, torch.zeros(0)], [*model, torch.zeros(0)], averages)
-        made.actions[-1] = Action.NONE
-        return ema, model, runner.prepare(made, watch_of(runner, made.ema, made.model))
-    return ema, model, runner.prepare(job(ema, model), watch_of(runner, ema, model))
+@pytest.fixture
+def prepared(runner, watch_of):
+    def prepared(averages=1):
+        ema, model = sides(averages=averages)
+        if averages > 1:
+            ema, model = ema[:-1], model[:-1]
+            made = job([*ema, torch.zeros(0)], [*model, torch.zeros(0)], averages)
+            made.actions[-1] = Action.NONE
+            return ema, model, runner.prepare(made, watch_of(made.ema, made.model))
+        return ema, model, runner.prepare(job(ema, model), watch_of(ema, model))
+
+    return prepared
 
 
 def test_why_not_is_told_in_words(runner):
@@ -65,8 +83,8 @@ def test_why_not_is_told_in_words(runner):
     assert choose(["cpu", "mps"]).name == "reference"
 
 
-def test_update(runner):
-    ema, model, pairs = prepared(runner)
+def test_update(prepared):
+    ema, model, pairs = prepared()
     old = [tensor.clone() for tensor in ema]
     assert pairs.current()
     versions = [tensor._version for tensor in ema]
@@ -93,8 +111,8 @@ def test_update_of_other_objects_on_the_same_memory(runner):
     assert same_bits(before, ema, model)
 
 
-def test_several_averages_and_one_of_them(runner):
-    ema, model, pairs = prepared(runner, averages=2)
+def test_several_averages_and_one_of_them(prepared):
+    ema, model, pairs = prepared(averages=2)
     second = [tensor.as_strided(tensor.shape, tensor.stride(), 128) for tensor in ema]
     old = [[t.clone() for t in each] for each in (ema, second)]
     assert pairs.run(Call("update", (DECAY, 0.5)))
@@ -106,8 +124,8 @@ def test_several_averages_and_one_of_them(runner):
     assert all(torch.equal(average, tensor.to(average.dtype)) for average, tensor in zip(second, model, strict=True))
 
 
-def test_swap_and_restore(runner):
-    ema, model, pairs = prepared(runner)
+def test_swap_and_restore(prepared):
+    ema, model, pairs = prepared()
     before = bits(ema, model)
     averages = [tensor.clone() for tensor in ema]
     scratch = [torch.empty(size, dtype=torch.uint8, device=device) for device, size in pairs.scratch()]
@@ -120,12 +138,12 @@ def test_swap_and_restore(runner):
     assert same_bits(before, ema, model)
 
 
-def test_a_swap_that_another_did_is_undone(runner):
-    ema, model, pairs = prepared(runner)
+def test_a_swap_that_another_did_is_undone(runner, prepared, watch_of):
+    ema, model, pairs = prepared()
     before = bits(ema, model)
     scratch = [torch.empty(size, dtype=torch.uint8, device=device) for device, size in pairs.scratch()]
     assert pairs.run(Call("swap", scratch=scratch))
-    other = runner.prepare(job(ema, model), watch_of(runner, ema, model))
+    other = runner.prepare(job(ema, model), watch_of(ema, model))
     other.mark_exchanged()
     assert other.exchanged()
     assert other.run(Call("restore", scratch=scratch))
@@ -146,8 +164,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_is_written_once_something_changed(runner, change):
-    ema, model, pairs = prepared(runner)
+def test_nothing_is_written_once_something_changed(prepared, change):
+    ema, model, pairs = prepared()
     assert pairs.run(Call("update", (DECAY,)))
     CHANGES[change](model)
     before = bits(ema)
@@ -156,11 +174,11 @@ def test_nothing_is_written_once_something_changed(runner, change):
     assert same_bits(before, ema)
 
 
-def test_no_tensor_is_held(runner):
+def test_no_tensor_is_held(runner, watch_of):
     ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
     tensors = [[*side.parameters()] for side in (ema, model)]
     made = Job(["a", "b"], *tensors, [Action.AVERAGE] * 2, 1, [0, 0])
-    pairs = runner.prepare(made, watch_of(runner, ema, model))
+    pairs = runner.prepare(made, watch_of(ema, model))
     assert pairs.run(Call("update", (DECAY,)))
     ends = [weakref.ref(each) for each in (model, *tensors[1])]
     del model, tensors, made
@@ -171,8 +189,6 @@ def test_no_tensor_is_held(runner):
 
 def test_a_kept_plan_runs_again(backend, monkeypatch):
     """Whichever runner it is: nothing is paired or checked again while nothing changes."""
-    from fused_ema import EMA, bind, functional, update
-
     ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
     lists = [[*side.parameters()] for side in (ema, model)]
     manager, handle = EMA(model, DECAY), bind(ema, model)
@@ -185,4 +201,25 @@ def test_a_kept_plan_runs_again(backend, monkeypatch):
     for call in calls:
         call()
     assert not made
-    assert functional.backend("cpu") == backend
+    assert backend_on("cpu") == backend
+
+
+def test_a_device_that_the_loaded_extension_has_no_kernel_for(monkeypatch):
+    """As CUDA's, where the extension was built without it: the reference runner runs, and sees what is replaced."""
+    if COMPILED is None:
+        pytest.skip(f"no native extension: {extension.why_not()}")
+    forget_plans()
+    monkeypatch.setattr(extension.Extension, "why_not", lambda *_: "there is no kernel for it")
+    ema, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    handle, manager = bind(ema, model), EMA(model, 0.0)
+    assert handle.describe()["backend"] == manager.describe()["backend"] == "torch"
+    for _ in range(2):
+        for step in (lambda: handle.update(0.0), lambda: update(ema, model, 0.0), manager.update):
+            model.weight = nn.Parameter(torch.randn(2, 3))
+            step()
+        assert torch.equal(averages(manager)["weight"], model.weight)
+        handle.update(0.0)
+        assert torch.equal(ema.weight, model.weight)
+    with manager.swapped():
+        pass
+    forget_plans()
