@@ -94,18 +94,17 @@ class _Pairs:
 
     def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
         writes_model = call.op in ("swap", "restore")
-        whole = self._watched() if ema is None or model is None else [*ema, *model]
-        if whole is None:
-            return False
-        if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
-            return False  # a new plan raises the error
-        tensors = list(map(shards.local, whole))
-        if not self._fits(tensors):
-            return False
         with one_at_a_time(), torch.no_grad():
+            whole = self._watched() if ema is None or model is None else [*ema, *model]
+            if whole is None:
+                return False
+            if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
+                return False  # a new plan raises the error
+            tensors = list(map(shards.local, whole))
+            if not self._fits(tensors):
+                return False
             self._run(call, tensors)
-        half = len(whole) // 2
-        shards.written(whole if writes_model else whole[:half])
+            shards.written(whole if writes_model else whole[: len(whole) // 2])
         return True
 
     def _watched(self) -> Tensors | None:
