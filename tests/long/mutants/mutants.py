@@ -328,6 +328,36 @@ MUTANTS = [
         "        if False:\n",
     ),
     Mutant(
+        "undone by position",
+        "fused_ema/manager/ema.py",
+        "[self._averages.as_sharded(name, given[name]) for name in names]",
+        "[self._averages.as_sharded(*each) for each in zip(names, given.values(), strict=True)]",
+    ),
+    Mutant(
+        "unwatched models not followed",
+        "fused_ema/manager/swap.py",
+        "            self.replaced |= not plan.lasts",
+        "            _ = plan.lasts",
+    ),
+    Mutant(
+        "inference tensors not told apart",
+        "fused_ema/runners/reference.py",
+        "tensor.is_neg(), tensor.is_inference())",
+        "tensor.is_neg())",
+    ),
+    Mutant(
+        "compared by their own __eq__",
+        "fused_ema/runners/watch.py",
+        "list(map(id, values))), values",
+        "values), values",
+    ),
+    Mutant(
+        "not counted as exchanged",
+        "fused_ema/runners/reference.py",
+        "            self._exchanged = done\n",
+        "",
+    ),
+    Mutant(
         "written to where another is",
         "fused_ema/manager/swap.py",
         "if owner.setdefault(id(tensor), self._place(name)) != self._place(name):",
