@@ -96,7 +96,7 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
 
 def check(pairs: Pairs) -> None:
     """Raises where the tensors of a pair are not sharded in the same way."""
-    for label, ema, model in zip(*pairs[:3], strict=True):
+    for label, ema, model in zip(pairs.labels, pairs.ema, pairs.model, strict=True):
         if problem := refusal(f"ema{label}", ema, model):
             raise problem
 
