@@ -51,7 +51,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/plan.py": "ema_swap ema_rounding",
     "fused_ema/posthoc/profiles.py": "profiles",
     "fused_ema/posthoc/snapshots.py": "snapshots",
-    "fused_ema/runners/reference.py": "numerics ema_swap stale_sources interface",
+    "fused_ema/runners/reference.py": "numerics ema_rounding ema_swap stale_sources interface",
     "fused_ema/runners/watch.py": "interface stale_sources lifetimes",
     "fused_ema/schedules.py": "schedules",
     "fused_ema/manager/state.py": "ema_state",
