@@ -115,7 +115,7 @@ class Binding:
         self._run(Call("swap"))
 
     def _run(self, call: Call) -> None:
-        plan = plans.run(self._plan, lambda: _new_plan(*self._sources), call)
+        plan = plans.run(self._plan, call, _new_plan, *self._sources)
         if plan is not self._plan:
             self._keep(plan)
 
@@ -249,7 +249,7 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
         key = (id(ema), id(model), buffers)
         kept = _module_plans.get(key, (None, ()))[0]
-        plan = plans.run(kept, lambda: _new_plan(ema, model, buffers), _call(op, decay))
+        plan = plans.run(kept, _call(op, decay), _new_plan, ema, model, buffers)
         if plan is not kept and plan.lasts:
             ends = tuple(weakref.ref(side, lambda _: _module_plans.pop(key, None)) for side in (ema, model))
             _module_plans[key] = (plan, ends)
@@ -262,7 +262,7 @@ def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
     key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
     kept = _list_plans.pop(key, None)
-    _list_plans[key] = plans.run(kept, lambda: Plan(pairs, buffers), _call(op, decay), pairs)
+    _list_plans[key] = plans.run(kept, _call(op, decay), Plan, pairs, buffers, pairs=pairs)
     while len(_list_plans) > _MOST_LISTS:
         _list_plans.popitem(last=False)
 

@@ -21,15 +21,15 @@ from .runners.base import Call, Job, OpName, Watch
 Buffers = Literal["copy", "average", "ignore"]
 
 
-def run(kept: Plan | None, make: Callable[[], Plan], call: Call, pairs: Pairs | None = None) -> Plan:
-    """Runs the kept plan or, where that no longer fits what its sources hold, a new one; returns the one that ran.
+def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any, pairs: Pairs | None = None) -> Plan:
+    """Runs the kept plan or, where that no longer fits what its sources hold, `make(*sources)`; returns what ran.
 
     Every call takes this path. Without `pairs` a plan runs on what its watch sees; with them it runs on those tensors.
     Raises the plan's refusal of the call, before anything is written.
     """
     if kept is not None and kept.try_run(call, pairs):
         return kept
-    plan = make()
+    plan = make(*sources)
     if refusal := plan.refusal(call):
         raise refusal
     if not plan.try_run(call, pairs):
@@ -90,14 +90,16 @@ class Plan:
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
-        if (call.op in self._refusals or call.device_decays is not None) and self.refusal(call):
-            return False
-        if call.device_decays is not None and call.device_decays.device.type == "cpu":
-            call = call._replace(decays=(decay_number(call.device_decays.item()),), device_decays=None)
-        writes_model = call.op in ("swap", "restore")
+        op = call.op
+        if call.device_decays is not None or op in self._refusals:
+            if self.refusal(call):
+                return False
+            if call.device_decays is not None and call.device_decays.device.type == "cpu":
+                call = call._replace(decays=(decay_number(call.device_decays.item()),), device_decays=None)
+        writes_model = op in ("swap", "restore")
         if writes_model:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
-        if self._coarse and call.op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
+        if self._coarse and op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
             # The averages may have been cast since.
             if not (self.prepared.current() if pairs is None else any(ema.element_size() == 2 for ema in pairs.ema)):
                 return False

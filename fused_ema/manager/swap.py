@@ -103,7 +103,7 @@ class Exchange:
             return self._plan
 
         self._plan = kept if kept is None else self._with_scratch(op, kept)
-        return plans.run(self._plan, made, Call(op, average=self.index, scratch=self._scratch))
+        return plans.run(self._plan, Call(op, average=self.index, scratch=self._scratch), made)
 
     def _with_scratch(self, op: OpName, plan: Plan) -> Plan:
         if op == "swap":
