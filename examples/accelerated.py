@@ -64,4 +64,4 @@ with ema.swapped():
     averaged = accuracy()
     accelerator.save_model(model, arguments.folder / "averaged")  # saves the average as model.safetensors
 accelerator.print(f"step {ema.step}: {averaged:.1f}% of unseen digits right with the average, {raw:.1f}% without")
-accelerator.end_training()  # ends the process group: without it a process may abort when it exits
+accelerator.end_training()  # ends the process group
