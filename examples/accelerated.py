@@ -38,6 +38,7 @@ accelerator.register_for_checkpointing(ema)
 if (arguments.folder / "checkpoint").is_dir():
     accelerator.load_state(arguments.folder / "checkpoint")
     accelerator.print(f"resumed at step {ema.step}")
+    accelerator.wait_for_everyone()  # all have read the checkpoint before one of them replaces it
 
 
 @torch.no_grad()

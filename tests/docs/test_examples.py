@@ -130,7 +130,7 @@ def test_accelerated_on_two_processes(tmp_path):
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         reports.append([line.partition(":")[0] for line in done.stdout.splitlines() if "step" in line])
