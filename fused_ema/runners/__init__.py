@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from .base import Runner
 from .extension import Extension
-from .reference import Reference
+from .foreach import Foreach
 
-RUNNERS: tuple[Runner, ...] = (Extension(), Reference())  # the fastest first
+RUNNERS: tuple[Runner, ...] = (Extension(), Foreach())  # the fastest first
 
 
 def choose(device_types: Iterable[str]) -> Runner:

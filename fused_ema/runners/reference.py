@@ -1,4 +1,4 @@
-"""The pure-PyTorch runner: runs where no kernel does, and is the oracle of the tests.
+"""One pair averaged in float64: the oracle of the tests, and what runs where torch._foreach_lerp_ can't.
 
 It keeps the one-step bound of the numeric contract, not the kernels' bits: arithmetic in float64, rounded once (in
 float32 on MPS, which has no float64).
@@ -6,168 +6,13 @@ float32 on MPS, which has no float64).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..pairs import shards
-from ..pairs.checks import Action
-from ..pairs.memory import has_address, nth_average, place
-from .base import Call, Job, Prepared, Tensors, Watch, one_at_a_time
-
-CALLS_PER_AVERAGE = 7  # PyTorch operations, so launches on a device
-CALLS_PER_COPY = 1
-_BLOCK = 1 << 16  # elements
-
-
-class Reference:
-    """One pair after the other, by PyTorch's own operations."""
-
-    name = "reference"
-
-    def backend(self, device_type: str) -> str:
-        return "torch"
-
-    def why_not(self, device_type: str) -> str | None:
-        return None
-
-    def prepare(self, job: Job, watch: Watch | None) -> Prepared:
-        return _Pairs(job, watch)
-
-
-class _Row(NamedTuple):
-    """What is known of a pair before any call."""
-
-    pair: int
-    average: bool  # False: copied
-    stride: int
-    number: int  # of its first element among all, for the random bits
-    scratch: slice | None  # of its device's scratch memory, where the types differ
-
-
-class _Pairs:
-    """See `Prepared`."""
-
-    def __init__(self, job: Job, watch: Watch | None) -> None:
-        self._averages = job.averages
-        self._rows: list[_Row] = []
-        self._sizes: Counter[torch.device] = Counter()
-        number = 0
-        for pair, (ema, model, action, stride) in enumerate(
-            zip(job.ema, job.model, job.actions, job.strides, strict=True)
-        ):
-            if action is not Action.NONE:
-                scratch = None
-                if ema.dtype != model.dtype:
-                    begin = self._sizes[model.device]
-                    scratch = slice(begin, begin + model.numel() * model.element_size())
-                    self._sizes[model.device] = (scratch.stop + 15) // 16 * 16
-                self._rows.append(_Row(pair, action is Action.AVERAGE, stride, number, scratch))
-                number += 2 * ema.numel()  # as csrc/plan.cpp counts: a complex element has two
-        tensors = [*job.ema, *job.model]
-        self._records = list(map(_record, tensors))
-        self._inference = [any(map(Tensor.is_inference, side)) for side in (job.ema, job.model)]
-        self._watch = watch
-        place = {id(shards.local(value)): i for i, value in enumerate((watch and watch.values()) or ())}
-        self._places = [place.get(id(tensor), -1) for tensor in tensors]  # among the watched values
-        self._exchanged = 0  # rows that a swap has done and no restore has undone
-
-    def launches(self) -> int:
-        averaged = sum(row.average for row in self._rows)
-        return self._averages * (averaged * CALLS_PER_AVERAGE + (len(self._rows) - averaged) * CALLS_PER_COPY)
-
-    def scratch(self) -> list[tuple[torch.device, int]]:
-        return list(self._sizes.items())
-
-    def current(self) -> bool:
-        watched = self._watched()
-        return watched is not None and self._fits(list(map(shards.local, watched)))
-
-    def exchanged(self) -> bool:
-        return self._exchanged > 0
-
-    def mark_exchanged(self) -> None:
-        self._exchanged = len(self._rows)
-
-    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
-        writes_model = call.op in ("swap", "restore")
-        with one_at_a_time(), torch.no_grad():
-            whole = self._watched() if ema is None or model is None else [*ema, *model]
-            if whole is None:
-                return False
-            if not torch.is_inference_mode_enabled() and any(self._inference[: 2 if writes_model else 1]):
-                return False  # a new plan raises the error
-            tensors = list(map(shards.local, whole))
-            if not self._fits(tensors):
-                return False
-            self._run(call, tensors)
-            shards.written(whole if writes_model else whole[: len(whole) // 2])
-        return True
-
-    def _watched(self) -> Tensors | None:
-        """The tensors that the watched sources hold. None where those have changed, or held others from the start,
-        since another thread replaced some before they were paired."""
-        values = self._watch.values() if self._watch and -1 not in self._places else None
-        return None if values is None else [values[place] for place in self._places]
-
-    def _fits(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self._records) and list(map(_record, tensors)) == self._records
-
-    def _run(self, call: Call, tensors: list[Tensor]) -> None:
-        half = len(tensors) // 2
-        if call.op == "restore":
-            while self._exchanged:
-                row = self._rows[self._exchanged - 1]
-                ema, model = self._average(row, tensors, call.average), tensors[half + row.pair]
-                self._exchange(row, ema, model, call, self._exchanged - 1)
-            return
-        averages = range(len(call.decays)) if call.average < 0 else [call.average]
-        decays = call.decays if call.device_decays is None else call.device_decays.reshape(-1).unbind()
-        for done, row in enumerate(self._rows):
-            model = tensors[half + row.pair]
-            for position, k in enumerate(averages):
-                ema = self._average(row, tensors, k)
-                if call.op == "swap":
-                    self._exchange(row, ema, model, call, done + 1)
-                elif call.op == "copy":
-                    ema.copy_(model)
-                else:
-                    random = (call.keys[position], row.number) if call.op == "update_stochastic" else None
-                    update_(ema, model, decays[position], average=row.average, random=random)
-
-    def _average(self, row: _Row, tensors: list[Tensor], k: int) -> Tensor:
-        first = tensors[row.pair]
-        return first if k <= 0 else nth_average(first, row.stride, k)
-
-    def _exchange(self, row: _Row, ema: Tensor, model: Tensor, call: Call, done: int) -> None:
-        """Exchanges one pair, or undoes that, and counts it. An interrupt leaves both done or neither."""
-        old_ema, old_model = ema.clone(), model.clone()
-        before = self._exchanged
-        try:
-            if row.scratch is None:
-                ema.copy_(old_model)
-                model.copy_(old_ema)
-            else:
-                memory = {each.device: each for each in call.scratch}[model.device]
-                waiting = memory[row.scratch].view(model.dtype).view(model.shape)
-                if call.op == "swap":
-                    waiting.copy_(model)
-                model.copy_(ema if call.op == "swap" else waiting)
-            self._exchanged = done
-        except BaseException:
-            ema.copy_(old_ema)
-            model.copy_(old_model)
-            self._exchanged = before
-            raise
-
-
-def _record(tensor: Tensor) -> tuple[object, ...]:
-    """A record that stays equal as long as the tensor keeps its type and its memory."""
-    size = tensor.untyped_storage().nbytes() if has_address(tensor) else 0
-    return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
+# Elements that are computed at a time: their temporaries stay in the CPU's caches, or hide a launch on a device.
+_BLOCK_CPU, _BLOCK_DEVICE = 1 << 16, 1 << 22
 
 
 @torch.no_grad()
@@ -248,9 +93,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _blocks(ema: Tensor, model: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """The pair in pieces whose float64 temporaries stay in the CPU's caches."""
-    if ema.device.type == "cpu" and ema.is_contiguous() and model.is_contiguous():
-        return zip(torch.split(ema.view(-1), _BLOCK), torch.split(model.view(-1), _BLOCK), strict=True)
+    """The pair in pieces, whose temporaries are small."""
+    if ema.is_contiguous() and model.is_contiguous():
+        block = _BLOCK_CPU if ema.device.type == "cpu" else _BLOCK_DEVICE
+        return zip(torch.split(ema.view(-1), block), torch.split(model.view(-1), block), strict=True)
     return [(ema, model)]
 
 

@@ -21,8 +21,8 @@ DECAY = 0.9
 
 
 COMPILED = extension.load() and extension.load().CompiledWatch
-# The reference runner gets the compiled watch where the extension is there, but has no kernel for a device.
-WAYS = [("extension", COMPILED), ("reference", SlotWatch), ("reference", COMPILED)]
+# A runner in Python gets the compiled watch where the extension is there, but has no kernel for a device.
+WAYS = [("extension", COMPILED), ("foreach", SlotWatch), ("foreach", COMPILED)]
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{getattr(way[1], '__name__', None)}")
@@ -80,7 +80,7 @@ def test_why_not_is_told_in_words(runner):
     for kind in ("cuda", "mps", "xpu"):
         reason = runner.why_not(kind)
         assert reason is None or len(reason.split()) > 3
-    assert choose(["cpu", "mps"]).name == "reference"
+    assert choose(["cpu", "mps"]).name == "foreach"
 
 
 def test_update(prepared):

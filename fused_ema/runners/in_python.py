@@ -1,0 +1,132 @@
+"""What every runner that is written in Python does alike: it sees whether its tensors are still what they were.
+
+To derive from `PreparedInPython`, work out in `__init__` what depends on the pairs alone, and implement `_run`, which
+gets tensors that fit. `launches` and `scratch` remain to be written too; see `Prepared` in base.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pairs import shards
+from ..pairs.memory import has_address, place
+from .base import Call, Job, Tensors, Watch, one_at_a_time
+
+try:
+    from torch._C._dynamo import guards as _guards  # private, and alike from PyTorch 2.6 to 2.14
+
+    _TensorGuards: Any = _guards.TensorGuards
+except (ImportError, AttributeError):
+    _TensorGuards = None
+
+_data_ptr = torch._C.TensorBase.data_ptr
+
+
+class PreparedInPython:
+    """See `Prepared`, whose `current`, `run`, `exchanged` and `mark_exchanged` are here."""
+
+    def __init__(self, job: Job, watch: Watch | None) -> None:
+        tensors = [*job.ema, *job.model]
+        self._records = Records(tensors)
+        self._inference = [any(map(Tensor.is_inference, side)) for side in (job.ema, job.model)]
+        self._watch = watch
+        values = (watch and watch.values()) or []
+        self._sharded = any(map(shards.is_sharded, values))
+        places = {id(shards.local(value)): i for i, value in enumerate(values)}
+        self._places = [places.get(id(tensor), -1) for tensor in tensors]  # among the watched values
+        self._complete = watch is not None and -1 not in self._places
+        self._exchanged = 0
+
+    def _run(self, call: Call, tensors: list[Tensor]) -> None:
+        """Runs the call on the averages and, behind them, the model's tensors, in the order of the job.
+
+        It raises the version counters of what it writes, and keeps `_exchanged` above 0 while the model holds an
+        average. One thread at a time is here, without gradients.
+        """
+        raise NotImplementedError
+
+    def current(self) -> bool:
+        with torch.no_grad():
+            watched = self._watched()
+            return watched is not None and self._records.fit(self._local(watched))
+
+    def exchanged(self) -> bool:
+        return self._exchanged > 0
+
+    def mark_exchanged(self) -> None:
+        self._exchanged = 1
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        writes_model = call.op in ("swap", "restore")
+        with one_at_a_time(), torch.no_grad():
+            whole = self._watched() if ema is None or model is None else [*ema, *model]
+            if whole is None:
+                return False
+            if any(self._inference[: 1 + writes_model]) and not torch.is_inference_mode_enabled():
+                return False  # a new plan raises the error
+            tensors = self._local(whole)
+            if not self._records.fit(tensors):
+                return False
+            self._run(call, tensors)
+            if self._sharded:
+                shards.written(whole if writes_model else whole[: len(whole) // 2])
+        return True
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(shards.local, tensors)) if self._sharded else tensors
+
+    def _watched(self) -> list[Tensor] | None:
+        """The tensors that the watched sources hold. None where those have changed, or held others from the start,
+        since another thread replaced some before they were paired."""
+        values = self._watch.values() if self._watch and self._complete else None
+        return None if values is None else [values[place] for place in self._places]
+
+
+class Records:
+    """What tensors were when they were prepared: their addresses, types, shapes and strides. Holds none of them.
+
+    Comparing record by record takes a microsecond or two for each tensor. Two calls that loop in C take a twentieth of
+    that: torch.compile's guards, which never fit wrongly but do not fit in another mode, such as autocast or inference
+    mode, and a list of addresses. Where they don't fit, the records decide.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._records = list(map(_record, tensors))
+        first: dict[int, int] = {}
+        for position, tensor in enumerate(tensors):
+            first.setdefault(id(tensor), position)
+        self._positions = list(first.values())  # the guards want each tensor once
+        self._repeated = [(i, first[id(tensor)]) for i, tensor in enumerate(tensors) if first[id(tensor)] != i]
+        addresses = _TensorGuards is not None and bool(tensors) and all(map(has_address, tensors))
+        self._addresses = [record[1] for record in self._records] if addresses else None
+        self._guards: Any = None
+
+    def fit(self, tensors: list[Tensor]) -> bool:
+        """Whether all tensors, which may be other objects, are what they were. To be called without gradients."""
+        if len(tensors) != len(self._records):
+            return False
+        if self._guards is not None and self._fit_guards(tensors):
+            return True
+        if list(map(_record, tensors)) != self._records:
+            return False
+        if self._addresses is not None and all(tensors[i] is tensors[before] for i, before in self._repeated):
+            once = [tensors[position] for position in self._positions]
+            self._guards = _TensorGuards(*once, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return True
+
+    def _fit_guards(self, tensors: list[Tensor]) -> bool:
+        once = tensors
+        if self._repeated:
+            if not all(tensors[i] is tensors[before] for i, before in self._repeated):
+                return False
+            once = [tensors[position] for position in self._positions]
+        return bool(self._guards.check(*once)) and list(map(_data_ptr, tensors)) == self._addresses
+
+
+def _record(tensor: Tensor) -> tuple[object, ...]:
+    """A record that stays equal as long as the tensor keeps its type and its memory."""
+    size = tensor.untyped_storage().nbytes() if has_address(tensor) else 0
+    return (type(tensor), *place(tensor), tensor.device, size, tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
