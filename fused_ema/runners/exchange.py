@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pairs.checks import Action
 from ..pairs.memory import nth_average
-from .base import Call, Job
+from .base import Call, Job, Tensors
 from .pieces import Piece, pieces, reals
 
 
@@ -53,7 +53,7 @@ class Exchange:
     def mark_done(self) -> None:
         self.done = len(self._steps)
 
-    def run(self, call: Call, ema: list[Tensor], model: list[Tensor]) -> None:
+    def run(self, call: Call, ema: Tensors, model: Tensors) -> None:
         """Runs a "swap", or a "restore" that undoes as much as was done."""
         if call.op == "swap":
             for done, step in enumerate(self._steps, 1):
@@ -62,7 +62,7 @@ class Exchange:
         while self.done:
             self._take(self._steps[self.done - 1], call, ema, model, self.done - 1)
 
-    def _take(self, step: _Step, call: Call, ema: list[Tensor], model: list[Tensor], done: int) -> None:
+    def _take(self, step: _Step, call: Call, ema: Tensors, model: Tensors, done: int) -> None:
         """Exchanges one piece, or undoes that, and counts it. An interrupt leaves both done or neither."""
         i = step.piece.pair
         average = ema[i] if call.average <= 0 else nth_average(ema[i], step.stride, call.average)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..pairs.checks import Action
 from ..pairs.memory import nth_average
-from .base import Call, Job, Watch
+from .base import Call, Job, Tensors, Watch
 from .exchange import Exchange
-from .in_python import PreparedInPython
+from .in_python import PreparedInPython, getter
 from .pieces import Piece, pieces, reals
 from .reference import update_
 
@@ -49,13 +50,19 @@ class PreparedForeach(PreparedInPython):
         self._averages, self._strides = job.averages, job.strides
         self._active = [i for i, action in enumerate(job.actions) if action is not Action.NONE]
         self._copied = [i for i in self._active if job.actions[i] is Action.COPY]
-        self._lists_of_copied, self._lists_of_all = (_by_device(job, each) for each in (self._copied, self._active))
+        self._pick_copied, self._pick_all = (
+            [getter(pairs) for pairs in _alike(job, each)] for each in (self._copied, self._active)
+        )
         self._groups = _groups(job, [i for i in self._active if job.actions[i] is Action.AVERAGE])
         self._numbers: dict[int, int] = {}  # of the first elements, for the random bits, as csrc/plan.cpp counts them
         number = 0
         for i in self._active:
             self._numbers[i] = number
             number += 2 * job.ema[i].numel()
+        self._scratch_bytes: dict[torch.device, int] = {}
+        for group in self._groups:
+            if size := group.scratch_bytes():
+                self._scratch_bytes[group.device] = max(size, self._scratch_bytes.get(group.device, 0))
         devices = {tensor.device for tensor in job.model}
         self._exchange = Exchange(job, min(map(_scratch_bytes, devices), default=0) // 2)
 
@@ -71,7 +78,7 @@ class PreparedForeach(PreparedInPython):
     def mark_exchanged(self) -> None:
         self._exchange.mark_done()
 
-    def _run(self, call: Call, tensors: list[Tensor]) -> None:
+    def _run(self, call: Call, tensors: Tensors) -> None:
         half = len(tensors) // 2
         ema, model = tensors[:half], tensors[half:]
         if call.op in ("swap", "restore"):
@@ -80,37 +87,34 @@ class PreparedForeach(PreparedInPython):
         for position, k in enumerate(averages):
             nth = ema if k <= 0 else self._nth(ema, k)
             if call.op == "copy":
-                _copy(self._lists_of_all, nth, model)
-            elif call.device_decays is not None:
-                self._update_on_device(nth, model, call.device_decays.reshape(-1)[position])
-            else:
+                _copy(self._pick_all, nth, model)
+            elif call.device_decays is None:
                 self._update(nth, model, call.decays[position], call.keys[position] if call.keys else None)
+            else:
+                self._update_on_device(nth, model, call.device_decays.reshape(-1)[position])
 
-    def _nth(self, ema: list[Tensor], k: int) -> list[Tensor]:
-        nth = list(ema)
+    def _nth(self, ema: Tensors, k: int) -> Tensors:
+        nth = [*ema]
         for i in self._active:
             nth[i] = nth_average(ema[i], self._strides[i], k)
         return nth
 
-    def _update(self, ema: list[Tensor], model: list[Tensor], decay: float, key: int | None) -> None:
+    def _update(self, ema: Tensors, model: Tensors, decay: float, key: int | None) -> None:
         if decay == 1:
             return
         if decay == 0:
-            return _copy(self._lists_of_all, ema, model)
-        sizes: dict[torch.device, int] = defaultdict(int)
-        for group in self._groups:
-            sizes[group.device] = max(sizes[group.device], group.scratch_bytes())
-        scratch = {device: _scratch(device, size) for device, size in sizes.items()}  # before anything is written
+            return _copy(self._pick_all, ema, model)
+        scratch = {device: _scratch(device, size) for device, size in self._scratch_bytes.items()}
         for group in self._groups:
             if group.exact and (key is None or not group.narrow):
-                group.update(ema, model, decay, scratch[group.device])
+                group.update(ema, model, decay, scratch)
                 continue
             for i in group.pairs:
                 random = None if key is None else (key, self._numbers[i])
                 update_(ema[i], model[i], decay, average=True, random=random)
-        _copy(self._lists_of_copied, ema, model)
+        _copy(self._pick_copied, ema, model)
 
-    def _update_on_device(self, ema: list[Tensor], model: list[Tensor], decay: Tensor) -> None:
+    def _update_on_device(self, ema: Tensors, model: Tensors, decay: Tensor) -> None:
         for group in self._groups:
             for i in group.pairs:
                 update_(ema[i], model[i], decay, average=True)
@@ -121,15 +125,14 @@ class PreparedForeach(PreparedInPython):
 class _Group:
     """Pairs that are averaged together: of the same types, on the same devices."""
 
-    def __init__(self, ema: Tensor, model: Tensor) -> None:
-        self.pairs: list[int] = []
-        self.device = ema.device
-        self.narrow = ema.element_size() == 2
-        self.exact = ema.device.type != "cpu" or _lerp_is_fused()
-        self._complex = ema.is_complex()
-
-    def add(self, pair: int, ema: Tensor, model: Tensor) -> None:
-        self.pairs.append(pair)
+    def __init__(self, job: Job, pairs: list[int]) -> None:
+        first = job.ema[pairs[0]]
+        self.pairs = pairs
+        self.device = first.device
+        self.narrow = first.element_size() == 2
+        self.exact = first.device.type != "cpu" or _lerp_is_fused()
+        self._complex = first.is_complex()
+        self._pick = getter(pairs)
 
     def scratch_bytes(self) -> int:
         """What an update needs."""
@@ -139,8 +142,8 @@ class _Group:
         """Operations on single tensors in an update."""
         return len(self.pairs)
 
-    def update(self, ema: list[Tensor], model: list[Tensor], decay: float, scratch: Tensor) -> None:
-        e, p = ([side[i] for i in self.pairs] for side in (ema, model))
+    def update(self, ema: Tensors, model: Tensors, decay: float, scratch: dict[torch.device, Tensor]) -> None:
+        e, p = self._pick(ema), self._pick(model)
         if self._complex:
             e, p = list(map(torch.view_as_real, e)), list(map(torch.view_as_real, p))
         _lerp(e, p, decay)
@@ -149,28 +152,26 @@ class _Group:
 class _CastGroup(_Group):
     """Two types, or two devices: goes through scratch memory, in rounds that fill it."""
 
-    def __init__(self, ema: Tensor, model: Tensor) -> None:
-        super().__init__(ema, model)
+    def __init__(self, job: Job, pairs: list[int]) -> None:
+        super().__init__(job, pairs)
+        ema, model = job.ema[pairs[0]], job.model[pairs[0]]
         types = reals(ema).dtype, reals(model).dtype
         self._type = torch.float64 if torch.float64 in types else torch.float32
         self._cast_ema = types[0] != self._type
         self._cast_model = types[1] != self._type or model.device != ema.device
-        self._most = _scratch_bytes(self.device) // self._type.itemsize // (self._cast_ema + self._cast_model)
+        most = _scratch_bytes(self.device) // self._type.itemsize // (self._cast_ema + self._cast_model)
         self._rounds: list[list[Piece]] = []
-        self._filled, self._fullest = self._most, 0
-        self._in_parts: list[int] = []
-
-    def add(self, pair: int, ema: Tensor, model: Tensor) -> None:
-        super().add(pair, ema, model)
-        for piece in pieces(pair, ema, model, self._most):
-            if self._filled + piece.numel() > self._most:
-                self._rounds.append([])
-                self._filled = 0
-            self._rounds[-1].append(piece)
-            self._filled += piece.numel()
-            self._fullest = max(self._fullest, self._filled)
-        if self._rounds[-1][-1].part is not None and not ema.is_inference():
-            self._in_parts.append(pair)
+        self._fullest, filled = 0, most
+        for i in pairs:
+            for piece in pieces(i, job.ema[i], job.model[i], most):
+                if filled + piece.numel() > most:
+                    self._rounds.append([])
+                    filled = 0
+                self._rounds[-1].append(piece)
+                filled += piece.numel()
+                self._fullest = max(self._fullest, filled)
+        in_parts = {piece.pair for each in self._rounds for piece in each if piece.part is not None}
+        self._in_parts = [i for i in in_parts if not job.ema[i].is_inference()]
 
     def scratch_bytes(self) -> int:
         return self._fullest * self._type.itemsize * (self._cast_ema + self._cast_model)
@@ -178,8 +179,8 @@ class _CastGroup(_Group):
     def operations(self) -> int:
         return sum(map(len, self._rounds)) * (1 + self._cast_model + 2 * self._cast_ema)
 
-    def update(self, ema: list[Tensor], model: list[Tensor], decay: float, scratch: Tensor) -> None:
-        memory = scratch[: self.scratch_bytes()].view(self._type)
+    def update(self, ema: Tensors, model: Tensors, decay: float, scratch: dict[torch.device, Tensor]) -> None:
+        memory = scratch[self.device][: self.scratch_bytes()].view(self._type)
         for each in self._rounds:
             e, p = ([piece.of(side[piece.pair]) for piece in each] for side in (ema, model))
             if self._cast_model:
@@ -194,19 +195,16 @@ class _CastGroup(_Group):
 
 
 def _groups(job: Job, averaged: list[int]) -> list[_Group]:
-    groups: dict[object, _Group] = {}
-    for i in averaged:
-        ema, model = job.ema[i], job.model[i]
+    groups = []
+    for pairs in _alike(job, averaged):
+        ema, model = job.ema[pairs[0]], job.model[pairs[0]]
         kind = _Group if (ema.dtype, ema.device) == (model.dtype, model.device) else _CastGroup
-        key = (ema.dtype, model.dtype, ema.device, model.device, ema.stride() == model.stride())
-        if key not in groups:
-            groups[key] = kind(ema, model)
-        groups[key].add(i, ema, model)
-    return list(groups.values())
+        groups.append(kind(job, pairs))
+    return groups
 
 
-def _by_device(job: Job, pairs: Iterable[int]) -> list[list[int]]:
-    """The pairs in lists that PyTorch copies in few launches: of one device and two types, equal in strides or not."""
+def _alike(job: Job, pairs: Iterable[int]) -> list[list[int]]:
+    """The pairs in lists that PyTorch handles in few launches: of one device and two types, equal in strides or not."""
     lists: dict[object, list[int]] = defaultdict(list)
     for i in pairs:
         ema, model = job.ema[i], job.model[i]
@@ -214,7 +212,7 @@ def _by_device(job: Job, pairs: Iterable[int]) -> list[list[int]]:
     return list(lists.values())
 
 
-def _lerp(ema: list[Tensor], model: list[Tensor], decay: float) -> None:
+def _lerp(ema: Any, model: Any, decay: float) -> None:
     """Multiplies the difference by the smaller of the two weights, as csrc/lerp.h does, which the bound needs."""
     if decay >= 0.5:
         torch._foreach_lerp_(ema, model, 1 - decay)
@@ -223,12 +221,12 @@ def _lerp(ema: list[Tensor], model: list[Tensor], decay: float) -> None:
         torch.lerp(p, e, decay, out=e)  # _foreach_lerp_ would subtract a rounded weight from 1
 
 
-def _copy(lists: list[list[int]], ema: list[Tensor], model: list[Tensor]) -> None:
-    for pairs in lists:
-        torch._foreach_copy_([ema[i] for i in pairs], [model[i] for i in pairs])
+def _copy(picks: list[Callable[[Tensors], Any]], ema: Tensors, model: Tensors) -> None:
+    for pick in picks:
+        torch._foreach_copy_(pick(ema), pick(model))
 
 
-def _views(memory: Tensor, each: list[Piece]) -> list[Tensor]:
+def _views(memory: Tensor, each: list[Piece]) -> Tensors:
     sizes = [piece.numel() for piece in each]
     return [view.view(piece.shape) for view, piece in zip(memory[: sum(sizes)].split(sizes), each, strict=True)]  # type: ignore[no-untyped-call]
 

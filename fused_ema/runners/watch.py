@@ -58,7 +58,8 @@ class SlotWatch:
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[Any]) -> None:
         found = {id(each): each for module in modules for each in (module, *module.modules())}
         self._modules = [weakref.ref(each) for each in found.values()]
-        self._containers = containers
+        self._dicts = [each for each in containers if isinstance(each, dict)]
+        self._sequences = [each for each in containers if not isinstance(each, dict)]
         seen = self._look()
         self._expected = seen[0] if seen else None
         self._sharded = [value for value in (seen[1] if seen else ()) if is_sharded(value)]
@@ -74,10 +75,10 @@ class SlotWatch:
         """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""
         try:
             attributes = [vars(reference()) for reference in self._modules]
-            registries = [each[name] for each in attributes for name in _REGISTRIES]
+            dicts = [each[name] for name in _REGISTRIES for each in attributes]
         except (TypeError, KeyError):  # vars(None), where the module is gone
             return None
-        slots = [*registries, *self._containers]
-        keys = list(chain.from_iterable(each for each in slots if isinstance(each, dict)))
-        values = list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in slots))
-        return (list(map(len, slots)), keys, list(map(id, values))), values
+        dicts += self._dicts
+        keys = list(chain.from_iterable(dicts))
+        values = list(chain.from_iterable([*map(dict.values, dicts), *self._sequences]))
+        return (list(map(len, dicts)), list(map(len, self._sequences)), keys, list(map(id, values))), values
