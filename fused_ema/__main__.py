@@ -138,6 +138,7 @@ def build(into: Path | None, force: bool) -> int:
 
 
 def main() -> int:
+    os.environ["FUSED_EMA_QUIET"] = "1"  # what is slow is said at the end
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{build}")
     command = commands.add_parser("build", help="compile the extension for the installed torch")

@@ -134,10 +134,11 @@ class Binding:
         return plan
 
     def describe(self) -> dict[str, Any]:
-        """What an update does: `backend` ("cuda", "cpu", "torch", or two of them joined by "+"), `devices`, `tensors`
-        (without empty and repeated ones), `averaged` and `copied` of them, `elements`, `bytes_per_update` (read and
-        written), `launches_per_update` (of kernels; on the CPU, of parallel loops) and `dtypes` (pairs of tensors per
-        "average←model")."""
+        """What an update does: `backend` (see `fused_ema.backend`; two are joined by "+"), `runner` ("extension",
+        "nvrtc" or "foreach"), `devices`, `tensors` (without empty and repeated ones), `averaged` and `copied` of them,
+        `elements`, `bytes_per_update` (read and written), `launches_per_update` (of kernels; on the CPU, of parallel
+        loops; by PyTorch's own operations, of operations on single tensors, which a GPU does many of at a time) and
+        `dtypes` (pairs of tensors per "average←model")."""
         return self._current_plan().describe()
 
     def __repr__(self) -> str:
@@ -165,14 +166,15 @@ def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
 
 
 def backend(device: torch.device | str | int | None = None) -> str:
-    """Returns what would run, now, for tensors on `device`: "cuda", "cpu" or "torch" (the pure-PyTorch path).
+    """Returns what would run, now, for tensors on `device`: "cuda" or "cpu" (compiled), "nvrtc" (compiled when first
+    needed) or "torch" (PyTorch's own operations).
 
     `device` defaults to CUDA where it is available, else the CPU.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = "cuda" if isinstance(device, int) else torch.device(device).type
-    return choose([kind]).backend(kind)
+    return choose(kind).backend(kind)
 
 
 class EMAMultiAvgFn:

@@ -15,7 +15,7 @@ from .pairs import shards
 from .pairs.arguments import decay_number
 from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
-from .runners import choose
+from .runners import choose, prepare, slower
 from .runners.base import Call, Job, OpName, Watch
 
 Buffers = Literal["copy", "average", "ignore"]
@@ -77,13 +77,15 @@ class Plan:
         types = {ema.dtype for ema, _, action in active if action is Action.AVERAGE and ema.element_size() == 2}
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in types), default=0.0)
         kinds = list(dict.fromkeys(model.device.type for _, model, _ in active)) or ["cpu"]
-        runner = choose(kinds)
+        runners = {kind: choose(kind) for kind in kinds}
+        slower.warn_once(runners)
         job = Job(
             *checked.pairs[:3], actions=checked.actions, averages=averages, strides=[*strides] or [0] * len(pairs.ema)
         )
-        self.prepared = runner.prepare(job, watch)
+        self.prepared = prepare(job, watch, runners)
         self._about = {
-            "backend": "+".join(sorted({runner.backend(kind) for kind in kinds})),
+            "backend": "+".join(sorted({runner.backend(kind) for kind, runner in runners.items()})),
+            "runner": "+".join(sorted({runner.name for runner in runners.values()})),
             **_describe(active, averages),
             "launches_per_update": self.prepared.launches(),
         }

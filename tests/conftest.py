@@ -27,6 +27,7 @@ settings.register_profile("short", derandomize=True, max_examples=30, deadline=N
 settings.register_profile("long", max_examples=10_000, deadline=None, print_blob=True)
 settings.load_profile("short")
 
+os.environ.setdefault("FUSED_EMA_QUIET", "1")  # many tests run without the extension
 pytest.register_assert_rewrite("grid_checks", "step_checks")  # so that failed assertions there show values
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 
-from .base import Runner
+from .base import Job, Prepared, Runner, Watch
 from .extension import Extension
 from .foreach import Foreach
+from .several import Several
 
 RUNNERS: tuple[Runner, ...] = (Extension(), Foreach())  # the fastest first
 
 
-def choose(device_types: Iterable[str]) -> Runner:
-    """The fastest runner that can run on devices of all these types, here and now."""
-    types = list(device_types)
-    return next(runner for runner in RUNNERS if not any(map(runner.why_not, types)))
+def choose(device_type: str) -> Runner:
+    """The fastest runner that can run on devices of this type, here and now, or the one that FUSED_EMA_RUNNER names.
+
+    Raises:
+        ValueError: FUSED_EMA_RUNNER names no runner.
+        RuntimeError: it names one that can't run there.
+    """
+    forced = os.environ.get("FUSED_EMA_RUNNER", "")
+    names = [runner.name for runner in RUNNERS]
+    if forced and forced not in names:
+        raise ValueError(f"FUSED_EMA_RUNNER={forced!r}: expected one of {', '.join(names)}, or nothing")
+    for runner in RUNNERS:
+        reason = runner.why_not(device_type)
+        if forced == runner.name and reason:
+            raise RuntimeError(f"FUSED_EMA_RUNNER={forced}, but on {device_type} devices it can't run: {reason}")
+        if reason is None and forced in ("", runner.name):
+            return runner
+    raise AssertionError("the last runner runs everywhere")
+
+
+def prepare(job: Job, watch: Watch | None, runners: dict[str, Runner]) -> Prepared:
+    """Prepares each pair for the runner of its device's type."""
+    one, *others = dict.fromkeys(runners.values())
+    return Several(job, watch, runners) if others else one.prepare(job, watch)

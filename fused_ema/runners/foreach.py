@@ -183,11 +183,13 @@ class _CastGroup(_Group):
         memory = scratch[self.device][: self.scratch_bytes()].view(self._type)
         for each in self._rounds:
             e, p = ([piece.of(side[piece.pair]) for piece in each] for side in (ema, model))
+            x = _views(memory[-self._fullest :], each) if self._cast_ema else e
+            y = _views(memory, each) if self._cast_model else p
             if self._cast_model:
-                torch._foreach_copy_(y := _views(memory, each), p)
+                torch._foreach_copy_(y, p)
             if self._cast_ema:
-                torch._foreach_copy_(x := _views(memory[-self._fullest :], each), e)
-            _lerp(x if self._cast_ema else e, y if self._cast_model else p, decay)
+                torch._foreach_copy_(x, e)
+            _lerp(x, y, decay)
             if self._cast_ema:
                 torch._foreach_copy_(e, x)
         if self._in_parts:
@@ -226,7 +228,7 @@ def _copy(picks: list[Callable[[Tensors], Any]], ema: Tensors, model: Tensors) -
         torch._foreach_copy_(pick(ema), pick(model))
 
 
-def _views(memory: Tensor, each: list[Piece]) -> Tensors:
+def _views(memory: Tensor, each: list[Piece]) -> list[Tensor]:
     sizes = [piece.numel() for piece in each]
     return [view.view(piece.shape) for view, piece in zip(memory[: sum(sizes)].split(sizes), each, strict=True)]  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,7 @@ from fused_ema import EMA, bind, update
 from fused_ema import backend as backend_on
 from fused_ema.pairs.checks import Action
 from fused_ema.plan import Plan
-from fused_ema.runners import RUNNERS, choose, extension
+from fused_ema.runners import RUNNERS, choose, extension, slower
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.watch import SlotWatch
 
@@ -80,7 +80,7 @@ def test_why_not_is_told_in_words(runner):
     for kind in ("cuda", "mps", "xpu"):
         reason = runner.why_not(kind)
         assert reason is None or len(reason.split()) > 3
-    assert choose(["cpu", "mps"]).name == "foreach"
+    assert choose("mps").name == "foreach"
 
 
 def test_update(prepared):
@@ -202,6 +202,61 @@ def test_a_kept_plan_runs_again(backend, monkeypatch):
         call()
     assert not made
     assert backend_on("cpu") == backend
+
+
+def test_the_environment_chooses_a_runner_or_raises(monkeypatch):
+    forget_plans()
+    ema, model = [torch.zeros(3)], [torch.ones(3)]
+    monkeypatch.setenv("FUSED_EMA_RUNNER", "foreach")
+    assert backend_on("cpu") == "torch"
+    assert bind(ema, model).describe()["runner"] == "foreach"
+    monkeypatch.setenv("FUSED_EMA_RUNNER", "extension")
+    monkeypatch.setattr(extension, "load", lambda: None)
+    with pytest.raises(RuntimeError, match=r"FUSED_EMA_RUNNER=extension, but on cpu devices it can't run: .* not "):
+        update(ema, model, 0.5)
+    monkeypatch.setenv("FUSED_EMA_RUNNER", "fast")
+    with pytest.raises(ValueError, match="FUSED_EMA_RUNNER='fast': expected one of extension, "):
+        bind(ema, model)
+    assert ema[0].eq(0).all()
+    forget_plans()
+
+
+SLOW = "updates run as PyTorch's own operations, which are slower"
+
+
+@pytest.fixture
+def warnings_of_first(monkeypatch, recwarn):
+    """The warnings of the first binding of a process that has no extension."""
+
+    def warnings_of_first():
+        monkeypatch.setattr(extension, "load", lambda: None)
+        monkeypatch.setattr(slower, "_warned", False)
+        for _ in range(2):
+            bind([torch.zeros(3)], [torch.ones(3)]).update(0.5)
+        return [str(each.message) for each in recwarn if SLOW in str(each.message)]
+
+    monkeypatch.delenv("FUSED_EMA_QUIET")
+    return warnings_of_first
+
+
+def test_slower_than_the_machine_allows_is_said_once(warnings_of_first, monkeypatch):
+    monkeypatch.setattr(slower.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (warning,) = warnings_of_first()
+    assert "on cpu devices" in warning
+    assert "the extension" in warning
+
+
+@pytest.mark.parametrize(
+    "name, value", [("FUSED_EMA_QUIET", "1"), ("FUSED_EMA_EXT", "0"), ("FUSED_EMA_RUNNER", "foreach")]
+)
+def test_nothing_is_said_where_the_user_wants_it_so(warnings_of_first, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert not warnings_of_first()
+
+
+def test_nothing_is_said_where_nothing_can_be_done(warnings_of_first, monkeypatch):
+    monkeypatch.setattr(slower.shutil, "which", lambda _: None)
+    assert not warnings_of_first()
 
 
 def test_a_device_that_the_loaded_extension_has_no_kernel_for(monkeypatch):

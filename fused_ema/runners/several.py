@@ -1,0 +1,54 @@
+"""Pairs on devices that different runners serve, such as a model with some of its tensors on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ..pairs.checks import Action
+from .base import Call, Job, Prepared, Runner, Tensors, Watch, one_at_a_time
+
+
+class Several:
+    """See `Prepared`. Each runner prepares all pairs, but leaves out those on devices of the others.
+
+    The random bits of stochastic rounding are counted for each runner by itself.
+    """
+
+    def __init__(self, job: Job, watch: Watch | None, runners: dict[str, Runner]) -> None:
+        self._parts: list[Prepared] = []
+        for runner in dict.fromkeys(runners.values()):
+            actions = [
+                action if runners.get(model.device.type) is runner else Action.NONE
+                for action, model in zip(job.actions, job.model, strict=True)
+            ]
+            self._parts.append(runner.prepare(job._replace(actions=actions), watch))
+        self._writes_nothing = Call("update", (1.0,) * job.averages)
+
+    def launches(self) -> int:
+        return sum(part.launches() for part in self._parts)
+
+    def scratch(self) -> list[tuple[torch.device, int]]:
+        return [each for part in self._parts for each in part.scratch()]
+
+    def current(self) -> bool:
+        return all(part.current() for part in self._parts)
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        with one_at_a_time():
+            if not all(part.run(self._writes_nothing, ema, model) for part in self._parts):
+                return False
+            for part in self._parts:
+                undone = call.op == "restore" and not part.exchanged()
+                if not undone and not part.run(call, ema, model):
+                    raise RuntimeError(
+                        f"fused_ema: the tensors changed during the {call.op}, which was done on some devices only; "
+                        "another thread may be replacing them"
+                    )
+        return True
+
+    def exchanged(self) -> bool:
+        return any(part.exchanged() for part in self._parts)
+
+    def mark_exchanged(self) -> None:
+        for part in self._parts:
+            part.mark_exchanged()
