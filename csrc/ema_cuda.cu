@@ -1,8 +1,7 @@
 // The CUDA runner.
-#include "ema_cuda.h"
-
 #include <initializer_list>
 
+#include "ema_cuda.h"
 #include "kernel.h"
 
 namespace fused_ema {

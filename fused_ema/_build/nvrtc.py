@@ -130,7 +130,7 @@ def find() -> Nvrtc | str:
     if reason := no_cuda_in(torch):
         return reason
     reasons = []
-    for library in _libraries(torch.version.cuda.split(".")[0]):
+    for library in _libraries(str(torch.version.cuda).partition(".")[0]):
         try:
             return Nvrtc(library)
         except (BuildError, AttributeError) as error:

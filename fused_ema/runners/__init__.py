@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from .base import Runner
 from .extension import Extension
 from .foreach import Foreach
+from .nvrtc import Nvrtc
 
-RUNNERS: tuple[Runner, ...] = (Extension(), Foreach())  # the fastest first
+RUNNERS: tuple[Runner, ...] = (Extension(), Nvrtc(), Foreach())  # the fastest first
 
 
 def choose(device_types: Iterable[str]) -> Runner:
