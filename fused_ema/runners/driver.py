@@ -146,7 +146,7 @@ def find() -> Driver | str:
         version = found.version()
     except (OSError, AttributeError, RuntimeError) as error:
         return f"the CUDA driver, {library_name()}, can't be used ({error}); install NVIDIA's driver"
-    wanted = str(torch.version.cuda)
+    wanted = torch.version.cuda or "0"
     if version // 1000 < int(wanted.partition(".")[0]):
         return (
             f"the CUDA driver supports CUDA {version // 1000}.{version % 1000 // 10} at most, and torch "

@@ -64,7 +64,9 @@ def install(monkeypatch):
     monkeypatch.setattr(driver, "Gpu", HostGpu)
     monkeypatch.setattr(HostGpu, "now_capturing", False)
     monkeypatch.setattr(kernels, "image", image)
-    monkeypatch.setattr(nvrtc.Nvrtc, "why_not", lambda self, kind: driver.why_not() if kind == "cpu" else "a stand-in")
+    monkeypatch.setattr(
+        nvrtc.Nvrtc, "why_not", lambda self, kind: driver.why_not() if kind == "cpu" else "the stand-in is for the CPU"
+    )
     monkeypatch.setattr(extension.Extension, "why_not", lambda self, kind: "a stand-in for the NVRTC runner is tested")
     forget()
     stand_in = StandIn(path)
