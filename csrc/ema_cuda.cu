@@ -1,19 +1,10 @@
-// The CUDA runner: one grid, with a block for each tile and average. Short blocks, balanced by the hardware's
-// scheduler, stream faster than a persistent grid or a grid-stride loop; CUB's DeviceTransform found the same.
+// The CUDA runner.
 #include <initializer_list>
 
 #include "ema_cuda.h"
+#include "kernel.h"
 
 namespace fused_ema {
-namespace {
-
-template <Op kOp>
-__global__ void __launch_bounds__(kThreads, FUSED_EMA_RESIDENT / kThreads)
-    ema_kernel(const __grid_constant__ Launch launch) {
-  run_block<kOp>(launch, blockIdx.x, threadIdx.x);
-}
-
-}  // namespace
 
 cudaError_t launch_cuda(Op op, const Launch& launch, cudaStream_t stream) {
   if (blocks(launch) == 0) return cudaSuccess;

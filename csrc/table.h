@@ -76,7 +76,7 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   int64_t numel = 1;
   for (int d = 0; d < pair.dims; ++d) numel *= pair.sizes[d];
   if (numel == 0) return true;
-  Layout layout;
+  Layout layout{};  // zeros beyond its dims, so that equal pairs give equal bytes
   if (!make_layout(pair, layout)) return false;
 
   const int64_t ema_size = size_of(pair.ema_type), model_size = size_of(pair.model_type);

@@ -7,6 +7,7 @@ import tempfile
 
 import oracle
 import pytest
+import stand_in
 import torch
 from hypothesis import settings
 from summary import (  # noqa: F401
@@ -40,11 +41,21 @@ def temporary_folder(tmp_path_factory):
         yield
 
 
-@pytest.fixture(params=["cpu", "torch"])
+def pytest_itemcollected(item):
+    """Only the hazards and the suite of all runners meet the stand-in in `make test`: the rest is alike on it."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    everywhere = item.get_closest_marker("hazard") or item.path.parent.name == "runners"
+    if parameters and parameters.get("backend") == "nvrtc" and not everywhere:
+        item.add_marker("slow")
+
+
+@pytest.fixture(params=["cpu", "nvrtc", "torch"])
 def backend(request, monkeypatch):
-    """Runs the test with the native extension, and with pure PyTorch alone."""
-    if request.param == "torch":
+    """Runs the test with the native extension, with the NVRTC runner on its stand-in, and with pure PyTorch alone."""
+    if request.param != "cpu":
         monkeypatch.setattr(_native, "load", lambda: None)
+    if request.param == "nvrtc":
+        stand_in.install(monkeypatch)
     elif _native.load() is None:
         if os.environ.get("FUSED_EMA_EXT") == "1":
             pytest.fail(f"FUSED_EMA_EXT=1, but {_native.why_not()}")

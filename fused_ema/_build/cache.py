@@ -56,26 +56,39 @@ def is_built(folder: Path, wanted: Record) -> bool:
 # ---- The user's cache ----------------------------------------------------------------------------
 
 
-def cache_folder(torch_version: str) -> Path:
+def cache_root() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "fused_ema" / f"torch-{torch_version}-{PYTHON_TAG}"
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fused_ema"
 
 
-def distrust(folder: Path) -> str | None:
-    """Why code in this folder must not be loaded, which someone else could have put there; None where it may be."""
+def cache_folder(torch_version: str) -> Path:
+    return cache_root() / f"torch-{torch_version}-{PYTHON_TAG}"
+
+
+def make_trusted(folder: Path) -> None:
+    """Makes a folder of the cache; raises BuildError where someone else could put code there."""
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, exist_ok=True)
+        if reason := distrust(each):
+            raise BuildError(f"{reason}; set XDG_CACHE_HOME to a folder of your own, or use --into")
+
+
+def distrust(path: Path) -> str | None:
+    """Why code in this folder or file must not be loaded, which someone else could have put there; None where it may
+    be."""
     if not hasattr(os, "getuid"):
         return None
-    status = folder.stat()
+    status = path.stat()
     if status.st_uid != os.getuid():
-        return f"{folder} belongs to user {status.st_uid}, not to you ({os.getuid()})"
+        return f"{path} belongs to user {status.st_uid}, not to you ({os.getuid()})"
     if status.st_mode & 0o022:
-        return f"{folder} can be written by others: run `chmod go-w {folder}`"
+        return f"{path} can be written by others: run `chmod go-w {path}`"
     return None
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Allows one build per folder at a time. The system releases the lock when the process ends."""
     try:
         import fcntl
@@ -88,7 +101,10 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             say(f"waiting for another build in {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile holds the open file too
 
 
 def build(folder: Path | None = None, force: bool = False) -> tuple[Path, bool]:
@@ -99,13 +115,9 @@ def build(folder: Path | None = None, force: bool = False) -> tuple[Path, bool]:
     torch, toolkit = find_target()
     if folder is None:
         folder = cache_folder(torch.__version__)
-        folder.parent.parent.mkdir(parents=True, exist_ok=True)
-        for each in (folder.parent, folder):
-            each.mkdir(mode=0o700, exist_ok=True)
-            if reason := distrust(each):
-                raise BuildError(f"{reason}; set XDG_CACHE_HOME to a folder of your own, or use --into")
+        make_trusted(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if not force and is_built(folder, describe(torch, toolkit)):
             return folder / LIBRARY, False
         with tempfile.TemporaryDirectory(prefix="fused_ema-") as temp:

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 class BuildError(RuntimeError):
-    """No extension could be built; the text says why, and what to do."""
+    """No extension or no kernel could be built; the text says why, and what to do."""
 
 
 def say(text: str) -> None:

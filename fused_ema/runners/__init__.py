@@ -7,9 +7,10 @@ import os
 from .base import Job, Prepared, Runner, Watch
 from .extension import Extension
 from .foreach import Foreach
+from .nvrtc import Nvrtc
 from .several import Several
 
-RUNNERS: tuple[Runner, ...] = (Extension(), Foreach())  # the fastest first
+RUNNERS: tuple[Runner, ...] = (Extension(), Nvrtc(), Foreach())  # the fastest first
 
 
 def choose(device_type: str) -> Runner:
@@ -35,4 +36,6 @@ def choose(device_type: str) -> Runner:
 def prepare(job: Job, watch: Watch | None, runners: dict[str, Runner]) -> Prepared:
     """Prepares each pair for the runner of its device's type."""
     one, *others = dict.fromkeys(runners.values())
-    return Several(job, watch, runners) if others else one.prepare(job, watch)
+    if not others:
+        return one.prepare(job, watch)
+    return Several(job, watch, [runners.get(model.device.type, one) for model in job.model])

@@ -9,17 +9,20 @@ from .base import Call, Job, Prepared, Runner, Tensors, Watch, one_at_a_time
 
 
 class Several:
-    """See `Prepared`. Each runner prepares all pairs, but leaves out those on devices of the others.
+    """See `Prepared`. Each runner prepares all pairs, but leaves out those of the others.
 
     The random bits of stochastic rounding are counted for each runner by itself.
+
+    Args:
+        job, watch: see `Runner.prepare`.
+        runners: one for each pair.
     """
 
-    def __init__(self, job: Job, watch: Watch | None, runners: dict[str, Runner]) -> None:
+    def __init__(self, job: Job, watch: Watch | None, runners: list[Runner]) -> None:
         self._parts: list[Prepared] = []
-        for runner in dict.fromkeys(runners.values()):
+        for runner in dict.fromkeys(runners):
             actions = [
-                action if runners.get(model.device.type) is runner else Action.NONE
-                for action, model in zip(job.actions, job.model, strict=True)
+                action if each is runner else Action.NONE for action, each in zip(job.actions, runners, strict=True)
             ]
             self._parts.append(runner.prepare(job._replace(actions=actions), watch))
         self._writes_nothing = Call("update", (1.0,) * job.averages)

@@ -13,6 +13,7 @@ from .._warning import warn
 from .base import Runner
 from .extension import Extension
 from .foreach import Foreach
+from .nvrtc import Nvrtc
 
 _warned = False
 
@@ -43,7 +44,9 @@ def why_slower(device_type: str) -> str | None:
         return None
     if device_type == "cuda" and no_cuda_in(torch):
         return None
-    return Extension().why_not(device_type) if device_type in ("cpu", "cuda") else None
+    if device_type == "cpu":
+        return Extension().why_not("cpu")
+    return f"{Nvrtc().why_not('cuda')}; {Extension().why_not('cuda')}" if device_type == "cuda" else None
 
 
 def has_compiler() -> bool:

@@ -54,6 +54,15 @@ const char* grid_cast_pairs() { return FUSED_EMA_CAST_PAIRS(FUSED_EMA_NAME); }
 int64_t grid_tile_elements(int ema_size) { return tile_elements(ema_size); }
 int64_t grid_call_bytes() { return sizeof(Call); }
 
+// Sizes of Row, Layout, Tile and Launch; and a Launch of these parts.
+void grid_sizes(int64_t* out) {
+  for (size_t size : {sizeof(Row), sizeof(Layout), sizeof(Tile), sizeof(Launch)}) *out++ = static_cast<int64_t>(size);
+}
+void grid_launch(Launch* out, const Row* rows, const Layout* layouts, const Tile* tiles, int64_t count,
+                 const Call* call) {
+  *out = Launch{rows, layouts, tiles, count, *call};
+}
+
 Tables* grid_new() { return new Tables; }
 void grid_delete(Tables* tables) { delete tables; }
 
@@ -75,6 +84,8 @@ void grid_counts(const Tables* tables, int64_t* out) {
 }
 int64_t grid_scratch_bytes(const Tables* tables) { return tables->scratch_bytes; }
 int64_t grid_scratch(const Tables* tables, int64_t row) { return tables->rows[static_cast<size_t>(row)].scratch; }
+const Row* grid_rows(const Tables* tables) { return tables->rows.data(); }
+const Layout* grid_layouts(const Tables* tables) { return tables->layouts.data(); }
 const Tile* grid_tiles(const Tables* tables) { return tables->tiles.data(); }
 
 // The dimensions of a row's layout; -1 if the row is flat.

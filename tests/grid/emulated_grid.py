@@ -65,20 +65,26 @@ class Call(ctypes.Structure):
 @functools.cache
 def build(size="default"):
     """default: the kernel's own tile size, under a sanitizer if g++ has it. small: tiles of half as many threads."""
+    path, flags = library("emulated_grid.cpp", *((SANITIZE, []) if size == "default" else (SMALL,)))
+    grid = Grid(path)
+    grid.sanitized = flags is SANITIZE
+    return grid
+
+
+def library(source, *choices):
+    """The library that g++ makes of a file in this folder, and the first of several choices of flags that it takes."""
     if shutil.which("g++") is None:
         pytest.skip("g++ not found: the emulated grid needs it")
-    for flags in (SANITIZE, []) if size == "default" else (SMALL,):
-        library, errors = _library(flags)
-        if library:
-            grid = Grid(library)
-            grid.sanitized = flags is SANITIZE
-            return grid
+    for flags in choices:
+        path, errors = _library(source, flags)
+        if path:
+            return path, flags
     raise AssertionError(errors)
 
 
-def _library(flags):
+def _library(source, flags):
     """The library that these flags give, or None and the compiler's errors. Test processes and later runs share it."""
-    source = Path(__file__).with_name("emulated_grid.cpp")
+    source = Path(__file__).with_name(source)
     root = next(folder for folder in source.parents if (folder / "csrc").is_dir())
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), *flags]
     version = subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
@@ -106,7 +112,7 @@ class Grid:
     def __init__(self, path):
         self.path = path
         self.library = ctypes.CDLL(str(path))
-        for name in ("grid_new", "grid_tiles", "grid_stores"):
+        for name in ("grid_new", "grid_rows", "grid_layouts", "grid_tiles", "grid_stores"):
             getattr(self.library, name).restype = ctypes.c_void_p
         for name in ("grid_tile_elements", "grid_store_count", "grid_call_bytes", "grid_scratch_bytes", "grid_scratch"):
             getattr(self.library, name).restype = ctypes.c_int64
@@ -174,6 +180,11 @@ class Tables:
         out = (ctypes.c_int64 * 4)()
         self.library.grid_counts(self.handle, out)
         return tuple(out)
+
+    def table(self, name, size):
+        """The bytes of a table, "rows", "layouts" or "tiles", whose entries have this size."""
+        count = self.counts()[("rows", "layouts", "tiles").index(name)]
+        return ctypes.string_at(getattr(self.library, f"grid_{name}")(self.handle), count * size)
 
     def tiles(self):
         """[tile, (row, index)]"""

@@ -111,7 +111,7 @@ def _tool_path():
 
 
 def dump(file):
-    """cuobjdump's listings of a file: machine code, resource usage."""
+    """cuobjdump's listings of a library, an object or a cubin: machine code, resource usage."""
     path = _tool_path()
     cuobjdump, nvdisasm = (shutil.which(name, path=path) for name in ("cuobjdump", "nvdisasm"))
     if cuobjdump is None or nvdisasm is None:  # cuobjdump starts nvdisasm
@@ -124,4 +124,7 @@ def dump(file):
             sys.exit(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
-    return run("--dump-sass"), run("--dump-resource-usage")
+    code, usage = run("--dump-sass"), run("--dump-resource-usage")
+    if (arch := re.search(r"code for (sm_\d+)", code)) and "arch = " not in usage:  # of a cubin
+        usage = f"arch = {arch[1]}\n{usage}"
+    return code, usage

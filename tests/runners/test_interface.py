@@ -5,15 +5,16 @@ import weakref
 
 import oracle
 import pytest
+import stand_in
 import torch
 from conftest import averages, bits, forget_plans, same_bits
 from torch import nn
 
-from fused_ema import EMA, bind, update
+from fused_ema import EMA, bind, runners, update
 from fused_ema import backend as backend_on
 from fused_ema.pairs.checks import Action
 from fused_ema.plan import Plan
-from fused_ema.runners import RUNNERS, choose, extension, slower
+from fused_ema.runners import choose, extension, slower
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.watch import SlotWatch
 
@@ -22,15 +23,17 @@ DECAY = 0.9
 
 COMPILED = extension.load() and extension.load().CompiledWatch
 # A runner in Python gets the compiled watch where the extension is there, but has no kernel for a device.
-WAYS = [("extension", COMPILED), ("foreach", SlotWatch), ("foreach", COMPILED)]
+WAYS = [("extension", COMPILED), *((name, watch) for name in ("nvrtc", "foreach") for watch in (SlotWatch, COMPILED))]
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{getattr(way[1], '__name__', None)}")
-def way(request):
+def way(request, monkeypatch):
     name, kind = request.param
     if kind is None:
         pytest.skip(f"no native extension: {extension.why_not()}")
-    return next(runner for runner in RUNNERS if runner.name == name), kind
+    if name == "nvrtc":
+        stand_in.install(monkeypatch)
+    return next(runner for runner in runners.RUNNERS if runner.name == name), kind
 
 
 @pytest.fixture
@@ -247,7 +250,7 @@ def test_slower_than_the_machine_allows_is_said_once(warnings_of_first, monkeypa
 
 
 @pytest.mark.parametrize(
-    "name, value", [("FUSED_EMA_QUIET", "1"), ("FUSED_EMA_EXT", "0"), ("FUSED_EMA_RUNNER", "foreach")]
+    ("name", "value"), [("FUSED_EMA_QUIET", "1"), ("FUSED_EMA_EXT", "0"), ("FUSED_EMA_RUNNER", "foreach")]
 )
 def test_nothing_is_said_where_the_user_wants_it_so(warnings_of_first, monkeypatch, name, value):
     monkeypatch.setenv(name, value)

@@ -1,0 +1,189 @@
+"""The compiled kernels without nvcc: csrc's own, compiled for the GPU that is there by the NVRTC in PyTorch.
+
+One launch per device, the bits of the compiled runner, and tables like its own, packed in Python.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import torch
+from torch import Tensor
+
+from .._build import nvrtc
+from ..pairs.checks import Action
+from . import driver
+from .base import Call, Job, Tensors, Watch
+from .in_python import PreparedInPython
+from .tables import MAX_AVERAGES, VECTOR_BYTES, Tables, launch
+
+_never_freed: list[Tensor] = []
+
+
+class Nvrtc:
+    """One kernel launch per CUDA device."""
+
+    name = "nvrtc"
+
+    def backend(self, device_type: str) -> str:
+        return "nvrtc"
+
+    def why_not(self, device_type: str) -> str | None:
+        if device_type != "cuda":
+            return f"NVRTC compiles kernels for CUDA devices alone, not for {device_type} devices"
+        return nvrtc.why_not() or driver.why_not()
+
+    def prepare(self, job: Job, watch: Watch | None) -> PreparedNvrtc:
+        return PreparedNvrtc(job, watch)
+
+
+class PreparedNvrtc(PreparedInPython):
+    """See `Prepared`; csrc/plan.cpp is its model."""
+
+    def __init__(self, job: Job, watch: Watch | None) -> None:
+        super().__init__(job, watch)
+        if not 1 <= job.averages <= MAX_AVERAGES:
+            raise RuntimeError(f"fused_ema: expected 1 to {MAX_AVERAGES} averages, found {job.averages}")
+        self._process = os.getpid()
+        self._averages = job.averages
+        self._active = [i for i, action in enumerate(job.actions) if action is not Action.NONE]
+        devices: dict[torch.device, _Device] = {}
+        number = 0
+        for i in self._active:
+            ema, model = job.ema[i], job.model[i]  # the average may be in pinned host memory
+            device = devices.setdefault(model.device, _Device(model.device))
+            average = job.actions[i] is Action.AVERAGE
+            device.tables.add(job.names[i], ema, model, average, job.averages, job.strides[i], number)
+            number += ema.numel()
+        self._devices = list(devices.values())
+        for device in self._devices:
+            device.upload(job.averages)
+
+    def launches(self) -> int:
+        return len(self._devices)
+
+    def scratch(self) -> list[tuple[torch.device, int]]:
+        sizes = [(each.device, each.tables.scratch_bytes) for each in self._devices]
+        return [(device, size) for device, size in sizes if size]
+
+    def current(self) -> bool:
+        return not self._forked() and super().current()
+
+    def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
+        return not self._forked() and super().run(call, ema, model)
+
+    def exchanged(self) -> bool:
+        return any(each.exchanged() for each in self._devices)
+
+    def mark_exchanged(self) -> None:
+        for each in self._devices:
+            each.codes = [0]
+
+    def _forked(self) -> bool:
+        """Whether a parent process made this, whose device memory must not be touched here."""
+        return self._process != os.getpid()
+
+    def _run(self, call: Call, tensors: Tensors) -> None:
+        first = max(call.average, 0)
+        averages = range(first, self._averages if call.average < 0 else first + 1)
+        update = call.op in ("update", "update_stochastic")
+        if update and call.device_decays is None and all(decay == 1 for decay in call.decays):
+            return
+        self._check(call, averages)
+        devices = [each for each in self._devices if call.op != "restore" or each.exchanged()]
+        scratch = {memory.device: memory.data_ptr() for memory in call.scratch}
+        functions = [each.gpu.kernel(call.op) for each in devices]  # may compile, or fail, before anything is written
+        for each, function in zip(devices, functions, strict=True):
+            each.run(call, function, averages, scratch.get(each.device, 0))
+        half = len(tensors) // 2
+        for side in range(1 + (call.op in ("swap", "restore"))):
+            written = [tensors[side * half + i] for i in self._active]
+            if self._inference[side]:
+                written = [each for each in written if not each.is_inference()]
+            torch.autograd.graph.increment_version(written)
+
+    def _check(self, call: Call, averages: range) -> None:
+        count = len(averages)
+        if averages.stop > self._averages or len(call.decays) != count or len(call.keys) not in (0, count):
+            raise ValueError("expected one decay, and one key or none, for each average that takes part")
+        if call.device_decays is not None and call.device_decays.numel() < averages.stop:
+            raise ValueError("device_decays: expected one for each average")
+        if call.op in ("swap", "restore"):
+            for device, size in self.scratch():
+                if not any(_holds(memory, device, size) for memory in call.scratch):
+                    raise ValueError(
+                        "scratch: expected a contiguous uint8 tensor, aligned to 16 bytes, for each device in "
+                        "scratch_bytes()"
+                    )
+
+
+def _holds(memory: Tensor, device: torch.device, size: int) -> bool:
+    fits = memory.device == device and memory.dtype is torch.uint8 and memory.numel() >= size
+    return fits and memory.is_contiguous() and memory.data_ptr() % VECTOR_BYTES == 0
+
+
+class _Device:
+    """The tables of one device, and the copy of them that lies on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tables = Tables()
+        self.codes: list[int] = []  # what the driver returned for exchanges: each 0 is one that was launched
+        self._captured = False
+
+    def upload(self, averages: int) -> None:
+        """Copies the tables to the device, and loads the kernel of updates. It waits for the copy, so that every later
+        launch, on any stream and in any graph capture, can read them."""
+        self.gpu = driver.gpu(self.device)
+        if self.gpu.capturing():
+            raise RuntimeError(
+                f"fused_ema: the addresses of new or replaced tensors on {self.device} can't be uploaded during a CUDA "
+                "graph capture. Update them once before the capture, or call prepare() on what bind() returned"
+            )
+        count = self.tables.tile_count()
+        if count * averages >= 1 << 31:
+            raise RuntimeError(f"fused_ema: expected fewer than 2^31 blocks on {self.device}, found {count * averages}")
+        self._owner = self.gpu.stream()
+        packed, layouts = self.tables.rows_and_layouts()
+        rows = torch.empty(len(packed), dtype=torch.uint8, device=self.device)
+        rows.copy_(torch.frombuffer(packed, dtype=torch.uint8))
+        tiles = self.tables.tiles(self.device)
+        self._owner.synchronize()
+        self.gpu.kernel("update")
+        self.memory = [rows, tiles]
+        self._head = rows.data_ptr(), rows.data_ptr() + layouts, tiles.data_ptr(), count
+        self.tables.forget()
+        _uploaded.add(self)
+
+    def exchanged(self) -> bool:
+        return self.codes.count(0) % 2 == 1
+
+    def run(self, call: Call, function: int, averages: range, scratch: int) -> None:
+        stream = self.gpu.stream()
+        if not self._captured and self.gpu.capturing():
+            # The captured graph reads the tables at each replay, and nothing tells when it is destroyed.
+            _never_freed.extend(self.memory)
+            self._captured = True
+        if stream != self._owner:
+            for memory in self.memory:
+                memory.record_stream(stream)
+        decays = None if call.device_decays is None else call.device_decays
+        argument = launch(self._head, averages, call.decays, call.keys, decays, scratch)
+        if call.op in ("swap", "restore"):
+            self.codes = [0] * self.exchanged()
+        codes = self.codes if call.op in ("swap", "restore") else []
+        self.gpu.launch(function, self._head[3] * len(averages), stream.cuda_stream, argument, codes)
+
+
+_uploaded: weakref.WeakSet[_Device] = weakref.WeakSet()
+
+
+def _keep_memory_of_parent() -> None:
+    """In a forked child, where freeing memory of a device would call CUDA, which does not work there."""
+    for each in list(_uploaded):
+        _never_freed.extend(each.memory)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_memory_of_parent)
