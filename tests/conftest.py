@@ -54,8 +54,8 @@ def backend(request, monkeypatch):
     """Runs the test with the native extension, with the NVRTC runner on its stand-in, and with pure PyTorch alone."""
     if request.param != "cpu":
         monkeypatch.setattr(_native, "load", lambda: None)
-    if request.param == "nvrtc":
-        stand_in.install(monkeypatch)
+        if request.param == "nvrtc":
+            stand_in.install(monkeypatch)
     elif _native.load() is None:
         if os.environ.get("FUSED_EMA_EXT") == "1":
             pytest.fail(f"FUSED_EMA_EXT=1, but {_native.why_not()}")
