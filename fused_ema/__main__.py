@@ -1,4 +1,4 @@
-"""Shows what runs here and why; `python -m fused_ema build` compiles the extension for this torch."""
+"""Shows what runs here and why; `python -m fused_ema build` compiles the extension for this torch, or its kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 import fused_ema
 
 from . import _cost
-from ._build import cache, library, toolkit
-from ._build.compile import BuildError, Record, built_for
+from ._build import cache, kernels, library, toolkit
+from ._build.compile import PACKAGE, BuildError, Record, built_for
 
 
 def _described(record: Record) -> str:
@@ -137,15 +137,57 @@ def build(into: Path | None, force: bool) -> int:
     return 0
 
 
+def build_kernels(archs: list[str], into: Path | None, force: bool) -> int:
+    """Needs no GPU: machine code for another machine, or for an image of one."""
+    try:
+        numbers = sorted({_number_of(arch) for each in archs for arch in re.split("[; ,]+", each) if arch})
+        done = kernels.build(numbers or _archs_here(), into, force)
+    except (BuildError, OSError, RuntimeError, ValueError) as error:
+        print(f"fused_ema: no kernels were built: {error}", file=sys.stderr)
+        return 1
+    for path, compiled in done:
+        print(f"{path}{'' if compiled else ' (this is up to date)'}")
+    folder = done[0][0].parent
+    if folder.resolve() not in (PACKAGE, kernels.kernels_folder().resolve()):
+        print(f"fused_ema looks for them in {PACKAGE} and in {kernels.kernels_folder()}: put them into one of these.")
+    return 0
+
+
+def _number_of(arch: str) -> int:
+    """90 for "9.0"."""
+    found = re.fullmatch(r"(\d+)\.(\d)", arch)
+    if found is None:
+        raise ValueError(f"--arch: expected compute capabilities, such as 9.0, found {arch!r}")
+    return int(found[1]) * 10 + int(found[2])
+
+
+def _archs_here() -> list[int]:
+    """Of the GPUs that are here."""
+    found = sorted({_number_of("{}.{}".format(*torch.cuda.get_device_capability(gpu))) for gpu in _gpus()})
+    if not found:
+        raise ValueError("no GPU is here that could tell what to build for; name it, such as --arch 9.0")
+    return found
+
+
 def main() -> int:
     os.environ["FUSED_EMA_QUIET"] = "1"  # what is slow is said at the end
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{build}")
-    command = commands.add_parser("build", help="compile the extension for the installed torch")
+    command = commands.add_parser("build", help="compile the extension, or the CUDA kernels")
     command.add_argument("--force", action="store_true", help="compile even if the extension is up to date")
     command.add_argument("--into", type=Path, metavar="DIR", help="put it into this folder instead of the user's cache")
+    command.add_argument("--kernel", action="store_true", help="compile the CUDA kernels by NVRTC, not the extension")
+    command.add_argument(
+        "--arch", nargs="+", default=[], metavar="9.0", help="for these GPUs, not for those that are here"
+    )
     arguments = parser.parse_args()
-    return build(arguments.into, arguments.force) if arguments.command == "build" else info()
+    if arguments.command != "build":
+        return info()
+    if arguments.kernel:
+        return build_kernels(arguments.arch, arguments.into, arguments.force)
+    if arguments.arch:
+        parser.error("--arch goes with --kernel; the extension is built for TORCH_CUDA_ARCH_LIST")
+    return build(arguments.into, arguments.force)
 
 
 if __name__ == "__main__":

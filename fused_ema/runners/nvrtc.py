@@ -32,10 +32,21 @@ class Nvrtc:
     def why_not(self, device_type: str) -> str | None:
         if device_type != "cuda":
             return f"NVRTC compiles kernels for CUDA devices alone, not for {device_type} devices"
-        return nvrtc.why_not() or driver.why_not()
+        return nvrtc.why_not() or driver.why_not() or _too_old()
 
     def prepare(self, job: Job, watch: Watch | None) -> PreparedNvrtc:
         return PreparedNvrtc(job, watch)
+
+
+def _too_old() -> str | None:
+    """Why a GPU of this process can't run the kernel. Asking would start CUDA, so nothing is asked before a tensor is
+    on one."""
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    for index in range(torch.cuda.device_count() if started else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 7:
+            return f"cuda:{index} has compute capability {major}.{minor}, and the kernel needs 7.0"
+    return None
 
 
 class PreparedNvrtc(PreparedInPython):

@@ -1,4 +1,7 @@
-"""Audits the machine code of the CUDA kernels, without a GPU:  python tests/grid/audit_sass.py [_C.so or .o]
+"""Audits the machine code of the CUDA kernels, without a GPU:  python tests/grid/audit_sass.py [files | --nvrtc]
+
+A file is a library, an object or a cubin; the default is the built extension. --nvrtc compiles the kernels with the
+NVRTC of the installed torch, and audits those.
 
 The main path of each kind of pair that goes by vectors is one straight run of instructions that ends in 128-bit
 stores. It must load averages in 128 bits and parameters in vectors of as many elements, issue all loads before it uses
@@ -10,11 +13,12 @@ import argparse
 import itertools
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
-from sass import KERNELS, LOADS, STORES, dump, parse_sass, parse_usage, registers, straight_runs
+from sass import KERNELS, LOADS, STORES, listings, of_nvrtc, registers, straight_runs
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 ARITHMETIC = re.compile("[FD](ADD|FMA)")
@@ -223,22 +227,19 @@ def table(rows):
 
 
 def main():
+    from fused_ema.runners import extension
+
     parser = argparse.ArgumentParser(description="Audits the machine code of the CUDA kernels.")
-    parser.add_argument("file", nargs="?", type=Path, help="a library or object; default: the built extension")
+    parser.add_argument("files", nargs="*", type=Path, help="libraries, objects or cubins; default: the extension")
+    parser.add_argument("--nvrtc", action="store_true", help="what the NVRTC of the installed torch compiles")
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="default: %(default)s")
     arguments = parser.parse_args()
-    file = arguments.file
-    if file is None:
-        from fused_ema.runners import extension as _native
-
-        file = _native.path()
-        if file is None:
-            sys.exit(f"no compiled extension to audit: {_native.why_not()}")
-    if not file.exists():
-        sys.exit(f"{file}: no such file")
-    sass, usage = dump(file)
-    rows, complaints = audit(parse_sass(sass), parse_usage(usage), tuple(arguments.arch))
-    print(f"{file}\n\n{table(rows)}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        files = list(of_nvrtc(arguments.arch, Path(folder))) if arguments.nvrtc else arguments.files
+        files = files or [extension.path() or sys.exit(f"no extension to audit: {extension.why_not()}")]
+        code, usage = listings(files)
+    rows, complaints = audit(code, usage, tuple(arguments.arch))
+    print(f"{'NVRTC' if arguments.nvrtc else ', '.join(map(str, files))}\n\n{table(rows)}\n")
     for complaint in complaints:
         print(complaint)
     print(f"{len(complaints)} complaints" if complaints else "all as planned")

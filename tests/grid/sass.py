@@ -1,5 +1,6 @@
 """Reads the listings of machine code that cuobjdump prints."""
 
+import itertools
 import os
 import re
 import shutil
@@ -128,3 +129,25 @@ def dump(file):
     if (arch := re.search(r"code for (sm_\d+)", code)) and "arch = " not in usage:  # of a cubin
         usage = f"arch = {arch[1]}\n{usage}"
     return code, usage
+
+
+def listings(files):
+    """The machine code and the resource usage in all these files."""
+    code, usage = {}, {}
+    for file in files:
+        if not file.exists():
+            sys.exit(f"{file}: no such file")
+        sass, used = dump(file)
+        code |= parse_sass(sass)
+        usage |= parse_usage(used)
+    return code, usage
+
+
+def of_nvrtc(archs, folder):
+    """Cubins of all kernels for these architectures, compiled into the folder by the NVRTC of the installed torch."""
+    from fused_ema._build.nvrtc import OPS, nvrtc
+
+    for arch, op in itertools.product(archs, OPS):
+        file = folder / f"{arch}-{op}.cubin"
+        file.write_bytes(nvrtc().compile(op, int(arch.removeprefix("sm_"))).code)
+        yield file

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import audit_sass
 import pytest
+from sass import KERNELS, parse_sass, parse_usage
 
 UNROLL = 2
-OPS = {kernel: op for op, kernel in audit_sass.KERNELS.items()}
+OPS = {kernel: op for op, kernel in KERNELS.items()}
 NAME = "_ZN9fused_ema44_GLOBAL__N__5af9eaa2_11_ema_cuda_cu_26a2516810ema_kernelILNS_2OpE{}EEEvNS_6LaunchE"
 
 
@@ -57,7 +58,7 @@ def sound():
 
 
 def complaints(sass, usage):
-    return audit_sass.audit(audit_sass.parse_sass(sass), audit_sass.parse_usage(usage), ("sm_90",), UNROLL)[1]
+    return audit_sass.audit(parse_sass(sass), parse_usage(usage), ("sm_90",), UNROLL)[1]
 
 
 def swapped_lines(text, first, second):
@@ -69,7 +70,7 @@ def swapped_lines(text, first, second):
 
 def test_a_sound_listing_passes():
     sass, usage = sound()
-    rows, found = audit_sass.audit(audit_sass.parse_sass(sass), audit_sass.parse_usage(usage), ("sm_90",), UNROLL)
+    rows, found = audit_sass.audit(parse_sass(sass), parse_usage(usage), ("sm_90",), UNROLL)
     assert found == []
     assert "float32 <- 16-bit" in audit_sass.table(rows)
     assert {row.verdict for row in rows} == {"ok"}
@@ -146,7 +147,7 @@ def test_resource_usage_is_checked(old, new, sentence):
 
 def test_a_larger_unroll_than_found_is_a_complaint():
     sass, usage = sound()
-    found = audit_sass.audit(audit_sass.parse_sass(sass), audit_sass.parse_usage(usage), ("sm_90",), 4)[1]
+    found = audit_sass.audit(parse_sass(sass), parse_usage(usage), ("sm_90",), 4)[1]
     assert any("stores 2 vectors where FUSED_EMA_UNROLL plans 4" in complaint for complaint in found)
 
 
