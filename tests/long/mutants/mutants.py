@@ -341,7 +341,7 @@ MUTANTS = [
     ),
     Mutant(
         "inference tensors not told apart",
-        "fused_ema/runners/reference.py",
+        "fused_ema/runners/in_python.py",
         "tensor.is_neg(), tensor.is_inference())",
         "tensor.is_neg())",
     ),
@@ -353,8 +353,8 @@ MUTANTS = [
     ),
     Mutant(
         "not counted as exchanged",
-        "fused_ema/runners/reference.py",
-        "            self._exchanged = done\n",
+        "fused_ema/runners/exchange.py",
+        "            self.done = done\n",
         "",
     ),
     Mutant(
@@ -423,15 +423,76 @@ MUTANTS = [
     ),
     Mutant(
         "numbers of random bits",
-        "fused_ema/runners/reference.py",
-        "number += 2 * ema.numel()",
-        "number += ema.numel()",
+        "fused_ema/runners/foreach.py",
+        "number += 2 * job.ema[i].numel()",
+        "number += job.ema[i].numel()",
     ),
     Mutant(
         "PyTorch's branches exchanged",
         "fused_ema/runners/reference.py",
         "difference.mul(weight).add_(e) if weight < 0.5",
         "difference.mul(weight).add_(e) if weight > 0.5",
+    ),
+    # ---- Runners in Python
+    Mutant("small decays by _foreach_lerp_", "fused_ema/runners/foreach.py", "if decay >= 0.5:", "if decay > 0:"),
+    Mutant(
+        "any CPU taken for one with FMA",
+        "fused_ema/runners/foreach.py",
+        'first.device.type != "cpu" or _lerp_is_fused()',
+        "True",
+    ),
+    Mutant(
+        "scratch memory after the first write",
+        "fused_ema/runners/foreach.py",
+        "        scratch = {device: _scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+        "        _copy(self._pick_copied, ema, model)\n"
+        "        scratch = {device: _scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+    ),
+    Mutant("both halves of scratch memory one", "fused_ema/runners/foreach.py", "memory[-self._fullest :]", "memory"),
+    Mutant("parts counted as changes", "fused_ema/runners/pieces.py", "reals(tensor.data)", "reals(tensor)"),
+    Mutant("a last part forgotten", "fused_ema/runners/pieces.py", "range(0, size, step)", "range(0, size - 1, step)"),
+    Mutant("no way back from an exchange", "fused_ema/runners/exchange.py", "            p.copy_(old_p)\n", ""),
+    Mutant(
+        "addresses not compared",
+        "fused_ema/runners/in_python.py",
+        " and list(map(_data_ptr, tensors)) == self._addresses",
+        "",
+    ),
+    Mutant(
+        "tensors that came twice not compared",
+        "fused_ema/runners/in_python.py",
+        "            if not all(tensors[i] is tensors[before] for i, before in self._repeated):\n"
+        "                return False\n",
+        "",
+    ),
+    Mutant(
+        "written before the others were looked at",
+        "fused_ema/runners/several.py",
+        "part.run(self._writes_nothing, ema, model) for part in self._parts",
+        "part.run(call, ema, model) for part in self._parts",
+    ),
+    Mutant(
+        "restored though not swapped",
+        "fused_ema/runners/several.py",
+        'call.op == "restore" and not part.exchanged()',
+        "False",
+    ),
+    Mutant(
+        "versions of launches not raised",
+        "fused_ema/runners/nvrtc.py",
+        "increment_version(written)",
+        "increment_version([])",
+    ),
+    Mutant("plans of a parent run", "fused_ema/runners/nvrtc.py", "self._process != os.getpid()", "False"),
+    Mutant(
+        "tables of a graph freed", "fused_ema/runners/nvrtc.py", "            _never_freed.extend(self.memory)\n", ""
+    ),
+    Mutant("complex strides in elements", "fused_ema/runners/tables.py", "stride * reals, numel", "stride, numel"),
+    Mutant(
+        "code of anybody trusted",
+        "fused_ema/_build/kernels.py",
+        "if cached and (reason := distrust(path)):",
+        "if False:",
     ),
     # ---- Files
     Mutant(
