@@ -21,7 +21,7 @@ from .base import Call, Job, Tensors, Watch
 from .exchange import Exchange
 from .in_python import PreparedInPython, getter
 from .pieces import Piece, pieces, reals
-from .reference import update_
+from .reference import finish, update_
 
 # Bytes of scratch memory of an update: what stays in the CPU's caches, and what hides a launch on a device.
 SCRATCH_CPU, SCRATCH_DEVICE = 4 << 20, 64 << 20
@@ -181,17 +181,26 @@ class _CastGroup(_Group):
 
     def update(self, ema: Tensors, model: Tensors, decay: float, scratch: dict[torch.device, Tensor]) -> None:
         memory = scratch[self.device][: self.scratch_bytes()].view(self._type)
-        for each in self._rounds:
-            e, p = ([piece.of(side[piece.pair]) for piece in each] for side in (ema, model))
-            x = _views(memory[-self._fullest :], each) if self._cast_ema else e
-            y = _views(memory, each) if self._cast_model else p
-            if self._cast_model:
-                torch._foreach_copy_(y, p)
-            if self._cast_ema:
-                torch._foreach_copy_(x, e)
-            _lerp(x, y, decay)
-            if self._cast_ema:
-                torch._foreach_copy_(e, x)
+
+        def run(done: list[object]) -> None:
+            for each in self._rounds[len(done) :]:
+                e, p = ([piece.of(side[piece.pair]) for piece in each] for side in (ema, model))
+                x = _views(memory[-self._fullest :], each) if self._cast_ema else e
+                y = _views(memory, each) if self._cast_model else p
+                if self._cast_model:
+                    torch._foreach_copy_(y, p)
+                if self._cast_ema:
+                    torch._foreach_copy_(x, e)
+                    _lerp(x, y, decay)
+                    done.extend(map(torch._foreach_copy_, [e], [x]))
+                elif decay >= 0.5:
+                    done.extend(map(torch._foreach_lerp_, [e], [y], [1 - decay]))
+                else:
+                    for average, parameter in zip(e, y, strict=True):
+                        torch.lerp(parameter, average, decay, out=parameter)
+                    done.extend(map(torch._foreach_copy_, [e], [y]))
+
+        finish(run)
         if self._in_parts:
             torch.autograd.graph.increment_version([ema[i] for i in self._in_parts])
 

@@ -6,13 +6,27 @@ float32 on MPS, which has no float64).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 # Elements that are computed at a time: their temporaries stay in the CPU's caches, or hide a launch on a device.
 _BLOCK_CPU, _BLOCK_DEVICE = 1 << 16, 1 << 22
+
+
+def finish(run: Callable[[list[object]], None]) -> None:
+    """Runs what is done in several parts to its end, also where it is interrupted, so that no tensor stays half done.
+
+    `run` goes on behind the parts that the list counts. It writes a part, and counts it, by `done.extend(map(...))`:
+    Ctrl-C can't come between the two.
+    """
+    done: list[object] = []
+    try:
+        run(done)
+    except BaseException:
+        run(done)
+        raise
 
 
 @torch.no_grad()
@@ -35,16 +49,22 @@ def update_(
         strides = ema.stride()
         order = sorted(range(ema.dim()), key=lambda d: -strides[d])
         ema, model = ema.permute(order), model.permute(order)
-    # Written through .data, since autograd would count a change for each block.
-    at = 0
-    for e, p in _blocks(_reals(ema.data), _reals(model)):
-        difference = p.to(_compute_type(e)).sub(e)
-        moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
-        moved = torch.where(e == p, e.to(moved.dtype), moved)
-        if random and e.element_size() == 2:
-            moved = round_stochastically(moved.float(), e.dtype, random[0], random[1] + at)
-        e.copy_(moved)
-        at += e.numel()
+    blocks = list(_blocks(_reals(ema.data), _reals(model)))  # autograd would count a change for each block
+    size = blocks[0][0].numel()
+
+    def run(done: list[object]) -> None:
+        for position in range(len(done), len(blocks)):
+            e, p = blocks[position]
+            difference = p.to(_compute_type(e)).sub(e)
+            moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
+            moved = torch.where(e == p, e.to(moved.dtype), moved)
+            if random and e.element_size() == 2:
+                moved = round_stochastically(
+                    moved.float(), e.dtype, random[0], random[1] + position * blocks[0][0].numel()
+                )
+            done.extend(map(e.copy_, [moved]))
+
+    finish(run)
     if not ema.is_inference():
         torch.autograd.graph.increment_version(ema)
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_ema
 from fused_ema.pairs.checks import Action
-from fused_ema.runners import extension, foreach, in_python
+from fused_ema.runners import extension, foreach, in_python, reference
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.foreach import Foreach
 from fused_ema.runners.pieces import pieces
@@ -157,6 +157,57 @@ def test_pieces_are_exchanged_and_an_interrupt_between_them_loses_nothing(small_
     assert pairs.run(Call("restore", scratch=scratch), ema, model)
     assert not pairs.exchanged()
     assert same_bits(before, ema, model)
+
+
+def interrupted_at(moment, call):
+    """Raises KeyboardInterrupt at one of the lines and calls of fused_ema; whether there were as many."""
+    left = moment
+    folder = os.path.dirname(fused_ema.__file__)
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.75])
+@pytest.mark.parametrize("pair", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("key", [(), (5,)], ids=["nearest", "stochastic"])
+def test_no_tensor_stays_averaged_in_part(monkeypatch, pair, decay, key):
+    """Wherever Ctrl-C arrives, though pairs are averaged piece by piece."""
+    monkeypatch.setattr(foreach, "SCRATCH_CPU", 64)
+    monkeypatch.setattr(reference, "_BLOCK_CPU", 16)
+    call = Call("update_stochastic" if key else "update", (decay,), None, key)
+    start = [torch.randn(40).to(pair[0]), torch.randn(30).to(pair[0])]
+    model = [torch.randn(40).to(pair[1]), torch.randn(30).to(pair[1])]
+    whole = [each.clone() for each in start]
+    prepared(whole, model).run(call, whole, model)
+    moment, interrupts = 1, 0
+    while True:
+        ema = [each.clone() for each in start]
+        pairs = prepared(ema, model)
+        if not interrupted_at(moment, lambda e=ema, p=pairs: p.run(call, e, model)):
+            break
+        interrupts += 1
+        for new, old, updated in zip(ema, start, whole, strict=True):
+            assert torch.equal(new, old) or torch.equal(new, updated), moment
+        moment += 1 + moment // 20
+    assert interrupts > 20
 
 
 # ---- Numbers ----
