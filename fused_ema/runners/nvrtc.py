@@ -98,10 +98,10 @@ class PreparedNvrtc(PreparedInPython):
     def _run(self, call: Call, tensors: Tensors) -> None:
         first = max(call.average, 0)
         averages = range(first, self._averages if call.average < 0 else first + 1)
+        self._check(call, averages)
         update = call.op in ("update", "update_stochastic")
         if update and call.device_decays is None and all(decay == 1 for decay in call.decays):
             return
-        self._check(call, averages)
         devices = [each for each in self._devices if call.op != "restore" or each.exchanged()]
         scratch = {memory.device: memory.data_ptr() for memory in call.scratch}
         functions = [each.gpu.kernel(call.op) for each in devices]  # may compile, or fail, before anything is written

@@ -8,27 +8,40 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import forget_plans
 from oracle import PAIRS, reals, value_pair
 from torch import nn
 
 import fused_ema
 from fused_ema.runners import extension as _native
+from fused_ema.runners import nvrtc
 
 DEVICE = "cuda"
 MARKS = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")]
 A_WHILE = 1_000_000_000  # cycles: about 0.5 s
 
 
-@pytest.fixture(autouse=True)
-def kernel():
-    """Skips without a GPU or the CUDA kernel, unless FUSED_EMA_GPU=1 or FUSED_EMA_CUDA=1 asks for it."""
+@pytest.fixture(autouse=True, params=["cuda", "nvrtc"])
+def kernel(request, monkeypatch):
+    """Runs the test on the kernel that nvcc compiled, and on NVRTC's. Skips where there is no GPU or no such kernel,
+    unless FUSED_EMA_GPU=1 or FUSED_EMA_CUDA=1 asks for it."""
     if not torch.cuda.is_available():
         (pytest.fail if os.environ.get("FUSED_EMA_GPU") == "1" else pytest.skip)("no CUDA GPU")
-    if reason := _native.cuda_why_not():
+    reason = _native.cuda_why_not() if request.param == "cuda" else nvrtc.Nvrtc().why_not("cuda")
+    if reason:
         (pytest.fail if os.environ.get("FUSED_EMA_CUDA") == "1" else pytest.skip)(reason)
-    assert fused_ema.backend() == fused_ema.backend(DEVICE) == "cuda"
-    yield
+    if request.param == "nvrtc":
+        forget_plans()
+        compiled = _native.Extension.why_not
+        monkeypatch.setattr(
+            _native.Extension,
+            "why_not",
+            lambda self, kind: "the NVRTC runner is tested" if kind == "cuda" else compiled(self, kind),
+        )
+    assert fused_ema.backend() == fused_ema.backend(DEVICE) == request.param
+    yield request.param
     torch.cuda.synchronize()  # a fault of this test's kernels is raised here, not in the next test
+    forget_plans()
 
 
 # CUPTI's own work, which the profiler may show among what ran on the device.
