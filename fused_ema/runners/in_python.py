@@ -65,8 +65,8 @@ class PreparedInPython:
     def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
         with one_at_a_time():
             enabled = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # torch.no_grad() takes a tenth of an update of two small tensors
             try:
+                torch._C._set_grad_enabled(False)  # torch.no_grad() takes a tenth of an update of two small tensors
                 return self._run_if_current(call, None if ema is None or model is None else (*ema, *model))
             finally:
                 torch._C._set_grad_enabled(enabled)

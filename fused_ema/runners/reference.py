@@ -59,9 +59,7 @@ def update_(
             moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
             moved = torch.where(e == p, e.to(moved.dtype), moved)
             if random and e.element_size() == 2:
-                moved = round_stochastically(
-                    moved.float(), e.dtype, random[0], random[1] + position * blocks[0][0].numel()
-                )
+                moved = round_stochastically(moved.float(), e.dtype, random[0], random[1] + position * size)
             done.extend(map(e.copy_, [moved]))
 
     finish(run)
