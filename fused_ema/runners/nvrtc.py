@@ -58,14 +58,15 @@ class PreparedNvrtc(PreparedInPython):
             raise RuntimeError(f"fused_ema: expected 1 to {MAX_AVERAGES} averages, found {job.averages}")
         self._process = os.getpid()
         self._averages = job.averages
-        self._active = [i for i, action in enumerate(job.actions) if action is not Action.NONE]
+        self._active = [i for i, action in enumerate(job.actions) if action is not Action.NONE and job.ema[i].numel()]
         devices: dict[torch.device, _Device] = {}
         number = 0
         for i in self._active:
             ema, model = job.ema[i], job.model[i]  # the average may be in pinned host memory
-            device = devices.setdefault(model.device, _Device(model.device))
-            average = job.actions[i] is Action.AVERAGE
-            device.tables.add(job.names[i], ema, model, average, job.averages, job.strides[i], number)
+            if model.device not in devices:
+                devices[model.device] = _Device(model.device)
+            average, tables = job.actions[i] is Action.AVERAGE, devices[model.device].tables
+            tables.add(job.names[i], ema, model, average, job.averages, job.strides[i], number)
             number += ema.numel()
         self._devices = list(devices.values())
         for device in self._devices:
@@ -179,10 +180,8 @@ class _Device:
         if stream != self._owner:
             for memory in self.memory:
                 memory.record_stream(stream)
-        decays = None if call.device_decays is None else call.device_decays
-        argument = launch(self._head, averages, call.decays, call.keys, decays, scratch)
-        if call.op in ("swap", "restore"):
-            self.codes = [0] * self.exchanged()
+        argument = launch(self._head, averages, call.decays, call.keys, call.device_decays, scratch)
+        self.codes = [0] * self.exchanged()
         codes = self.codes if call.op in ("swap", "restore") else []
         self.gpu.launch(function, self._head[3] * len(averages), stream.cuda_stream, argument, codes)
 

@@ -49,8 +49,9 @@ class StandIn:
     def loads(self):
         return self.library.stand_in_loads()
 
-    def fail(self, call, code):
-        self.library.stand_in_fail(call.encode(), code)
+    def fail(self, call, code, after=0):
+        """From now on this call fails, after it has passed some times."""
+        self.library.stand_in_fail(call.encode(), code, after)
 
 
 def image(op, arch):

@@ -15,10 +15,10 @@ constexpr int kInvalidValue = 1, kInvalidContext = 201, kInvalidImage = 200, kNo
 char contexts[8];                      // one for each device
 thread_local void* context = nullptr;  // of this thread
 std::string failing;                   // the call that fails, with this code
-int failure = 0;
+int failure = 0, passing = 0;
 int launches = 0, loads = 0;
 
-int result(const char* call) { return failing == call ? failure : 0; }
+int result(const char* call) { return failing == call && --passing < 0 ? failure : 0; }
 
 template <Op kOp>
 void run(const Launch& launch, uint32_t count) {
@@ -30,7 +30,8 @@ void run(const Launch& launch, uint32_t count) {
 
 extern "C" {
 
-void stand_in_fail(const char* call, int code) { failing = call, failure = code; }
+// From now on this call fails, after it has passed some times.
+void stand_in_fail(const char* call, int code, int after) { failing = call, failure = code, passing = after; }
 int stand_in_launches() { return launches; }
 int stand_in_loads() { return loads; }
 

@@ -186,6 +186,28 @@ def test_an_exchange_that_fails_is_none(host):
     assert same_bits(before, ema, model)
 
 
+def test_an_exchange_that_fails_on_the_second_device_is_undone_on_the_first(host):
+    """Two devices that are both host memory: each has a pair."""
+    sides = [[torch.full((500,), float(value + k)) for k in range(2)] for value in (10, 20)]
+    pairs = list(map(emulated_grid.Pair, *sides))
+    prepared = nvrtc.Nvrtc().prepare(job(pairs), None)
+    parts = [nvrtc.Nvrtc().prepare(job([pair]), None) for pair in pairs]
+    prepared._devices = [part._devices[0] for part in parts]
+    assert prepared.launches() == 2
+    before = bits(*sides)
+    host.fail("cuLaunchKernel", 700, after=1)
+    with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS"):
+        prepared.run(Call("swap"), *sides)
+    assert [each.exchanged() for each in parts] == [True, False]
+    assert prepared.exchanged()
+    assert [side[0].mean().item() for side in sides] == [20, 10]
+    assert [side[1].mean().item() for side in sides] == [11, 21]
+    host.fail("", 0)
+    assert prepared.run(Call("restore"), *sides)
+    assert not prepared.exchanged()
+    assert same_bits(before, *sides)
+
+
 def test_a_kernel_that_does_not_compile_raises_before_anything_is_written(host, monkeypatch):
     def fail(op, arch):
         raise BuildError(f"NVRTC 13.0 can't compile the kernel {op!r}:\nits log")
