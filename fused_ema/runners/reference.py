@@ -1,7 +1,7 @@
 """One pair averaged in float64: the oracle of the tests, and what runs where torch._foreach_lerp_ can't.
 
-It keeps the one-step bound of the numeric contract, not the kernels' bits: arithmetic in float64, rounded once (in
-float32 on MPS, which has no float64).
+It keeps the one-step bound of the numeric contract, not the kernels' bits: arithmetic in float64, rounded once. Devices
+that may have no float64, such as MPS and XPU, compute in float32 what has 32 bits or fewer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def update_(
     def run(done: list[object]) -> None:
         for position in range(len(done), len(blocks)):
             e, p = blocks[position]
-            difference = p.to(_compute_type(e)).sub(e)
+            difference = p.to(_compute_type(e, p)).sub(e)
             moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
             moved = torch.where(e == p, e.to(moved.dtype), moved)
             if random and e.element_size() == 2:
@@ -73,7 +73,7 @@ def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool)
         ema.copy_(torch.where(decay == 1, ema, model.to(ema.dtype)))
         return
     ema, model = _reals(ema), _reals(model)
-    decay = decay.to(_compute_type(ema))
+    decay = decay.to(_compute_type(ema, model))
     weight = 1 - decay
     old, new = ema.to(decay.dtype), model.to(decay.dtype)
     difference = new - old
@@ -123,5 +123,7 @@ def _reals(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _compute_type(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _compute_type(ema: Tensor, model: Tensor) -> torch.dtype:
+    """float64, except on devices that may lack it, where 32 bits or fewer are averaged."""
+    everywhere = ema.device.type in ("cpu", "cuda") or torch.float64 in (ema.dtype, model.dtype)
+    return torch.float64 if everywhere else torch.float32
