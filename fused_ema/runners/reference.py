@@ -55,7 +55,7 @@ def update_(
     def run(done: list[object]) -> None:
         for position in range(len(done), len(blocks)):
             e, p = blocks[position]
-            difference = p.to(_compute_type(e, p)).sub(e)
+            difference = p.to(e.device, _compute_type(e, p)).sub(e)
             moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
             moved = torch.where(e == p, e.to(moved.dtype), moved)
             if random and e.element_size() == 2:

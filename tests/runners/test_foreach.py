@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_ema
 from fused_ema.pairs.checks import Action
-from fused_ema.runners import extension, foreach, in_python, reference
+from fused_ema.runners import extension, foreach, groups, in_python, reference
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.foreach import Foreach
-from fused_ema.runners.pieces import pieces
+from fused_ema.runners.pieces import Piece, pieces
 
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
@@ -35,7 +35,7 @@ def alone(monkeypatch):
 @pytest.fixture(params=[64, 1 << 12], ids="{} bytes".format)
 def small_scratch(request, monkeypatch):
     """So little scratch memory that the pairs of a test are cut into pieces."""
-    monkeypatch.setattr(foreach, "SCRATCH_CPU", request.param)
+    monkeypatch.setattr(groups, "SCRATCH_CPU", request.param)
     return request.param
 
 
@@ -82,7 +82,7 @@ def test_no_update_allocates_as_much_as_a_tensor(pair):
     assert found
     assert sum(size for _, size in found) < 4096, found
     assert sum(size for _, size in operations(ema[0].clone)) >= ema[0].nbytes, "the profiler counts allocations"
-    assert foreach._cpu_scratch().nbytes == foreach.SCRATCH_CPU == 4 << 20
+    assert groups._cpu_scratch().nbytes == groups.SCRATCH_CPU == 4 << 20
 
 
 # ---- Pieces ----
@@ -141,7 +141,7 @@ def test_pieces_are_exchanged_and_an_interrupt_between_them_loses_nothing(small_
     assert same_bits(before, ema, model)
 
     left = 5
-    of = foreach.Piece.of
+    of = Piece.of
 
     def stops(piece, tensor):
         nonlocal left
@@ -150,7 +150,7 @@ def test_pieces_are_exchanged_and_an_interrupt_between_them_loses_nothing(small_
             raise KeyboardInterrupt
         return of(piece, tensor)
 
-    monkeypatch.setattr(foreach.Piece, "of", stops)
+    monkeypatch.setattr(Piece, "of", stops)
     with pytest.raises(KeyboardInterrupt):
         pairs.run(Call("swap", scratch=scratch), ema, model)
     assert pairs.exchanged()
@@ -164,7 +164,7 @@ def test_pieces_are_exchanged_and_an_interrupt_between_them_loses_nothing(small_
 @pytest.mark.parametrize("key", [(), (5,)], ids=["nearest", "stochastic"])
 def test_no_tensor_stays_averaged_in_part(monkeypatch, pair, decay, key):
     """Wherever Ctrl-C arrives, though pairs are averaged piece by piece."""
-    monkeypatch.setattr(foreach, "SCRATCH_CPU", 64)
+    monkeypatch.setattr(groups, "SCRATCH_CPU", 64)
     monkeypatch.setattr(reference, "_BLOCK_CPU", 16)
     call = Call("update_stochastic" if key else "update", (decay,), None, key)
     start = [torch.randn(40).to(pair[0]), torch.randn(30).to(pair[0])]
@@ -203,8 +203,8 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import numpy as np
 import oracle, torch, fused_ema
-from fused_ema.runners import foreach
-assert not foreach._lerp_is_fused(), torch.backends.cpu.get_cpu_capability()
+from fused_ema.runners import groups
+assert not groups._lerp_is_fused(), torch.backends.cpu.get_cpu_capability()
 rng = np.random.default_rng(2)
 for decay in (0.1, 0.5, 0.9, 0.9999):
     ema, model = map(list, zip(*(oracle.value_pair(*pair, 3000, rng) for pair in oracle.PAIRS)))
@@ -252,7 +252,7 @@ def test_a_failed_allocation_of_scratch_memory_writes_nothing(monkeypatch):
 
     ema, model = [torch.zeros(9), torch.zeros(9)], [torch.ones(9), torch.ones(9).bfloat16()]
     pairs = prepared(ema, model)
-    monkeypatch.setattr(foreach, "_scratch", no_memory)
+    monkeypatch.setattr(foreach, "new_scratch", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         pairs.run(Call("update", (0.5,)), ema, model)
     assert not any(map(torch.any, ema))
@@ -311,7 +311,7 @@ def test_a_tensor_that_came_twice_is_seen_to_part():
 
 
 def test_inference_mode_does_not_spoil_the_scratch_memory():
-    foreach._cpu_scratch.cache_clear()
+    groups._cpu_scratch.cache_clear()
     ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
     with torch.inference_mode():
         fused_ema.update(ema, model, 0.5)
@@ -320,7 +320,7 @@ def test_inference_mode_does_not_spoil_the_scratch_memory():
 
 
 def test_a_default_device_changes_nothing():
-    foreach._cpu_scratch.cache_clear(), foreach._lerp_is_fused.cache_clear()
+    groups._cpu_scratch.cache_clear(), groups._lerp_is_fused.cache_clear()
     ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
     with torch.device("meta"):
         fused_ema.update(ema, model, 0.5)

@@ -434,21 +434,26 @@ MUTANTS = [
         "difference.mul(weight).add_(e) if weight > 0.5",
     ),
     # ---- Runners in Python
-    Mutant("small decays by _foreach_lerp_", "fused_ema/runners/foreach.py", "if decay >= 0.5:", "if decay > 0:"),
+    Mutant(
+        "small decays by _foreach_lerp_",
+        "fused_ema/runners/groups.py",
+        "    if decay >= 0.5:\n        torch",
+        "    if decay > 0:\n        torch",
+    ),
     Mutant(
         "any CPU taken for one with FMA",
-        "fused_ema/runners/foreach.py",
+        "fused_ema/runners/groups.py",
         'first.device.type != "cpu" or _lerp_is_fused()',
         "True",
     ),
     Mutant(
         "scratch memory after the first write",
         "fused_ema/runners/foreach.py",
-        "        scratch = {device: _scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+        "        scratch = {device: new_scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
         "        _copy(self._pick_copied, ema, model)\n"
-        "        scratch = {device: _scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+        "        scratch = {device: new_scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
     ),
-    Mutant("both halves of scratch memory one", "fused_ema/runners/foreach.py", "memory[-self._fullest :]", "memory"),
+    Mutant("both halves of scratch memory one", "fused_ema/runners/groups.py", "memory[-self._fullest :]", "memory"),
     Mutant("parts counted as changes", "fused_ema/runners/pieces.py", "reals(tensor.data)", "reals(tensor)"),
     Mutant("a last part forgotten", "fused_ema/runners/pieces.py", "range(0, size, step)", "range(0, size - 1, step)"),
     Mutant("no way back from an exchange", "fused_ema/runners/exchange.py", "            p.copy_(old_p)\n", ""),

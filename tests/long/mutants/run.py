@@ -54,6 +54,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/_build/kernels.py": "kernels",
     "fused_ema/runners/exchange.py": "foreach several ema_swap",
     "fused_ema/runners/foreach.py": "foreach numerics ema_rounding",
+    "fused_ema/runners/groups.py": "foreach numerics",
     "fused_ema/runners/in_python.py": "foreach interface stale_sources",
     "fused_ema/runners/nvrtc.py": "nvrtc interface",
     "fused_ema/runners/pieces.py": "foreach",
