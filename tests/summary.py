@@ -13,7 +13,6 @@ from hazards import CASES, ROWS
 EXPECTED_SKIPS = [  # tests that can't run everywhere, or have nothing to test somewhere; any other skip hides a gap
     r"no CUDA GPU",
     r"no NVRTC: (FUSED_EMA_CUDA=0|torch .* (is a ROCm build|was built without CUDA))",
-    r"one runner runs a plan, and the CPU's tensors need another",
     r"no cuobjdump and nvdisasm",
     r"no nvcc of NVRTC's version",
     r"no machine code for sm_\d+ by this NVRTC",

@@ -147,7 +147,7 @@ def _libraries(cuda: str) -> Iterator[str | Path]:
     packages = Path(torch.__file__).parent.parent
     for folder in (packages / "torch" / "lib", *sorted(packages.glob("nvidia/*/lib"))):
         for path in sorted(folder.glob(f"libnvrtc[-.]*so.{cuda}*")):
-            if "builtins" not in path.name:
+            if "builtins" not in path.name and ".alt." not in path.name:
                 load_builtins(path.parent)
                 yield path
 

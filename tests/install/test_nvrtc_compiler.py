@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import audit_sass
@@ -60,6 +61,20 @@ def test_why_not_is_told_in_words(monkeypatch, build, words):
             nvrtc.nvrtc()
     finally:
         nvrtc.find.cache_clear()
+
+
+def test_where_it_is_looked_for(tmp_path, monkeypatch):
+    """By its name, which torch may have loaded; next to torch, where a wheel may name it by a hash; in NVIDIA's own."""
+    files = ["torch/lib/libnvrtc-672ee683.so.12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"]
+    others = ["libnvrtc.so.11", "libnvrtc-builtins.so.12.4", "libnvrtc.alt.so.12", "libcublas.so.12"]
+    for name in [*files, *(f"nvidia/cuda_nvrtc/lib/{other}" for other in others)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    loaded = []
+    monkeypatch.setattr(nvrtc, "torch", SimpleNamespace(__file__=str(tmp_path / "torch" / "__init__.py")))
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda path: loaded.append(Path(path).name))
+    assert list(nvrtc._libraries("12")) == ["libnvrtc.so.12", *(tmp_path / name for name in files)]
+    assert loaded == ["libnvrtc-builtins.so.12.4"], "its other half, which it would not find"
 
 
 def test_fused_ema_cuda_0_switches_it_off(monkeypatch):
