@@ -239,6 +239,7 @@ def bare_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_toolkit, "USUAL_PLACES", (tmp_path / "local",))
+    monkeypatch.setattr(_toolkit, "PACKAGES", (tmp_path / "site" / "nvidia",))
 
 
 def same_values(found, expected):

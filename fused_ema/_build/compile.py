@@ -9,12 +9,13 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .switch import switch
-from .toolkit import Toolkit, find_toolkit
+from .toolkit import Toolkit, find_toolkit, link_folder
 from .._version import __version__
 
 NAME = "fused_ema._C"
@@ -69,7 +70,7 @@ def nvcc_flags() -> list[str]:
     return ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
 
 
-def extension(cuda: bool) -> Any:
+def extension(cuda: bool, library_dirs: Sequence[Path] = ()) -> Any:
     from torch.utils import cpp_extension
 
     compile_flags, link_flags = cxx_flags()
@@ -80,6 +81,7 @@ def extension(cuda: bool) -> Any:
         depends=[str(path) for path in sorted(source_folder().glob("*.h"))],
         define_macros=[("FUSED_EMA_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": compile_flags, "nvcc": nvcc_flags()} if cuda else {"cxx": compile_flags},
+        library_dirs=[str(folder) for folder in library_dirs],
         extra_link_args=link_flags,
     )
 
@@ -140,7 +142,9 @@ def _compile(temp: Path, toolkit: Toolkit | str) -> Path:
         os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own guess may be wrong
         # If this is unset, torch builds for the visible GPUs, and fails where there is none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.archs
-    modules = [extension(isinstance(toolkit, Toolkit))]
+        modules = [extension(True, link_folder(toolkit.home, temp))]
+    else:
+        modules = [extension(False)]
     command = cpp_extension.BuildExtension(Distribution({"name": "fused_ema", "ext_modules": modules}))
     command.build_lib, command.build_temp = str(temp / "lib"), str(temp / "objects")
     command.ensure_finalized()

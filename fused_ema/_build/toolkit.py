@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from .switch import switch
 
 USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
+PACKAGES = tuple(dict.fromkeys(Path(folder) / "nvidia" for folder in sys.path))  # where pip puts a toolkit, as cu13
 
 # Each architecture, with the first nvcc and the first torch that support it.
 ARCHITECTURES = (
@@ -57,17 +58,28 @@ def _cuda_homes() -> Iterator[Path]:
         top = re.search(r"^#\$ TOP=(.+)$", _output_of(found, "--dryrun", "-c", "none.cu"), re.MULTILINE)
         if top:
             yield Path(top[1].strip()).resolve()
+    # Before the usual places, because it was installed for this very Python, whose torch it then fits.
+    for packages in PACKAGES:
+        homes = _newest_first(packages.glob("cu[0-9]*"))
+        yield from (home for home in homes if (home / "include" / "cccl").is_dir())  # else it compiles nothing
     for usual in USUAL_PLACES:
         yield usual / "cuda"
-        yield from sorted(usual.glob("cuda-*"), key=lambda folder: _numbers(folder.name), reverse=True)
+        yield from _newest_first(usual.glob("cuda-*"))
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda folder: _numbers(folder.name), reverse=True)
+
+
+def _complete_homes() -> Iterator[Path]:
+    """The toolkits that have both the compiler and the headers."""
+    for home in _cuda_homes():
+        if _nvcc(home).is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            yield home
 
 
 def find_cuda_home() -> Path | None:
-    """The first toolkit that has both the compiler and the headers."""
-    for home in _cuda_homes():
-        if _nvcc(home).is_file() and (home / "include" / "cuda_runtime.h").is_file():
-            return home
-    return None
+    return next(_complete_homes(), None)
 
 
 def nvcc_version(home: Path) -> tuple[int, int] | None:
@@ -103,20 +115,42 @@ def find_toolkit(torch: Any) -> Toolkit | str:
     """The CUDA toolkit to build with, or a sentence that says why there is none."""
     if reason := no_cuda_in(torch):
         return reason
-    home = find_cuda_home()
-    if home is None:
-        return (
-            "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found at $CUDA_HOME, $CUDA_PATH, the nvcc on "
-            f"PATH, /usr/local/cuda* or /opt/cuda*; install CUDA {torch.version.cuda}, or set CUDA_HOME"
-        )
-    version = nvcc_version(home)
-    if version is None:
-        return f"`{_nvcc(home)} --version` failed; repair that toolkit, or set CUDA_HOME to another"
-    if version[0] != int(torch.version.cuda.split(".")[0]):
-        return (
-            f"{home} is CUDA {version[0]}.{version[1]}, but torch {torch.__version__} was built "
-            f"with CUDA {torch.version.cuda}, and the major versions must agree; set CUDA_HOME to another toolkit"
-        )
-    major, minor = _numbers(torch.__version__)[:2]
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version, (major, minor))
-    return Toolkit(home, version, archs)
+    reasons = []
+    for home in _complete_homes():
+        version = nvcc_version(home)
+        if version is None:
+            reasons.append(f"`{_nvcc(home)} --version` failed")
+        elif version[0] != _numbers(torch.version.cuda)[0]:
+            reasons.append(
+                f"{home} is CUDA {version[0]}.{version[1]}, but torch {torch.__version__} was built with CUDA "
+                f"{torch.version.cuda}, and the major versions must agree"
+            )
+        else:
+            major, minor = _numbers(torch.__version__)[:2]
+            archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch_list(version, (major, minor))
+            return Toolkit(home, version, archs)
+    reason = reasons[0] if reasons else (
+        "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found at $CUDA_HOME, $CUDA_PATH, the nvcc on PATH, "
+        "among Python's packages, /usr/local/cuda* or /opt/cuda*"
+    )
+    return f"{reason}; {_how_to_get(torch.version.cuda)}"
+
+
+def _how_to_get(cuda: str) -> str:
+    """How to get a toolkit for a torch that was built with this CUDA."""
+    if _numbers(cuda)[0] < 13:  # the packages of older ones have no nvcc
+        return f"install CUDA {cuda}, or set CUDA_HOME"
+    return f'run `pip install "cuda-toolkit[nvcc,cccl]=={cuda}.*"`, or install CUDA {cuda} and set CUDA_HOME'
+
+
+def link_folder(home: Path, temp: Path) -> list[Path]:
+    """A further folder for the linker, which looks for libcudart.so: the toolkit that pip installs has libcudart.so.13
+    alone. It is made in `temp`; the packages stay as they are."""
+    found = sorted(home.glob("lib*/libcudart.so*"))
+    if not found or any(path.name == "libcudart.so" for path in found):
+        return []
+    link = temp / "link" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(found[0].resolve())
+    return [link.parent]

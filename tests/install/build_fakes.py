@@ -35,3 +35,12 @@ def install(folder, content=b"this is no shared library", **changes):
     (folder / cache.LIBRARY).write_bytes(content)
     record = {**describe(torch, "no CUDA here"), "size": len(content), **changes}
     (folder / cache.RECORD).write_text(json.dumps(record))
+
+
+def packaged_toolkit(packages, name="cu13", version="13.0"):
+    """Makes what `pip install "cuda-toolkit[nvcc,cccl]"` puts next to torch's own libraries."""
+    home = toolkit(packages / name, version)
+    (home / "include" / "cccl").mkdir()
+    (home / "lib").mkdir()
+    (home / "lib" / f"libcudart.so.{version.partition('.')[0]}").write_text("the library of torch")
+    return home

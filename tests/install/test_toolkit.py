@@ -1,7 +1,9 @@
 """Which CUDA toolkit is found, and the reasons that are given where none is."""
 
+from types import SimpleNamespace
+
 import pytest
-from build_fakes import CPU_TORCH, CUDA_TORCH, ROCM_TORCH, script, toolkit
+from build_fakes import CPU_TORCH, CUDA_TORCH, ROCM_TORCH, packaged_toolkit, script, toolkit
 
 from fused_ema._build import toolkit as _toolkit
 from fused_ema._build.switch import switch
@@ -51,6 +53,66 @@ def test_the_newest_of_the_usual_place(tmp_path):
     assert _toolkit.find_cuda_home() == tmp_path / "local" / "cuda-12.10"
     toolkit(tmp_path / "local" / "cuda")
     assert _toolkit.find_cuda_home() == tmp_path / "local" / "cuda"
+
+
+# ---- A toolkit that pip installed ----------------------------------------------------------------
+
+
+def test_a_packaged_toolkit_comes_before_the_usual_places(monkeypatch, tmp_path):
+    toolkit(tmp_path / "local" / "cuda")
+    home = packaged_toolkit(tmp_path / "site" / "nvidia")
+    assert _toolkit.find_cuda_home() == home
+    script(tmp_path / "bin" / "nvcc", f'exec {toolkit(tmp_path / "far")}/bin/nvcc "$@"')
+    assert _toolkit.find_cuda_home() == tmp_path / "far"
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "mine")))
+    assert _toolkit.find_cuda_home() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("part", ["bin/nvcc", "include/cuda_runtime.h", "include/cccl"])
+def test_packages_that_make_no_whole_toolkit(tmp_path, part):
+    """torch's own packages alone, or nvcc without cccl, whose headers those of CUDA include."""
+    path = packaged_toolkit(tmp_path / "site" / "nvidia") / part
+    path.rmdir() if path.is_dir() else path.unlink()
+    assert _toolkit.find_cuda_home() is None
+    assert '`pip install "cuda-toolkit[nvcc,cccl]==13.0.*"`' in _toolkit.find_toolkit(CUDA_TORCH)
+
+
+def test_the_packages_of_several_versions(tmp_path):
+    packages = tmp_path / "site" / "nvidia"
+    homes = {version: packaged_toolkit(packages, f"cu{version}", f"{version}.1") for version in (9, 13, 14)}
+    (packages / "cudnn").mkdir()
+    assert _toolkit.find_cuda_home() == homes[14]
+    assert _toolkit.find_toolkit(CUDA_TORCH).home == homes[13]
+
+
+def test_a_toolkit_of_another_version_does_not_hide_one_that_fits(tmp_path):
+    toolkit(tmp_path / "bin" / "..", "12.8")  # its nvcc is on PATH
+    home = packaged_toolkit(tmp_path / "site" / "nvidia")
+    assert _toolkit.find_toolkit(CUDA_TORCH).home == home
+
+
+def test_the_linker_finds_the_packaged_library(tmp_path):
+    home = packaged_toolkit(tmp_path / "site" / "nvidia")
+    before = sorted(home.rglob("*"))
+    for _ in range(2):  # setup.py keeps its folder from one build to the next
+        (folder,) = _toolkit.link_folder(home, tmp_path / "build")
+        assert (folder / "libcudart.so").read_text() == "the library of torch"
+    assert folder.is_relative_to(tmp_path / "build")
+    assert sorted(home.rglob("*")) == before
+    (home / "lib" / "libcudart.so").symlink_to("libcudart.so.13")
+    assert _toolkit.link_folder(home, tmp_path / "other") == []
+
+
+def test_other_toolkits_need_no_link(tmp_path):
+    assert _toolkit.link_folder(toolkit(tmp_path / "cuda"), tmp_path / "build") == []
+
+
+@pytest.mark.parametrize(("cuda", "has_packages"), [("12.8", False), ("13.0", True), ("14.2", True)])
+def test_how_to_get_a_toolkit(cuda, has_packages):
+    torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda=cuda, hip=None))
+    reason = _toolkit.find_toolkit(torch)
+    assert f"install CUDA {cuda}" in reason
+    assert (f'run `pip install "cuda-toolkit[nvcc,cccl]=={cuda}.*"`' in reason) == has_packages
 
 
 def test_nvcc_version(tmp_path):
