@@ -14,8 +14,11 @@ import torch
 import fused_ema
 
 from . import _cost
-from ._build import cache, kernels, library, toolkit
+from ._build import cache, kernels, library, nvrtc, toolkit
 from ._build.compile import PACKAGE, BuildError, Record, built_for
+from ._build.switch import switch
+from .runners import RUNNERS, choose
+from .runners.slower import has_compiler, why_slower
 
 
 def _described(record: Record) -> str:
@@ -24,7 +27,8 @@ def _described(record: Record) -> str:
 
 
 def _nvcc() -> str:
-    home = toolkit.find_cuda_home()
+    found = toolkit.find_toolkit(torch)
+    home = found.home if isinstance(found, toolkit.Toolkit) else toolkit.find_cuda_home()
     if home is None:
         return "not found"
     version = toolkit.nvcc_version(home)
@@ -35,13 +39,47 @@ def _gpus() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
+def _active(device_type: str) -> str:
+    """The name of the runner that updates run on; none where FUSED_EMA_RUNNER asks for what can't be had."""
+    try:
+        return choose(device_type).name
+    except (RuntimeError, ValueError):
+        return "none"
+
+
+def _runners(device_type: str, said: str | None = None, there: bool = True) -> list[str]:
+    """A line for each runner: whether it is active on these devices, or why not.
+
+    `said` is a reason that was given before. Without such a device there, a runner is ready or not.
+    """
+    active = _active(device_type) if there else None
+    forced = os.environ.get("FUSED_EMA_RUNNER")
+    lines = []
+    for runner in RUNNERS:
+        # Where there is no GPU, nobody misses the driver.
+        reason = nvrtc.why_not() if runner.name == "nvrtc" and not there else runner.why_not(device_type)
+        if runner.name == active:
+            state = "active"
+        elif reason is None:
+            first = f"FUSED_EMA_RUNNER={forced} asks for another" if forced else f"{active} comes first"
+            state = f"ready, but {first}" if there else "ready"
+        elif reason == said:
+            state = "not active, for the same reason as on cpu"
+        else:
+            lacks = runner.name == "extension" and library.load() is None and not has_compiler()
+            state = f"not active: {reason}{' (it needs a C++ compiler, and there is none here)' if lacks else ''}"
+        lines.append(f"{runner.name:<10} {state}")
+    return lines
+
+
 def _table(device: str) -> tuple[list[str], str | None]:
     """What updates cost on the device, and a complaint if they are slow without a known reason."""
     try:
         cost = _cost.measure(torch.device(device))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return [f"{device} could not be measured: {str(error).splitlines()[0]}"], None
     (tensors, elements), (_, large) = _cost.MANY, _cost.LARGE
+    active = _active(torch.device(device).type)
     gb = 12 * large / 1e9  # the average is read and written, the model read
 
     def row(name: str, many: str, one: str, speed: str) -> str:
@@ -52,31 +90,48 @@ def _table(device: str) -> tuple[list[str], str | None]:
 
     lines = [
         row(f"float32 on {device}, now", f"{tensors} of {elements}", f"1 of {large / 1e6:.1f}M", ""),
-        measured(f"fused_ema ({fused_ema.backend(device)})", *cost.fused),
+        measured(f"fused_ema ({active})", *cost.fused),
         measured("torch._foreach_lerp_", *cost.foreach),
         measured("torch.add (the memory's speed)", None, cost.stream),
     ]
-    if fused_ema.backend(device) == "torch" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
+    if active == "foreach" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
         return lines, None
     load = f" (load average {os.getloadavg()[0]:.1f} on {_cost.cores()} cores)" if hasattr(os, "getloadavg") else ""
     return lines, f"On {device} this measurement was slower than it should be; are other programs running there{load}?"
 
 
+def _slower(device_type: str) -> str | None:
+    """Why updates run as PyTorch's own operations, where something faster could be had, or don't run at all."""
+    try:
+        runner = choose(device_type)
+    except (RuntimeError, ValueError) as error:
+        return f"On {device_type}, no update runs: {error}"
+    if runner.name != "foreach":
+        return None
+    forced = os.environ.get("FUSED_EMA_RUNNER")
+    first = next(runner.name for runner in RUNNERS if runner.why_not(device_type) is None)
+    if first != "foreach":
+        reason: str | None = f"FUSED_EMA_RUNNER={forced} asks for that; unset it"
+    elif (
+        switch("FUSED_EMA_EXT") is False and has_compiler() and (device_type == "cpu" or not toolkit.no_cuda_in(torch))
+    ):
+        reason = library.why_not()
+    else:
+        reason = why_slower(device_type)
+    return reason and f"On {device_type}, updates run as PyTorch's own operations: {reason}"
+
+
 def _reasons() -> list[str]:
-    """Why updates are slow here, as far as the installation can tell."""
-    reasons = []
-    reason, reason_cuda, gpus = library.why_not(), library.cuda_why_not(), _gpus()
-    if reason:
-        reasons.append(f"The compiled CPU kernel is not active: {reason}")
-    if gpus and reason_cuda and reason_cuda != reason:
-        reasons.append(f"The CUDA kernel is not active: {reason_cuda}")
+    """Why updates are slow here, as far as the installation can tell, where something better can be had."""
+    gpus = _gpus()
+    reasons = [reason for kind in ("cpu", "cuda")[: 1 + bool(gpus)] if (reason := _slower(kind))]
     threads, cores = torch.get_num_threads(), _cost.cores()
     if threads < cores:
         variable = os.environ.get("OMP_NUM_THREADS")
         why = f"OMP_NUM_THREADS={variable}; torchrun sets it to 1" if variable else "see torch.set_num_threads"
         reasons.append(f"On the CPU, PyTorch uses {threads} of {cores} cores ({why})")
     archs = str(library.record().get("archs") or "")
-    for gpu in [] if reason_cuda else gpus:
+    for gpu in gpus if _active("cuda") == "extension" else []:
         architecture = "{}.{}".format(*torch.cuda.get_device_capability(gpu))
         built = re.findall(r"\d+\.\d+", archs)  # of "8.0;9.0a 12.0+PTX"; names like "Hopper" say nothing
         if built and not any(_runs_on(each, architecture) for each in built):
@@ -102,14 +157,16 @@ def info() -> int:
     ]
     if path := library.path():
         lines += [("extension", str(path)), ("", _described(library.record()))]
-    else:
-        lines.append(("extension", "none"))
-    cpu = f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
-    lines.append(("backend", f"cpu: {fused_ema.backend('cpu')} ({cpu})"))
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    lines += [("on cpu", cpu.replace("1 threads", "1 thread") if torch.get_num_threads() == 1 else cpu)]
+    lines += [("", line) for line in _runners("cpu")]
     gpus = _gpus()
-    lines += [("", f"{gpu} ({torch.cuda.get_device_name(gpu)}): {fused_ema.backend(gpu)}") for gpu in gpus]
-    if not gpus:
-        lines.append(("", f"cuda: no GPU is visible; kernel: {library.cuda_kernel_why_not() or 'ready'}"))
+    if (reason := toolkit.no_cuda_in(torch)) and not gpus:
+        lines.append(("on cuda", reason))
+    else:
+        names = ", ".join(f"{gpu} is {torch.cuda.get_device_name(gpu)}" for gpu in gpus)
+        lines.append(("on cuda", names or "no GPU is visible; with one:"))
+        lines += [("", line) for line in _runners("cuda", library.why_not(), there=bool(gpus))]
     for name, text in lines:
         print(f"{name:<10} {text}".rstrip())
     reasons = _reasons()
@@ -117,7 +174,12 @@ def info() -> int:
         table, slow = _table(device)
         print("\n" + "\n".join(map(str.rstrip, table)))
         reasons += [slow] if slow else []
-    print("\nUpdates are slower here than they could be:" if reasons else "\nUpdates are as fast here as they can be.")
+    limit = "" if has_compiler() or library.load() else " without a C++ compiler"
+    print(
+        "\nUpdates are slower here than they could be:"
+        if reasons
+        else f"\nUpdates are as fast here as they can be{limit}."
+    )
     for reason in reasons:
         print(f"- {reason}")
     print("If they are slow in your program, see fused_ema.bind(ema, model).describe() and docs/faq.md.")
@@ -169,11 +231,24 @@ def _archs_here() -> list[int]:
     return found
 
 
+def _about_build() -> str:
+    more = ""
+    if not toolkit.no_cuda_in(torch):
+        more = f"Where a CUDA toolkit is found, it has the CUDA kernels too; to get one, {toolkit.how_to_get(torch)}. "
+    return (
+        "Compiles the extension for the torch that is installed; this needs setuptools and a C++ compiler. "
+        f"{more}With --kernel, compiles the kernels that run on CUDA without the extension, ahead of their first use; "
+        "this needs neither a compiler nor a GPU."
+    )
+
+
 def main() -> int:
     os.environ["FUSED_EMA_QUIET"] = "1"  # what is slow is said at the end
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{build}")
-    command = commands.add_parser("build", help="compile the extension, or the CUDA kernels")
+    command = commands.add_parser(
+        "build", help="compile the extension, or the CUDA kernels", description=_about_build()
+    )
     command.add_argument("--force", action="store_true", help="compile even if the extension is up to date")
     command.add_argument("--into", type=Path, metavar="DIR", help="put it into this folder instead of the user's cache")
     command.add_argument("--kernel", action="store_true", help="compile the CUDA kernels by NVRTC, not the extension")

@@ -133,11 +133,12 @@ def find_toolkit(torch: Any) -> Toolkit | str:
         "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found at $CUDA_HOME, $CUDA_PATH, the nvcc on PATH, "
         "among Python's packages, /usr/local/cuda* or /opt/cuda*"
     )
-    return f"{reason}; {_how_to_get(torch.version.cuda)}"
+    return f"{reason}; {how_to_get(torch)}"
 
 
-def _how_to_get(cuda: str) -> str:
-    """How to get a toolkit for a torch that was built with this CUDA."""
+def how_to_get(torch: Any) -> str:
+    """How to get a toolkit for a CUDA build of torch."""
+    cuda: str = torch.version.cuda
     if _numbers(cuda)[0] < 13:  # the packages of older ones have no nvcc
         return f"install CUDA {cuda}, or set CUDA_HOME"
     return f'run `pip install "cuda-toolkit[nvcc,cccl]=={cuda}.*"`, or install CUDA {cuda} and set CUDA_HOME'

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from build_fakes import install
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
 from fused_ema import _cost
-from fused_ema._build import cache
+from fused_ema._build import cache, library, nvrtc
 from fused_ema._build.compile import PACKAGE
+from fused_ema.runners import driver, slower
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,12 @@ def python(*arguments, cwd=ROOT, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
+def states(output, device):
+    """What the output says of each runner on devices of this type."""
+    lines = re.search(rf"^on {device} .*\n((?:           .*\n)+)", output, re.MULTILINE)
+    return dict(line.split(None, 1) for line in lines[1].splitlines()) if lines else {}
+
+
 def test_info_about_the_extension():
     code, output = python("-m", "fused_ema")
     assert code == 0
@@ -41,38 +49,116 @@ def test_info_about_the_extension():
     if record and record["torch"] == str(torch.__version__):
         assert str(PACKAGE / cache.LIBRARY) in output
         assert f"built for torch {torch.__version__}" in output
-        assert "backend    cpu: cpu" in output
+        assert states(output, "cpu")["extension"] == "active"
+        assert states(output, "cpu")["foreach"] == "ready, but extension comes first"
     else:
-        assert "not active: " in output
+        assert states(output, "cpu")["foreach"] == "active"
         assert "run `python -m fused_ema build`" in output
 
 
 def test_info_without_the_extension_says_why_it_is_slow_in_one_screen():
     code, output = python("-m", "fused_ema", FUSED_EMA_EXT="0", OMP_NUM_THREADS="1")
     assert code == 0
-    for text in (f"fused_ema  {fused_ema.__version__}", f"torch      {torch.__version__}", "backend    cpu: torch"):
+    for text in (f"fused_ema  {fused_ema.__version__}", f"torch      {torch.__version__}", ", 1 thread\n"):
         assert text in output
+    assert states(output, "cpu") == {
+        "extension": "not active: FUSED_EMA_EXT=0 switches the extension off; unset it",
+        "nvrtc": "not active: NVRTC compiles kernels for CUDA devices alone, not for cpu devices",
+        "foreach": "active",
+    }
     reasons = output.partition("Updates are slower here than they could be:\n")[2]
-    assert "- The compiled CPU kernel is not active: FUSED_EMA_EXT=0" in reasons
+    assert "- On cpu, updates run as PyTorch's own operations: FUSED_EMA_EXT=0" in reasons
     one_of_many = f"- On the CPU, PyTorch uses 1 of {_cost.cores()} cores (OMP_NUM_THREADS=1; torchrun sets it to 1)"
     assert (one_of_many in reasons) == (_cost.cores() > 1)
-    for row in ("fused_ema (torch)", "torch._foreach_lerp_"):
+    for row in ("fused_ema (foreach)", "torch._foreach_lerp_"):
         assert re.search(rf"{re.escape(row)} +[\d,]+ us +[\d.]+ ms +[\d.]+ GB/s", output)
-    assert output.count("\n") <= 24 + 3 * torch.cuda.device_count()
+    assert output.count("\n") <= 27 + 3 * torch.cuda.device_count()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(compiler, cuda) is one without the extension, without a GPU, and with one thread on one core."""
+    monkeypatch.delenv("FUSED_EMA_RUNNER", raising=False)
+    monkeypatch.setattr(library, "_found", library._Found(why_not="the extension is not built"))
+    monkeypatch.setattr(fused_ema_main, "_gpus", lambda: [])
+    monkeypatch.setattr(fused_ema_main, "_table", lambda device: ([], None))
+    monkeypatch.setattr(_cost, "cores", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def change(compiler=True, cuda=None):
+        for module in (fused_ema_main, slower):
+            monkeypatch.setattr(module, "has_compiler", lambda: compiler)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(nvrtc, "find", lambda: object() if cuda else "no NVRTC")
+
+    change()
+    return change
+
+
+def info(capsys):
+    assert fused_ema_main.info() == 0
+    return capsys.readouterr().out
+
+
+def test_info_says_what_a_compiler_would_add_where_there_is_one(machine, capsys):
+    output = info(capsys)
+    assert "slower here than they could be:\n- On cpu, updates run as PyTorch's own operations: the extension" in output
+    machine(compiler=False)
+    output = info(capsys)
+    assert "(it needs a C++ compiler, and there is none here)" in states(output, "cpu")["extension"]
+    assert "Updates are as fast here as they can be without a C++ compiler." in output
+
+
+def test_info_about_cuda_without_a_gpu(machine, capsys):
+    output = info(capsys)
+    assert f"on cuda    torch {torch.__version__} was built without CUDA; install a CUDA build of torch\n" in output
+    machine(cuda="13.0")
+    assert states(info(capsys), "cuda") == {
+        "extension": "not active, for the same reason as on cpu",
+        "nvrtc": "ready",
+        "foreach": "ready",
+    }
+
+
+def test_info_about_a_gpu(machine, monkeypatch, capsys):
+    machine(cuda="13.0", compiler=False)
+    monkeypatch.setattr(fused_ema_main, "_gpus", lambda: ["cuda:0"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "a GPU")
+    for reason in (None, "the driver is old; update it"):
+        monkeypatch.setattr(driver, "why_not", lambda reason=reason: reason)
+        output = info(capsys)
+        assert "on cuda    cuda:0 is a GPU\n" in output
+        assert states(output, "cuda")["nvrtc"] == (f"not active: {reason}" if reason else "active")
+        assert states(output, "cuda")["foreach"] == ("active" if reason else "ready, but nvrtc comes first")
+        assert ("On cuda, updates run as PyTorch's own operations: the driver is old" in output) is bool(reason)
+
+
+@pytest.mark.parametrize("forced", ["nvrtc", "nvcc"])
+def test_info_where_a_runner_is_forced_that_cannot_be_had(machine, monkeypatch, capsys, forced):
+    monkeypatch.setenv("FUSED_EMA_RUNNER", forced)
+    output = info(capsys)
+    assert states(output, "cpu")["foreach"] == f"ready, but FUSED_EMA_RUNNER={forced} asks for another"
+    assert "- On cpu, no update runs: FUSED_EMA_RUNNER=" in output
+
+
+def test_info_where_a_slower_runner_is_forced(machine, monkeypatch, capsys):
+    monkeypatch.setattr(library, "_found", library._Found(module=SimpleNamespace(cuda_built=False)))
+    monkeypatch.setenv("FUSED_EMA_RUNNER", "foreach")
+    assert "own operations: FUSED_EMA_RUNNER=foreach asks for that; unset it" in info(capsys)
 
 
 @pytest.mark.parametrize(
     ("fused", "stream", "active", "complains"),
     [
-        ((1e-4, 0.01), 0.009, "cpu", False),
-        ((1e-4, 0.02), 0.009, "cpu", True),
-        ((1e-2, 0.01), 0.009, "cpu", True),
-        ((1e-2, 0.02), 0.009, "torch", False),  # for another reason, which is in the list
+        ((1e-4, 0.01), 0.009, "extension", False),
+        ((1e-4, 0.02), 0.009, "extension", True),
+        ((1e-2, 0.01), 0.009, "extension", True),
+        ((1e-2, 0.02), 0.009, "foreach", False),  # for another reason, which is in the list
     ],
 )
 def test_info_says_when_it_is_slower_than_it_should_be(monkeypatch, fused, stream, active, complains):
     monkeypatch.setattr(_cost, "measure", lambda device: _cost.Cost(fused, (1e-3, 0.011), stream))
-    monkeypatch.setattr(fused_ema, "backend", lambda device: active)
+    monkeypatch.setattr(fused_ema_main, "_active", lambda device_type: active)
     table, slow = fused_ema_main._table("cpu")
     assert len(table) == 4
     assert (slow is not None) == complains
@@ -136,10 +222,9 @@ def no_torch(tmp_path):
 def test_wheel_without_torch(checkout, no_torch):
     code, output = python("setup.py", "-q", "bdist_wheel", cwd=checkout, PYTHONPATH=no_torch)
     assert code == 0, output
-    assert "NO COMPILED EXTENSION" in output
+    assert "installing without the compiled extension" in output
     assert "No module named 'torch'" in output
     assert "python -m fused_ema build" in output
-    assert "pip install --no-build-isolation ." in output
     (wheel,) = (checkout / "dist").iterdir()
     assert wheel.name == f"fused_ema-{fused_ema.__version__}-py3-none-any.whl"
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -166,7 +251,7 @@ def test_setup_switched_off(checkout):
     install(checkout / "fused_ema")  # as an earlier build left it
     code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, FUSED_EMA_EXT="0")
     assert code == 0
-    assert "NO COMPILED EXTENSION" in output
+    assert "installing without the compiled extension" in output
     assert not list((checkout / "fused_ema").glob("*.so"))
 
 
@@ -181,7 +266,9 @@ def test_setup_where_nothing_compiles(checkout, required):
     }
     code, output = python("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **switches)
     assert "compiling failed" in output
-    assert ("FUSED_EMA_EXT=1 makes this an error" if required else "NO COMPILED EXTENSION") in output
+    assert (
+        "FUSED_EMA_EXT=1 makes this an error" if required else "installing without the compiled extension"
+    ) in output
     assert (code == 0) is not required
     assert not list((checkout / "fused_ema").glob("_C*.so"))
 
