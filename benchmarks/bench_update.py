@@ -217,7 +217,8 @@ def main() -> int:
     if arguments.methods is not None:
         wanted = parts_of(arguments.methods, "--methods", names, parser)
         names = [name for name in names if name in wanted or name == BOUND]
-    titles = [case.title for case in CASES if not case.huge or device.type == "cuda" or arguments.cases]
+    everywhere = [case for case in CASES if not (case.asked or (case.huge and device.type != "cuda"))]
+    titles = [case.title for case in (CASES if arguments.cases else everywhere)]
     pattern = "GPT-2 small,ResNet,2000" if arguments.quick and arguments.cases is None else arguments.cases
     if pattern is not None:
         titles = parts_of(pattern, "--cases", titles, parser)

@@ -357,6 +357,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _settings() -> list[str]:
+    """The environment variables that choose how fused_ema runs, as a part of the command."""
+    names = ("FUSED_EMA_EXT", "FUSED_EMA_CUDA", "FUSED_EMA_RUNNER")
+    return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -381,6 +387,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "backend": fused_ema.backend(device),
         "commit": _first_line("git", "rev-parse", "--short=12", "HEAD") + (" with edits" if edited else ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": " ".join([*_settings(), shlex.join(["python", *sys.argv])]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

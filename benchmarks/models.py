@@ -19,6 +19,7 @@ class Case(NamedTuple):
     average_dtype: torch.dtype = torch.float32
     in_a_row: bool = False  # called repeatedly, as in a timing loop, so that the caches stay warm
     huge: bool = False  # needs the memory of a large GPU, so it runs on CUDA or on request only
+    asked: bool = False  # runs on request only
 
     @property
     def title(self) -> str:
@@ -112,6 +113,9 @@ CASES = (
     MANY,
     MANY_IN_A_ROW,
     Case("1 tensor of 500M", equal_tensors(1, 500_000_000)),
+    Case("1 tensor of 100M", equal_tensors(1, 100_000_000), asked=True),
+    Case("64 tensors of 4096", equal_tensors(64, 4096), in_a_row=True, asked=True),
+    Case("2 tensors of 10", equal_tensors(2, 10), in_a_row=True, asked=True),
     Case("ViT-L/16", _vit_l, huge=True),
     Case("GPT-2 XL", _gpt2_xl, torch.bfloat16, huge=True),
     Case("Stable Diffusion UNet", _unet, torch.bfloat16, huge=True),
