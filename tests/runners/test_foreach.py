@@ -307,6 +307,7 @@ def test_a_tensor_that_came_twice_is_seen_to_part():
         assert pairs.run(Call("update", (0.5,)), [ema[0], ema[0]], [first, first])
     assert not pairs.run(Call("update", (0.5,)), ema, [first, first])
     assert not pairs.run(Call("update", (0.5,)), [ema[0], ema[0]], [first, second])
+    assert not pairs.run(Call("update", (0.5,)), [ema[0], ema[0].view(1, 3)], [first, first.view(1, 3)])
     assert pairs.run(Call("update", (0.5,)), [ema[0], ema[0].detach()], [first, first])
 
 
