@@ -253,7 +253,12 @@ def main() -> int:
     command.add_argument("--into", type=Path, metavar="DIR", help="put it into this folder instead of the user's cache")
     command.add_argument("--kernel", action="store_true", help="compile the CUDA kernels by NVRTC, not the extension")
     command.add_argument(
-        "--arch", nargs="+", default=[], metavar="9.0", help="for these GPUs, not for those that are here"
+        "--arch",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="9.0",
+        help="for these GPUs, not for those that are here",
     )
     arguments = parser.parse_args()
     if arguments.command != "build":

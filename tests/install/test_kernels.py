@@ -310,7 +310,7 @@ def command(compiler, monkeypatch):
 
 
 def test_build_for_gpus_that_are_not_here(command, compiler, capsys):
-    assert command("--kernel", "--arch", "9.0", "12.0;8.0") == 0
+    assert command("--kernel", "--arch", "9.0", "--arch", "12.0;8.0") == 0
     assert sorted({arch for _, arch in compiler.compiled}) == [80, 90, 120]
     assert len(compiler.compiled) == 15
     assert all(Path(line).is_file() for line in capsys.readouterr().out.splitlines())
