@@ -7,7 +7,7 @@ import torch
 from conftest import bits, same_bits
 
 from fused_ema.pairs.checks import Action
-from fused_ema.runners import foreach, nvrtc
+from fused_ema.runners import extension, foreach, nvrtc
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.several import Several
 from fused_ema.runners.watch import SlotWatch
@@ -20,15 +20,15 @@ def driver(monkeypatch):
     return stand_in.install(monkeypatch)
 
 
-def share(types):
-    """Averages, model, and what the two runners made of them, pair by pair in turn."""
+def share(types, other=None):
+    """Averages, model, and what PyTorch's operations and another runner made of them, pair by pair in turn."""
     torch.manual_seed(0)
     ema, model = ([torch.randn(20, 5).to(pair[side]) for pair in types * 2] for side in (0, 1))
     ema, model = [*ema, torch.arange(3)], [*model, torch.arange(3) + 7]
     actions = [Action.AVERAGE] * 6 + [Action.COPY]
     job = Job([f"[{i}]" for i in range(7)], ema, model, actions, 1, [0] * 7)
-    watch = SlotWatch([], [ema, model])
-    runners = [foreach.Foreach(), nvrtc.Nvrtc()]
+    watch = (extension.load().CompiledWatch if other else SlotWatch)([], [ema, model])
+    runners = [foreach.Foreach(), other or nvrtc.Nvrtc()]
     return ema, model, Several(job, watch, [runners[i % 2] for i in range(7)])
 
 
@@ -87,5 +87,17 @@ def test_a_swap_that_failed_halfway_is_undone(of_one_type, driver):
         pairs.run(Call("swap"))
     driver.fail("", 0)
     assert pairs.exchanged()
+    assert pairs.run(Call("restore"))
+    assert same_bits(before, ema, model)
+
+
+def test_only_what_was_swapped_is_restored():
+    if extension.load() is None:
+        pytest.skip(f"no native extension: {extension.why_not()}")
+    ema, model, pairs = share([(torch.float32, torch.float32)] * 3, extension.Extension())
+    before = bits(ema, model)
+    first, _ = pairs._parts
+    assert first.run(Call("swap"))
+    assert not same_bits(before, ema, model)
     assert pairs.run(Call("restore"))
     assert same_bits(before, ema, model)
