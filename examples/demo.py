@@ -232,8 +232,8 @@ def main() -> int:
     show_costs(model, device)
     backend = fused_ema.backend(device)
     console.print(f"fused_ema used its backend {backend!r}.")
-    if backend != device.type:
-        console.print("A faster one exists: `python -m fused_ema` says why it is not active and what to do.")
+    if backend == "torch":
+        console.print("`python -m fused_ema` says whether a faster one could be had here, and how.")
     console.print()
     save_and_load(arguments.out, model, ema, digits)
     averaged, raw, again = (statistics.mean(results[name]) for name in ("averaged", "raw", "raw, remeasured"))
