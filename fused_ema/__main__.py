@@ -50,13 +50,13 @@ def _active(device_type: str) -> str:
 def _runners(device_type: str, said: str | None = None, there: bool = True) -> list[str]:
     """A line for each runner: whether it is active on these devices, or why not.
 
-    `said` is a reason that was given before. Without such a device there, a runner is ready or not.
+    `said`: a reason that was given before. `there`: False without such a device, where a runner is ready at most.
     """
     active = _active(device_type) if there else None
     forced = os.environ.get("FUSED_EMA_RUNNER")
     lines = []
     for runner in RUNNERS:
-        # Where there is no GPU, nobody misses the driver.
+        # Without a GPU, the driver is not missed.
         reason = nvrtc.why_not() if runner.name == "nvrtc" and not there else runner.why_not(device_type)
         if runner.name == active:
             state = "active"
@@ -200,7 +200,7 @@ def build(into: Path | None, force: bool) -> int:
 
 
 def build_kernels(archs: list[str], into: Path | None, force: bool) -> int:
-    """Needs no GPU: machine code for another machine, or for an image of one."""
+    """Compiles the kernels, which needs no GPU: they may be for another machine, or for a container image."""
     try:
         numbers = sorted({_number_of(arch) for each in archs for arch in re.split("[; ,]+", each) if arch})
         done = kernels.build(numbers or _archs_here(), into, force)
@@ -227,7 +227,7 @@ def _archs_here() -> list[int]:
     """Of the GPUs that are here."""
     found = sorted({_number_of("{}.{}".format(*torch.cuda.get_device_capability(gpu))) for gpu in _gpus()})
     if not found:
-        raise ValueError("no GPU is here that could tell what to build for; name it, such as --arch 9.0")
+        raise ValueError("there is no GPU here to build for; name one, such as --arch 9.0")
     return found
 
 

@@ -1,7 +1,7 @@
 """Keeps what nvrtc.py compiles: one file for each operation and architecture, in the user's cache.
 
-A file begins with a line of JSON that says what it was compiled from, and what its bytes must add up to; the image
-follows. It is loaded only from a folder and a file that nobody else can write, or from the package itself, where
+A file begins with a line of JSON that says what it was compiled from and has a digest of the image, which follows. It
+is loaded only from a folder and a file that nobody else can write, or from the package itself, where
 `python -m fused_ema build --kernel --into` may have put it. Whatever does not fit is compiled again and replaced.
 """
 

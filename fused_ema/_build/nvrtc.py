@@ -153,7 +153,7 @@ def _libraries(cuda: str) -> Iterator[str | Path]:
 
 
 def load_builtins(folder: Path) -> None:
-    """Loads the other half of a libnvrtc, which looks for it by its name alone."""
+    """Loads the other half of a libnvrtc, which looks for that by its bare name."""
     for path in folder.glob("libnvrtc-builtins*"):
         ctypes.CDLL(str(path))
 

@@ -1,4 +1,4 @@
-"""The runners, which run updates. base.py has their interface."""
+"""The runners, which run updates. base.py defines their interface."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def choose(device_type: str) -> Runner:
     if forced and forced not in names:
         raise ValueError(f"FUSED_EMA_RUNNER={forced!r}: expected one of {', '.join(names)}, or nothing")
     for runner in RUNNERS:
-        reason = runner.why_not(device_type)
-        if forced == runner.name and reason:
-            raise RuntimeError(f"FUSED_EMA_RUNNER={forced}, but on {device_type} devices it can't run: {reason}")
-        if reason is None and forced in ("", runner.name):
-            return runner
+        if forced in ("", runner.name):
+            reason = runner.why_not(device_type)
+            if reason is None:
+                return runner
+            if forced:
+                raise RuntimeError(f"FUSED_EMA_RUNNER={forced}, but on {device_type} devices it can't run: {reason}")
     raise AssertionError("the last runner runs everywhere")
 
 

@@ -6,7 +6,7 @@ kept and run at every update, for as long as the tensors stay what they were.
 
 To add a runner, implement `Runner` and `Prepared` in a file of this folder and put it into the list in __init__.py:
 `choose` takes the first of them that can run on a device. It computes what docs/numerics.md promises. reference.py
-shows every operation in a page of plain PyTorch, and tests/runners has one suite that all runners pass.
+shows the average in plain PyTorch, exchange.py the exchange, and tests/runners has one suite that all runners pass.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Prepared(Protocol):
     """Pairs that a runner has prepared. Holds no reference to a tensor, so that replaced parameters are freed."""
 
     def launches(self) -> int:
-        """Kernel launches (on the CPU, parallel loops) of one update."""
+        """Kernel launches (on the CPU, parallel loops) of one update; in foreach.py, operations on single tensors."""
 
     def scratch(self) -> list[tuple[torch.device, int]]:
         """Bytes of scratch memory that a "swap" needs on each device, for pairs whose types differ."""
@@ -115,8 +115,8 @@ _lock = threading.RLock()
 
 
 def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
-    """The lock of this process for managers and for runners in Python. (The extension has its own, which other threads
-    can wait for without the interpreter's.)"""
+    """This process's lock, for managers and for the runners in Python. (The extension has its own, so that threads can
+    wait for it without holding the interpreter's.)"""
     return _lock
 
 
@@ -126,4 +126,4 @@ def _renew_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # a thread of the parent may hold the inherited one forever
+    os.register_at_fork(after_in_child=_renew_lock)  # where no thread is left to release the inherited one

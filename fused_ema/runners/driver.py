@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import sys
 from typing import Any
 
@@ -20,11 +21,11 @@ from .tables import LAUNCH, THREADS
 
 
 class Driver:
-    """One libcuda."""
+    """The calls into libcuda."""
 
     def __init__(self, library: str) -> None:
-        self._library: Any = ctypes.CDLL(library)  # lets other threads have the interpreter during a call
-        # Keeps the interpreter during a call: nothing may change between the check of the tensors and the launch.
+        self._library: Any = ctypes.CDLL(library)  # releases the interpreter's lock during a call
+        # Keeps that lock during a call, so that a launch lets no other thread replace the tensors that were checked.
         self._held: Any = ctypes.PyDLL(library)
         pointer, number = ctypes.c_void_p, ctypes.c_uint
         self.launch = self._held.cuLaunchKernel
@@ -33,7 +34,7 @@ class Driver:
         self._library.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
 
     def version(self) -> int:
-        """Of the newest CUDA that the driver supports: 13000 is 13.0."""
+        """The newest CUDA that the driver supports: 13000 is 13.0."""
         version = ctypes.c_int()
         self.check(self._library.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
         return version.value
@@ -63,7 +64,7 @@ class Driver:
         self.check(self._held.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
     def load(self, image: Image) -> int:
-        """The function of a kernel, in the current context. It is never unloaded: captured graphs may hold it."""
+        """Loads a kernel into the current context, for good: captured graphs may hold it. Returns its function."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         code = self._library.cuModuleLoadData(ctypes.byref(module), image.code)
         self.check(code, f"cuModuleLoadData, of a kernel of {len(image.code)} bytes")
@@ -73,7 +74,7 @@ class Driver:
 
 
 class Gpu:
-    """One device: its kernels, and launches on it. torch's part of the work is in the first three methods."""
+    """One device: its kernels, and launches on it. The first three methods are all that asks torch."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -108,18 +109,18 @@ class Gpu:
     def launch(self, function: int, blocks: int, stream: int, argument: bytes, codes: list[int]) -> None:
         """Launches a kernel, and appends what the driver returned to `codes`; raises where that is not 0.
 
-        `extend` and `map` do both in one step, which no Ctrl-C can come between.
+        `extend` does both in one step, which Ctrl-C can't split.
         """
         buffer = ctypes.create_string_buffer(argument, LAUNCH.size)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        each = [function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None]
+        call = function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None
         with _current(self._driver, self._context):
-            codes.extend(map(self._driver.launch, *((value,) for value in each)))
+            codes.extend(itertools.starmap(self._driver.launch, [call]))
         self._driver.check(codes[-1], f"cuLaunchKernel on {self.device}")
 
 
 class _current:
-    """Makes a context the thread's own, and gives it the former one back."""
+    """Makes a context the thread's current one, and then restores the one before it."""
 
     def __init__(self, driver: Driver, context: int) -> None:
         self._driver, self._context = driver, context

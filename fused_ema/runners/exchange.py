@@ -27,7 +27,7 @@ class Exchange:
 
     Args:
         job: the pairs.
-        block: the bytes of one side that are exchanged at a time; two blocks of scratch memory are used.
+        block: the bytes of each side that are exchanged at a time, and of which a copy is made.
     """
 
     def __init__(self, job: Job, block: int) -> None:

@@ -1,8 +1,8 @@
 """The runner on PyTorch's own multi-tensor operations: fast wherever PyTorch runs, with no compiler.
 
 It keeps the one-step bound of docs/numerics.md, not the kernels' bits. Pairs of one type are averaged in place, by
-`torch._foreach_lerp_`. Pairs of two types go through scratch memory of the wider type, a few megabytes at a time. What
-is rare is computed in float64, by reference.py.
+`torch._foreach_lerp_`. Pairs of two types go through scratch memory, a bounded amount at a time. Rare cases are
+computed in float64, by reference.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PreparedForeach(PreparedInPython):
             [getter(pairs) for pairs in alike(job, each)] for each in (self._copied, self._active)
         )
         self._groups = groups(job, [i for i in self._active if job.actions[i] is Action.AVERAGE])
-        self._numbers: dict[int, int] = {}  # of the first elements, for the random bits, as csrc/plan.cpp counts them
+        self._numbers: dict[int, int] = {}  # of each pair's first element, as csrc/plan.cpp counts them: random bits
         number = 0
         for i in self._active:
             self._numbers[i] = number

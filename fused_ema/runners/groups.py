@@ -15,7 +15,7 @@ from .in_python import getter
 from .pieces import Piece, pieces, reals
 from .reference import finish
 
-# Bytes of scratch memory of an update: what stays in the CPU's caches, and what hides a launch on a device.
+# Bytes of scratch memory per update: few enough for the CPU's caches; on a device, enough to hide a launch.
 SCRATCH_CPU, SCRATCH_DEVICE = 4 << 20, 64 << 20
 
 
@@ -47,7 +47,7 @@ class Group:
 
 
 class CastGroup(Group):
-    """Two types, or two devices: goes through scratch memory, in rounds that fill it."""
+    """Pairs of two types, or on two devices: they go through scratch memory, in rounds that fill it."""
 
     def __init__(self, job: Job, pairs: list[int]) -> None:
         super().__init__(job, pairs)
@@ -102,12 +102,11 @@ class CastGroup(Group):
             torch.autograd.graph.increment_version([ema[i] for i in self._in_parts])
 
     def _views_of(self, scratch: Tensor) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The scratch memory of each round, in the shapes of the averages and of the model's tensors. On the CPU, where
-        it stays, so do these."""
+        """The scratch memory of each round, in the shapes of the averages and of the model's tensors. They are kept
+        on the CPU, where it is the same memory at each call."""
         if self._kept_views is None or self._kept_views[0] is not scratch:
-            with torch.inference_mode(
-                scratch.is_inference()
-            ):  # a view of it in inference mode can't be written outside
+            # A view that is made in inference mode could not be written outside it.
+            with torch.inference_mode(scratch.is_inference()):
                 memory = scratch[: self.scratch_bytes()].view(self._type)
                 views = [(each.views(memory[-self._fullest :]), each.views(memory)) for each in self._rounds]
             if self.device.type != "cpu":
@@ -152,7 +151,7 @@ def alike(job: Job, pairs: Iterable[int]) -> list[list[int]]:
 
 
 def _lerp(ema: Any, model: Any, decay: float) -> None:
-    """Multiplies the difference by the smaller of the two weights, as csrc/lerp.h does, which the bound needs."""
+    """Multiplies the difference by the smaller of decay and 1 - decay, as csrc/lerp.h does: the bound needs that."""
     if decay >= 0.5:
         torch._foreach_lerp_(ema, model, 1 - decay)
         return
@@ -178,7 +177,7 @@ def _cpu_scratch() -> Tensor:
 
 @functools.cache
 def _lerp_is_fused() -> bool:
-    """Whether this CPU's lerp rounds once. Of 1 + 2**-11 + 2**-24 - 1, two roundings lose the last term."""
+    """Whether this CPU's lerp rounds once. Two roundings lose the last term of 1 + 2**-11 + 2**-24 - 1."""
     x = 1 + 2.0**-12
     e, p = (torch.full((64,), value, dtype=torch.float32, device="cpu") for value in (-1.0, 4 * x - 1))
     moved = e.lerp_(p, x / 4)

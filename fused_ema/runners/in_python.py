@@ -1,7 +1,7 @@
-"""What every runner that is written in Python does alike: it sees whether its tensors are still what they were.
+"""What all runners in Python share: seeing whether the tensors are still what they were.
 
 To derive from `PreparedInPython`, work out in `__init__` what depends on the pairs alone, and implement `_run`, which
-gets tensors that fit. `launches` and `scratch` remain to be written too; see `Prepared` in base.py.
+gets tensors that fit, and the rest of `Prepared` in base.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..pairs.memory import has_address, place
 from .base import Call, Job, Tensors, Watch, one_at_a_time
 
 try:
-    from torch._C._dynamo import guards as _guards  # private, and alike from PyTorch 2.6 to 2.14
+    from torch._C._dynamo import guards as _guards  # private, and the same from PyTorch 2.6 to 2.14
 
     _TensorGuards: Any = _guards.TensorGuards
 except (ImportError, AttributeError):
@@ -28,7 +28,7 @@ _data_ptr = torch._C.TensorBase.data_ptr
 
 
 class PreparedInPython:
-    """See `Prepared`, whose `current`, `run`, `exchanged` and `mark_exchanged` are here."""
+    """See `Prepared`, whose `current` and `run` are here."""
 
     def __init__(self, job: Job, watch: Watch | None) -> None:
         tensors = [*job.ema, *job.model]
@@ -41,13 +41,11 @@ class PreparedInPython:
         among = [places.get(id(tensor), -1) for tensor in tensors]
         self._complete = watch is not None and -1 not in among
         self._of_watched = getter(among)
-        self._exchanged = 0
 
     def _run(self, call: Call, tensors: Tensors) -> None:
         """Runs the call on the averages and, behind them, the model's tensors, in the order of the job.
 
-        It raises the version counters of what it writes, and keeps `_exchanged` above 0 while the model holds an
-        average. One thread at a time is here, without gradients.
+        It raises the version counters of what it writes. One thread at a time calls it, with gradients off.
         """
         raise NotImplementedError
 
@@ -55,12 +53,6 @@ class PreparedInPython:
         with torch.no_grad():
             watched = self._watched()
             return watched is not None and self._records.fit(self._local(watched))
-
-    def exchanged(self) -> bool:
-        return self._exchanged > 0
-
-    def mark_exchanged(self) -> None:
-        self._exchanged = 1
 
     def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
         with one_at_a_time():
@@ -97,7 +89,7 @@ class PreparedInPython:
 
 
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
-    """Gives a function that picks these positions of a sequence, by a loop in C."""
+    """Returns a function that picks these positions of a sequence, in a loop in C."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda values: [values[position] for position in positions]
@@ -107,8 +99,8 @@ class Records:
     """What tensors were when they were prepared: their addresses, types, shapes and strides. Holds none of them.
 
     Comparing record by record takes a microsecond or two for each tensor. Two calls that loop in C take a twentieth of
-    that: torch.compile's guards, which never fit wrongly but do not fit in another mode, such as autocast or inference
-    mode, and a list of addresses. Where they don't fit, the records decide.
+    that: torch.compile's guards, which never fit by mistake but do not fit in another mode, such as autocast or
+    inference mode, and a list of addresses. Where they don't fit, the records decide.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -123,7 +115,7 @@ class Records:
         self._guards: Any = None
 
     def fit(self, tensors: Tensors) -> bool:
-        """Whether all tensors, which may be other objects, are what they were. To be called without gradients."""
+        """Whether all tensors, which may be other objects, are what they were. Call it with gradients off."""
         if len(tensors) != len(self._records):
             return False
         if self._guards is not None and self._fit_guards(tensors):

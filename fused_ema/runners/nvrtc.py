@@ -1,4 +1,4 @@
-"""The compiled kernels without nvcc: csrc's own, compiled for the GPU that is there by the NVRTC in PyTorch.
+"""The compiled kernels without nvcc: csrc's own, compiled by PyTorch's NVRTC for the GPU that is there.
 
 One launch per device, the bits of the compiled runner, and tables like its own, packed in Python.
 """
@@ -31,7 +31,7 @@ class Nvrtc:
 
     def why_not(self, device_type: str) -> str | None:
         if device_type != "cuda":
-            return f"NVRTC compiles kernels for CUDA devices alone, not for {device_type} devices"
+            return f"NVRTC compiles kernels only for CUDA devices, not for {device_type} devices"
         return nvrtc.why_not() or driver.why_not() or _too_old()
 
     def prepare(self, job: Job, watch: Watch | None) -> PreparedNvrtc:
@@ -39,8 +39,8 @@ class Nvrtc:
 
 
 def _too_old() -> str | None:
-    """Why a GPU of this process can't run the kernel. Asking would start CUDA, so nothing is asked before a tensor is
-    on one."""
+    """Why a GPU of this process can't run the kernel. Asking initializes CUDA, so nothing is asked before something
+    else has done that."""
     started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     for index in range(torch.cuda.device_count() if started else 0):
         major, minor = torch.cuda.get_device_capability(index)
@@ -50,7 +50,7 @@ def _too_old() -> str | None:
 
 
 class PreparedNvrtc(PreparedInPython):
-    """See `Prepared`; csrc/plan.cpp is its model."""
+    """See `Prepared`; it mirrors csrc/plan.cpp."""
 
     def __init__(self, job: Job, watch: Watch | None) -> None:
         super().__init__(job, watch)
@@ -136,7 +136,7 @@ def _holds(memory: Tensor, device: torch.device, size: int) -> bool:
 
 
 class _Device:
-    """The tables of one device, and the copy of them that lies on it."""
+    """The tables of one device, and their copy in its memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

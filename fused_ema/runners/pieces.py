@@ -19,11 +19,11 @@ class Piece(NamedTuple):
 
     pair: int
     part: Part | None  # None: the whole pair
-    flat: bool  # the part is one of both sides in one dimension
+    flat: bool  # whether the part is a range of each side's memory, in one dimension
     shape: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of one side. Autograd does not count changes of a part: whoever writes it does."""
+        """The piece of one side. Writing to a part does not raise the version counter: the writer has to."""
         if self.part is None:
             return reals(tensor)
         tensor = reals(tensor.data)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-# Elements that are computed at a time: their temporaries stay in the CPU's caches, or hide a launch on a device.
+# Elements computed at a time: few enough for the CPU's caches; on a device, enough to hide a launch.
 _BLOCK_CPU, _BLOCK_DEVICE = 1 << 16, 1 << 22
 
 
 def finish(run: Callable[[list[object]], None]) -> None:
-    """Runs what is done in several parts to its end, also where it is interrupted, so that no tensor stays half done.
+    """Runs work that has several parts to its end even if it is interrupted, so that no tensor stays half done.
 
-    `run` goes on behind the parts that the list counts. It writes a part, and counts it, by `done.extend(map(...))`:
+    `run` goes on after the parts that the list counts. It writes a part, and counts it, by `done.extend(map(...))`:
     Ctrl-C can't come between the two.
     """
     done: list[object] = []

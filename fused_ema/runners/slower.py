@@ -40,13 +40,11 @@ def why_slower(device_type: str) -> str | None:
     """Why there is no compiled code for devices of this type, though there could be; None where nothing can be done."""
     if switch("FUSED_EMA_EXT") is False:
         return None
-    if device_type == "cpu" and not has_compiler():
-        return None
-    if device_type == "cuda" and no_cuda_in(torch):
-        return None
     if device_type == "cpu":
-        return Extension().why_not("cpu")
-    return f"{Nvrtc().why_not('cuda')}; {Extension().why_not('cuda')}" if device_type == "cuda" else None
+        return Extension().why_not("cpu") if has_compiler() else None
+    if device_type == "cuda" and not no_cuda_in(torch):
+        return f"{Nvrtc().why_not('cuda')}; {Extension().why_not('cuda')}"
+    return None
 
 
 def has_compiler() -> bool:

@@ -1,5 +1,5 @@
 """Packs pairs of tensors into the tables that the CUDA kernel reads: the bytes of csrc/launch.h, as csrc/table.h and
-csrc/plan.cpp make them. A test compares them with those.
+csrc/plan.cpp make them. tests/runners/test_tables.py compares the two.
 """
 
 from __future__ import annotations

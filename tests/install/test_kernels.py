@@ -331,7 +331,7 @@ def test_build_into_a_folder_says_where_the_kernels_are_looked_for(command, tmp_
     ("arguments", "words"),
     [
         (["--kernel", "--arch", "sm_90"], "--arch: expected compute capabilities, such as 9.0, found 'sm_90'"),
-        (["--kernel"], "no GPU is here that could tell what to build for; name it, such as --arch 9.0"),
+        (["--kernel"], "there is no GPU here to build for; name one, such as --arch 9.0"),
         (["--kernel", "--arch", "9.0", "--into", __file__], "File exists"),
     ],
 )

@@ -63,7 +63,7 @@ def test_info_without_the_extension_says_why_it_is_slow_in_one_screen():
         assert text in output
     assert states(output, "cpu") == {
         "extension": "not active: FUSED_EMA_EXT=0 switches the extension off; unset it",
-        "nvrtc": "not active: NVRTC compiles kernels for CUDA devices alone, not for cpu devices",
+        "nvrtc": "not active: NVRTC compiles kernels only for CUDA devices, not for cpu devices",
         "foreach": "active",
     }
     reasons = output.partition("Updates are slower here than they could be:\n")[2]

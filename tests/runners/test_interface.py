@@ -266,7 +266,7 @@ def test_nothing_is_said_where_nothing_can_be_done(warnings_of_first, monkeypatc
 
 
 def test_a_device_that_the_loaded_extension_has_no_kernel_for(monkeypatch):
-    """As CUDA's, where the extension was built without it: the reference runner runs, and sees what is replaced."""
+    """As CUDA's, where the extension was built without it: the foreach runner runs, and sees what is replaced."""
     if COMPILED is None:
         pytest.skip(f"no native extension: {extension.why_not()}")
     forget_plans()
