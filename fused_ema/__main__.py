@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -205,13 +206,16 @@ def build_kernels(archs: list[str], into: Path | None, force: bool) -> int:
         numbers = sorted({_number_of(arch) for each in archs for arch in re.split("[; ,]+", each) if arch})
         done = kernels.build(numbers or _archs_here(), into, force)
     except (BuildError, OSError, RuntimeError, ValueError) as error:
-        print(f"fused_ema: no kernels were built: {error}", file=sys.stderr)
+        advice = "; name another folder by --into, or set XDG_CACHE_HOME" if isinstance(error, OSError) else ""
+        print(f"fused_ema: no kernels were built: {error}{advice}", file=sys.stderr)
         return 1
     for path, compiled in done:
         print(f"{path}{'' if compiled else ' (this is up to date)'}")
-    folder = done[0][0].parent
-    if folder.resolve() not in (PACKAGE, kernels.kernels_folder().resolve()):
-        print(f"fused_ema looks for them in {PACKAGE} and in {kernels.kernels_folder()}: put them into one of these.")
+    looked_in = [PACKAGE]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        looked_in.append(kernels.kernels_folder().resolve())
+    if done[0][0].parent.resolve() not in looked_in:
+        print(f"fused_ema looks for them in {' and in '.join(map(str, looked_in))}: put them there.")
     return 0
 
 
@@ -220,7 +224,10 @@ def _number_of(arch: str) -> int:
     found = re.fullmatch(r"(\d+)\.(\d)", arch)
     if found is None:
         raise ValueError(f"--arch: expected compute capabilities, such as 9.0, found {arch!r}")
-    return int(found[1]) * 10 + int(found[2])
+    number = int(found[1]) * 10 + int(found[2])
+    if number < 70:
+        raise ValueError(f"--arch: expected 7.0 or above, which the kernels need, found {arch}")
+    return number
 
 
 def _archs_here() -> list[int]:

@@ -50,9 +50,9 @@ def build(archs: Iterable[int], into: Path | None = None, force: bool = False) -
         for op in OPS:
             record = _record(compiler, op, arch)
             path = folder / _file_name(record)
-            with locked(folder):
-                compiled = force or not isinstance(_read(path, record), Image)
-                if compiled:
+            compiled = force or not isinstance(_read(path, record, cached=into is None), Image)
+            if compiled:  # the folder may be read-only where nothing is to be compiled
+                with locked(folder):
                     _write(path, record, _compile(compiler, op, arch, folder))
             done.append((path, compiled))
     return done

@@ -5,6 +5,7 @@ It compiles one operation for one architecture at a time. kernels.py keeps what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -155,7 +156,8 @@ def _libraries(cuda: str) -> Iterator[str | Path]:
 def load_builtins(folder: Path) -> None:
     """Loads the other half of a libnvrtc, which looks for that by its bare name."""
     for path in folder.glob("libnvrtc-builtins*"):
-        ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):  # without it, NVRTC says itself what it misses
+            ctypes.CDLL(str(path))
 
 
 def nvrtc() -> Nvrtc:

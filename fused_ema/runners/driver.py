@@ -6,6 +6,7 @@ most errors of the driver, the process can no longer use the device.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -103,7 +104,9 @@ class Gpu:
                     "Make the same call once before the capture"
                 )
             with one_at_a_time(), _current(self._driver, self._context):
-                found = self._kernels[op] = self._driver.load(kernels.image(op, self.architecture()))
+                found = self._kernels.get(op)
+                if found is None:  # another thread may have loaded it
+                    found = self._kernels[op] = self._driver.load(kernels.image(op, self.architecture()))
         return found
 
     def launch(self, function: int, blocks: int, stream: int, argument: bytes, codes: list[int]) -> None:
@@ -116,7 +119,7 @@ class Gpu:
         call = function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None
         with _current(self._driver, self._context):
             codes.extend(itertools.starmap(self._driver.launch, [call]))
-        self._driver.check(codes[-1], f"cuLaunchKernel on {self.device}")
+            self._driver.check(codes[-1], f"cuLaunchKernel on {self.device}")
 
 
 class _current:
@@ -130,9 +133,10 @@ class _current:
         if self._before != self._context:
             self._driver.set_context(self._context)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self._before != self._context:
-            self._driver.set_context(self._before)
+            with contextlib.suppress(*[RuntimeError] * (error is not None)):  # the first error says what happened
+                self._driver.set_context(self._before)
 
 
 def library_name() -> str:

@@ -55,12 +55,19 @@ class Exchange:
 
     def run(self, call: Call, ema: Tensors, model: Tensors) -> None:
         """Runs a "swap", or a "restore" that undoes as much as was done."""
-        if call.op == "swap":
-            for done, step in enumerate(self._steps, 1):
-                self._take(step, call, ema, model, done)
-            return
-        while self.done:
-            self._take(self._steps[self.done - 1], call, ema, model, self.done - 1)
+        for device, size in self.scratch():
+            if not any(memory.device == device and memory.numel() >= size for memory in call.scratch):
+                raise ValueError(f"scratch: expected {size} bytes on {device}, as scratch() asks")
+        try:
+            if call.op == "swap":
+                for done, step in enumerate(self._steps, 1):
+                    self._take(step, call, ema, model, done)
+            while call.op == "restore" and self.done:
+                self._take(self._steps[self.done - 1], call, ema, model, self.done - 1)
+        finally:  # autograd counts the changes of whole tensors by itself
+            parts = {step.piece.pair: step.waiting is None for step in self._steps if step.piece.part is not None}
+            written = [*(model[i] for i in parts), *(ema[i] for i, both in parts.items() if both)]
+            torch.autograd.graph.increment_version([each for each in written if not each.is_inference()])
 
     def _take(self, step: _Step, call: Call, ema: Tensors, model: Tensors, done: int) -> None:
         """Exchanges one piece, or undoes that, and counts it. An interrupt leaves both done or neither."""

@@ -17,7 +17,7 @@ from ..pairs.checks import Action
 from ..pairs.memory import nth_average
 from .base import Call, Job, Tensors, Watch
 from .exchange import Exchange
-from .groups import alike, groups, new_scratch, scratch_bytes
+from .groups import alike, borrow, give_back, groups, scratch_bytes
 from .in_python import PreparedInPython, getter
 from .reference import update_
 
@@ -86,7 +86,8 @@ class PreparedForeach(PreparedInPython):
             elif call.device_decays is None:
                 self._update(nth, model, call.decays[position], call.keys[position] if call.keys else None)
             else:
-                self._update_on_device(nth, model, call.device_decays.reshape(-1)[position])
+                decay = call.device_decays.reshape(-1)[max(k, 0)]
+                self._update_on_device(nth, model, decay, call.keys[position] if call.keys else None)
 
     def _nth(self, ema: Tensors, k: int) -> Tensors:
         nth = [*ema]
@@ -99,7 +100,7 @@ class PreparedForeach(PreparedInPython):
             return
         if decay == 0:
             return _copy(self._pick_all, ema, model)
-        scratch = {device: new_scratch(device, size) for device, size in self._scratch_bytes.items()}
+        scratch = {device: borrow(device, size) for device, size in self._scratch_bytes.items()}
         for group in self._groups:
             if group.exact and (key is None or not group.narrow):
                 group.update(ema, model, decay, scratch)
@@ -108,11 +109,14 @@ class PreparedForeach(PreparedInPython):
                 random = None if key is None else (key, self._numbers[i])
                 update_(ema[i], model[i], decay, average=True, random=random)
         _copy(self._pick_copied, ema, model)
+        for memory in scratch.values():
+            give_back(memory)
 
-    def _update_on_device(self, ema: Tensors, model: Tensors, decay: Tensor) -> None:
+    def _update_on_device(self, ema: Tensors, model: Tensors, decay: Tensor, key: int | None) -> None:
         for group in self._groups:
             for i in group.pairs:
-                update_(ema[i], model[i], decay, average=True)
+                random = None if key is None else (key, self._numbers[i])
+                update_(ema[i], model[i], decay, average=True, random=random)
         for i in self._copied:
             update_(ema[i], model[i], decay, average=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pairs.memory import extent
 from .base import Job, Tensors
 from .in_python import getter
 from .pieces import Piece, pieces, reals
@@ -146,7 +147,8 @@ def alike(job: Job, pairs: Iterable[int]) -> list[list[int]]:
     lists: dict[object, list[int]] = defaultdict(list)
     for i in pairs:
         ema, model = job.ema[i], job.model[i]
-        lists[ema.device, model.device, ema.dtype, model.dtype, ema.stride() == model.stride()].append(i)
+        fast = ema.stride() == model.stride() and extent(ema) == ema.numel()
+        lists[ema.device, model.device, ema.dtype, model.dtype, fast].append(i)
     return list(lists.values())
 
 
@@ -163,16 +165,24 @@ def scratch_bytes(device: torch.device) -> int:
     return SCRATCH_CPU if device.type == "cpu" else SCRATCH_DEVICE
 
 
-def new_scratch(device: torch.device, size: int) -> Tensor:
-    """New at each call on a device: PyTorch's allocator then takes care of streams and of captured graphs."""
-    return _cpu_scratch() if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+_kept: list[Tensor] = []  # the CPU's scratch memory of this process, while no update uses it
 
 
-@functools.cache
-def _cpu_scratch() -> Tensor:
-    """One for the process: only one update runs at a time."""
-    with torch.inference_mode(False):
-        return torch.empty(SCRATCH_CPU, dtype=torch.uint8, device="cpu")
+def borrow(device: torch.device, size: int) -> Tensor:
+    """Scratch memory. On a device it is new at each call: PyTorch's allocator takes care of streams and of graphs."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    try:
+        return _kept.pop()  # an update in a signal handler, which has interrupted another one, finds none
+    except IndexError:
+        with torch.inference_mode(False):
+            return torch.empty(SCRATCH_CPU, dtype=torch.uint8, device="cpu")
+
+
+def give_back(memory: Tensor) -> None:
+    """Keeps the CPU's scratch memory for the next update, unless a mode has made something else of it."""
+    if memory.device.type == "cpu" and type(memory) is Tensor and not _kept:
+        _kept.append(memory)
 
 
 @functools.cache

@@ -83,7 +83,11 @@ class PreparedNvrtc(PreparedInPython):
         return not self._forked() and super().current()
 
     def run(self, call: Call, ema: Tensors | None = None, model: Tensors | None = None) -> bool:
-        return not self._forked() and super().run(call, ema, model)
+        if self._forked():
+            return False
+        for each in self._devices:
+            each.gpu.kernel(call.op)  # may compile for seconds, so before the tensors are looked at
+        return super().run(call, ema, model)
 
     def exchanged(self) -> bool:
         return any(each.exchanged() for each in self._devices)
@@ -105,9 +109,8 @@ class PreparedNvrtc(PreparedInPython):
             return
         devices = [each for each in self._devices if call.op != "restore" or each.exchanged()]
         scratch = {memory.device: memory.data_ptr() for memory in call.scratch}
-        functions = [each.gpu.kernel(call.op) for each in devices]  # may compile, or fail, before anything is written
-        for each, function in zip(devices, functions, strict=True):
-            each.run(call, function, averages, scratch.get(each.device, 0))
+        for each in devices:
+            each.run(call, each.gpu.kernel(call.op), averages, scratch.get(each.device, 0))
         half = len(tensors) // 2
         for side in range(1 + (call.op in ("swap", "restore"))):
             written = [tensors[side * half + i] for i in self._active]

@@ -6,10 +6,13 @@ that may have no float64, such as MPS and XPU, compute in float32 what has 32 bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .pieces import pieces, reals
 
 # Elements computed at a time: few enough for the CPU's caches; on a device, enough to hide a launch.
 _BLOCK_CPU, _BLOCK_DEVICE = 1 << 16, 1 << 22
@@ -24,7 +27,7 @@ def finish(run: Callable[[list[object]], None]) -> None:
     done: list[object] = []
     try:
         run(done)
-    except BaseException:
+    except KeyboardInterrupt:
         run(done)
         raise
 
@@ -37,49 +40,53 @@ def update_(
 
     `random`: the key and the first number of the random bits, where 16-bit averages are rounded stochastically.
     """
-    if isinstance(decay, Tensor):
-        return _update_on_device_(ema, model, decay, average)  # rounds to nearest
-    if decay == 1:
-        return
-    if decay == 0 or not average:
-        ema.copy_(model)
-        return
-    weight = 1 - decay
+    if not isinstance(decay, Tensor):
+        if decay == 1:
+            return
+        if decay == 0 or not average:
+            ema.copy_(model)
+            return
+    block = _BLOCK_CPU if ema.device.type == "cpu" else _BLOCK_DEVICE
+    e, p = reals(ema.data), reals(model.data)  # autograd would count a change for each block
     if random:  # the numbers follow the average's memory
-        strides = ema.stride()
-        order = sorted(range(ema.dim()), key=lambda d: -strides[d])
-        ema, model = ema.permute(order), model.permute(order)
-    blocks = list(_blocks(_reals(ema.data), _reals(model)))  # autograd would count a change for each block
-    size = blocks[0][0].numel()
+        strides = e.stride()
+        order = sorted(range(e.dim()), key=lambda d: -strides[d])
+        e, p = e.permute(order), p.permute(order)
+    blocks = list(pieces(0, e, p, block))
+    numbers = list(itertools.accumulate((piece.numel() for piece in blocks), initial=random[1] if random else 0))
 
     def run(done: list[object]) -> None:
         for position in range(len(done), len(blocks)):
-            e, p = blocks[position]
-            difference = p.to(e.device, _compute_type(e, p)).sub(e)
-            moved = difference.mul(weight).add_(e) if weight < 0.5 else difference.mul(-decay).add_(p)
-            moved = torch.where(e == p, e.to(moved.dtype), moved)
-            if random and e.element_size() == 2:
-                moved = round_stochastically(moved.float(), e.dtype, random[0], random[1] + position * size)
-            done.extend(map(e.copy_, [moved]))
+            old, new = blocks[position].of(e), blocks[position].of(p)
+            new = new.to(old.device, _compute_type(old, new))
+            moved = (_moved if average else _copied)(old, new, decay)
+            if random and average and old.element_size() == 2:
+                rounded = round_stochastically(moved.float(), old.dtype, random[0], numbers[position])
+                moved = rounded if not isinstance(decay, Tensor) else torch.where(decay == 0, moved, rounded)
+            done.extend(map(old.copy_, [moved]))
 
     finish(run)
     if not ema.is_inference():
         torch.autograd.graph.increment_version(ema)
 
 
-def _update_on_device_(ema: Tensor, model: Tensor, decay: Tensor, average: bool) -> None:
-    """Does what `update_` does, with a decay that the host does not know."""
-    if not average:
-        ema.copy_(torch.where(decay == 1, ema, model.to(ema.dtype)))
-        return
-    ema, model = _reals(ema), _reals(model)
-    decay = decay.to(_compute_type(ema, model))
-    weight = 1 - decay
-    old, new = ema.to(decay.dtype), model.to(decay.dtype)
+def _moved(old: Tensor, new: Tensor, decay: float | Tensor) -> Tensor:
+    """The average after one step, in the type of `new`, that of the computation."""
     difference = new - old
+    if not isinstance(decay, Tensor):
+        moved = difference.mul_(1 - decay).add_(old) if 1 - decay < 0.5 else difference.mul_(-decay).add_(new)
+        return torch.where(old == new, old.to(new.dtype), moved)
+    decay = decay.to(new.device, new.dtype)
+    weight = 1 - decay
     moved = torch.where(weight < 0.5, difference * weight + old, difference * -decay + new)
-    moved = torch.where((old == new) | (decay == 1), old, moved)
-    ema.copy_(torch.where(decay == 0, new, moved))
+    moved = torch.where((old == new) | (decay == 1), old.to(new.dtype), moved)
+    return torch.where(decay == 0, new, moved)
+
+
+def _copied(old: Tensor, new: Tensor, decay: float | Tensor) -> Tensor:
+    """The copy of a pair that is not averaged, with a decay that the host does not know."""
+    assert isinstance(decay, Tensor)
+    return torch.where(decay.to(old.device) == 1, old, new.to(old.dtype))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, key: int, number: int) -> Tensor:
@@ -108,19 +115,6 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ x >> 16) * 0x7FEB352D) & _MASK
     x = ((x ^ x >> 15) * 0x846CA68B) & _MASK
     return x ^ x >> 16
-
-
-def _blocks(ema: Tensor, model: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """The pair in pieces, whose temporaries are small."""
-    if ema.is_contiguous() and model.is_contiguous():
-        block = _BLOCK_CPU if ema.device.type == "cpu" else _BLOCK_DEVICE
-        return zip(torch.split(ema.view(-1), block), torch.split(model.view(-1), block), strict=True)
-    return [(ema, model)]
-
-
-def _reals(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _compute_type(ema: Tensor, model: Tensor) -> torch.dtype:

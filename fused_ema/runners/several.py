@@ -20,7 +20,9 @@ class Several:
 
     def __init__(self, job: Job, watch: Watch | None, runners: list[Runner]) -> None:
         self._parts: list[Prepared] = []
-        for runner in dict.fromkeys(runners):
+        # Launches are asynchronous, so the CPU's part comes last.
+        ordered = sorted(zip(job.model, runners, strict=True), key=lambda pair: pair[0].device.type == "cpu")
+        for runner in dict.fromkeys(runner for _, runner in ordered):
             actions = [
                 action if each is runner else Action.NONE for action, each in zip(job.actions, runners, strict=True)
             ]
@@ -40,13 +42,19 @@ class Several:
         with one_at_a_time():
             if not all(part.run(self._writes_nothing, ema, model) for part in self._parts):
                 return False
+            ran = False
             for part in self._parts:
                 undone = call.op == "restore" and not part.exchanged()
-                if not undone and not part.run(call, ema, model):
+                if undone:
+                    continue
+                if not part.run(call, ema, model):
+                    if not ran:
+                        return False
                     raise RuntimeError(
                         f"fused_ema: the tensors changed during the {call.op}, which was done on some devices only; "
                         "another thread may be replacing them"
                     )
+                ran = True
         return True
 
     def exchanged(self) -> bool:

@@ -43,7 +43,7 @@ def why_slower(device_type: str) -> str | None:
     if device_type == "cpu":
         return Extension().why_not("cpu") if has_compiler() else None
     if device_type == "cuda" and not no_cuda_in(torch):
-        return f"{Nvrtc().why_not('cuda')}; {Extension().why_not('cuda')}"
+        return Nvrtc().why_not("cuda")
     return None
 
 

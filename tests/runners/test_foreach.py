@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import subprocess
 import sys
 
@@ -27,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:fused_ema. averages in 16 bits")
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     monkeypatch.setenv("FUSED_EMA_RUNNER", "foreach")
-    forget_plans()
+    forget_plans(), groups._kept.clear()
     yield
-    forget_plans()
+    forget_plans(), groups._kept.clear()
 
 
 @pytest.fixture(params=[64, 1 << 12], ids="{} bytes".format)
@@ -82,7 +83,8 @@ def test_no_update_allocates_as_much_as_a_tensor(pair):
     assert found
     assert sum(size for _, size in found) < 4096, found
     assert sum(size for _, size in operations(ema[0].clone)) >= ema[0].nbytes, "the profiler counts allocations"
-    assert groups._cpu_scratch().nbytes == groups.SCRATCH_CPU == 4 << 20
+    assert [memory.nbytes for memory in groups._kept] in ([], [groups.SCRATCH_CPU])
+    assert groups.SCRATCH_CPU == 4 << 20
 
 
 # ---- Pieces ----
@@ -184,6 +186,105 @@ def test_no_tensor_stays_averaged_in_part(monkeypatch, pair, decay, key):
     assert interrupts > 20
 
 
+@pytest.mark.parametrize("size", [100, 3000])
+def test_a_swap_raises_each_version_once(small_scratch, size):
+    """Autograd then refuses a backward pass through the old values, whatever the tensors' size."""
+    ema, model = nn.Linear(size, 1, bias=False), nn.Linear(size, 1, bias=False)
+    x = torch.randn(2, size, requires_grad=True)
+    y = model(x).sum()
+    versions = [side.weight._version for side in (ema, model)]
+    fused_ema.swap_(ema, model)
+    assert [side.weight._version for side in (ema, model)] == [version + 1 for version in versions] or size < 1000
+    assert all(side.weight._version > version for side, version in zip((ema, model), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_an_error_in_the_middle_averages_nothing_twice(monkeypatch):
+    ema, model = [torch.zeros(3), torch.zeros(3)], [torch.ones(3).bfloat16(), torch.ones(3).bfloat16()]
+    pairs = prepared(ema, model)
+    lerp = torch._foreach_lerp_
+
+    def fails(e, p, weight):
+        lerp(e[:1], p[:1], weight)
+        raise RuntimeError("another thread has changed the second")
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", fails)
+    with pytest.raises(RuntimeError, match="another thread"):
+        pairs.run(Call("update", (0.5,)), ema, model)
+    assert ema[0].eq(0.5).all()
+    assert ema[1].eq(0).all()
+
+
+def test_an_update_in_a_signal_handler_has_scratch_memory_of_its_own(monkeypatch):
+    ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
+    others = [torch.full((9,), 100.0)], [torch.full((9,), 100.0).bfloat16()]
+    lerp, handled = torch._foreach_lerp_, []
+
+    def interrupted(*arguments):
+        if not handled:
+            handled.append(1)
+            fused_ema.update(*others, 0.9)
+        lerp(*arguments)
+
+    fused_ema.update(*others, 0.9)
+    monkeypatch.setattr(torch, "_foreach_lerp_", interrupted)
+    for _ in range(2):
+        ema[0].zero_(), handled.clear()
+        fused_ema.update(ema, model, 0.5)
+        assert handled
+        assert ema[0].eq(0.5).all()
+
+
+def test_a_fake_call_spoils_no_later_one():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    groups._kept.clear()
+    ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
+    handle = fused_ema.bind(ema, model)
+    with pytest.raises(Exception, match="FakeTensor"), FakeTensorMode():
+        handle._plan.try_run(Call("update", (0.5,)))
+    fused_ema.update(ema, model, 0.5)
+    assert ema[0].eq(0.5).all()
+
+
+def test_a_device_decay_rounds_stochastically_too():
+    """What a scaler that skips steps on the device gives a manager."""
+    ema, model = [torch.ones(4000).bfloat16()], [torch.full((4000,), 1.5)]
+    pairs = prepared(ema, model)
+    keys, decay = random.Random(0), torch.tensor(0.999, dtype=torch.float64)
+    for _ in range(100):
+        assert pairs.run(Call("update_stochastic", (1.0,), decay, (keys.getrandbits(64),)), ema, model)
+    assert abs(ema[0].double().mean().item() - (1.5 - 0.5 * 0.999**100)) < 1e-3
+    before = ema[0].clone()
+    for decay, expected in ((1.0, before), (0.0, model[0].bfloat16())):
+        assert pairs.run(Call("update_stochastic", (1.0,), torch.tensor(decay), (7,)), ema, model)
+        assert torch.equal(ema[0], expected)
+
+
+def test_one_of_several_averages_takes_its_own_device_decay():
+    ema = [torch.zeros(2 * 128)[:100]]
+    second, model = ema[0].as_strided((100,), (1,), 128), [torch.ones(100)]
+    pairs = prepared(ema, model, averages=2, strides=[128])
+    assert pairs.run(Call("update", (1.0,), torch.tensor([0.5, 1.0]), average=1), ema, model)
+    assert not second.any()
+
+
+def test_rare_ways_allocate_no_temporary_of_a_tensors_size():
+    model = nn.ParameterList([torch.ones(1500, 1501).bfloat16()[:, :1500]])
+    manager = fused_ema.EMA(model, 0.9, dtype=torch.bfloat16, rounding="stochastic")
+    handle = fused_ema.bind([torch.zeros(1500, 1501)[:, :1500]], [torch.ones(1500, 1500)])
+    decay = torch.tensor(0.9)
+    pairs = handle._plan.prepared
+    call = Call("update", (1.0,), decay)
+    for step in (manager.update, lambda: pairs.run(call)):
+        step()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step()
+        largest = max(event.cpu_memory_usage for event in profiled.events())
+        assert 0 < largest <= 8 << 16, largest
+
+
 # ---- Numbers ----
 
 
@@ -252,7 +353,7 @@ def test_a_failed_allocation_of_scratch_memory_writes_nothing(monkeypatch):
 
     ema, model = [torch.zeros(9), torch.zeros(9)], [torch.ones(9), torch.ones(9).bfloat16()]
     pairs = prepared(ema, model)
-    monkeypatch.setattr(foreach, "new_scratch", no_memory)
+    monkeypatch.setattr(foreach, "borrow", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         pairs.run(Call("update", (0.5,)), ema, model)
     assert not any(map(torch.any, ema))
@@ -312,7 +413,7 @@ def test_a_tensor_that_came_twice_is_seen_to_part():
 
 
 def test_inference_mode_does_not_spoil_the_scratch_memory():
-    groups._cpu_scratch.cache_clear()
+    groups._kept.clear()
     ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
     with torch.inference_mode():
         fused_ema.update(ema, model, 0.5)
@@ -321,7 +422,7 @@ def test_inference_mode_does_not_spoil_the_scratch_memory():
 
 
 def test_a_default_device_changes_nothing():
-    groups._cpu_scratch.cache_clear(), groups._lerp_is_fused.cache_clear()
+    groups._kept.clear(), groups._lerp_is_fused.cache_clear()
     ema, model = [torch.zeros(9)], [torch.ones(9).bfloat16()]
     with torch.device("meta"):
         fused_ema.update(ema, model, 0.5)
