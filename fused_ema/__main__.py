@@ -113,10 +113,10 @@ def _slower(device_type: str) -> str | None:
     first = next(runner.name for runner in RUNNERS if runner.why_not(device_type) is None)
     if first != "foreach":
         reason: str | None = f"FUSED_EMA_RUNNER={forced} asks for that; unset it"
-    elif (
-        switch("FUSED_EMA_EXT") is False and has_compiler() and (device_type == "cpu" or not toolkit.no_cuda_in(torch))
-    ):
+    elif device_type == "cpu" and switch("FUSED_EMA_EXT") is False and has_compiler():
         reason = library.why_not()
+    elif device_type == "cuda" and switch("FUSED_EMA_CUDA") is False and torch.version.cuda:
+        reason = toolkit.no_cuda_in(torch)
     else:
         reason = why_slower(device_type)
     return reason and f"On {device_type}, updates run as PyTorch's own operations: {reason}"
@@ -158,8 +158,9 @@ def info() -> int:
     ]
     if path := library.path():
         lines += [("extension", str(path)), ("", _described(library.record()))]
-    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    lines += [("on cpu", cpu.replace("1 threads", "1 thread") if torch.get_num_threads() == 1 else cpu)]
+    threads = torch.get_num_threads()
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+    lines.append(("on cpu", cpu))
     lines += [("", line) for line in _runners("cpu")]
     gpus = _gpus()
     if (reason := toolkit.no_cuda_in(torch)) and not gpus:
@@ -176,11 +177,8 @@ def info() -> int:
         print("\n" + "\n".join(map(str.rstrip, table)))
         reasons += [slow] if slow else []
     limit = "" if has_compiler() or library.load() else " without a C++ compiler"
-    print(
-        "\nUpdates are slower here than they could be:"
-        if reasons
-        else f"\nUpdates are as fast here as they can be{limit}."
-    )
+    fast = f"as fast here as they can be{limit}."
+    print(f"\nUpdates are {'slower here than they could be:' if reasons else fast}")
     for reason in reasons:
         print(f"- {reason}")
     print("If they are slow in your program, see fused_ema.bind(ema, model).describe() and docs/faq.md.")

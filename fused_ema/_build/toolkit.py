@@ -18,7 +18,8 @@ from typing import Any
 from .switch import switch
 
 USUAL_PLACES = (Path("/usr/local"), Path("/opt"))
-PACKAGES = tuple(dict.fromkeys(Path(folder) / "nvidia" for folder in sys.path))  # where pip puts a toolkit, as cu13
+# Where pip puts a toolkit, as cu13.
+PACKAGES = tuple(dict.fromkeys(Path(folder).absolute() / "nvidia" for folder in sys.path))
 
 # Each architecture, with the first nvcc and the first torch that support it.
 ARCHITECTURES = (

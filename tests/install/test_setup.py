@@ -15,7 +15,7 @@ from build_fakes import install
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
 from fused_ema import _cost
-from fused_ema._build import cache, library, nvrtc
+from fused_ema._build import cache, library, nvrtc, toolkit
 from fused_ema._build.compile import PACKAGE
 from fused_ema.runners import driver, slower
 
@@ -89,7 +89,7 @@ def machine(monkeypatch):
         for module in (fused_ema_main, slower):
             monkeypatch.setattr(module, "has_compiler", lambda: compiler)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(nvrtc, "find", lambda: object() if cuda else "no NVRTC")
+        monkeypatch.setattr(nvrtc, "find", lambda: toolkit.no_cuda_in(torch) or object())
 
     change()
     return change
@@ -131,6 +131,10 @@ def test_info_about_a_gpu(machine, monkeypatch, capsys):
         assert states(output, "cuda")["nvrtc"] == (f"not active: {reason}" if reason else "active")
         assert states(output, "cuda")["foreach"] == ("active" if reason else "ready, but nvrtc comes first")
         assert ("On cuda, updates run as PyTorch's own operations: the driver is old" in output) is bool(reason)
+    monkeypatch.setenv("FUSED_EMA_CUDA", "0")
+    output = info(capsys)
+    assert states(output, "cuda")["nvrtc"].startswith("not active: FUSED_EMA_CUDA=0")
+    assert "On cuda, updates run as PyTorch's own operations: FUSED_EMA_CUDA=0 switches" in output
 
 
 @pytest.mark.parametrize("forced", ["nvrtc", "nvcc"])
