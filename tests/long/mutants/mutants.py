@@ -430,8 +430,8 @@ MUTANTS = [
     Mutant(
         "PyTorch's branches exchanged",
         "fused_ema/runners/reference.py",
-        "difference.mul(weight).add_(e) if weight < 0.5",
-        "difference.mul(weight).add_(e) if weight > 0.5",
+        "difference.mul_(1 - decay).add_(old) if 1 - decay < 0.5",
+        "difference.mul_(1 - decay).add_(old) if 1 - decay > 0.5",
     ),
     # ---- Runners in Python
     Mutant(
@@ -449,13 +449,26 @@ MUTANTS = [
     Mutant(
         "scratch memory after the first write",
         "fused_ema/runners/foreach.py",
-        "        scratch = {device: new_scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+        "        scratch = {device: borrow(device, size) for device, size in self._scratch_bytes.items()}\n",
         "        _copy(self._pick_copied, ema, model)\n"
-        "        scratch = {device: new_scratch(device, size) for device, size in self._scratch_bytes.items()}\n",
+        "        scratch = {device: borrow(device, size) for device, size in self._scratch_bytes.items()}\n",
     ),
     Mutant("both halves of scratch memory one", "fused_ema/runners/groups.py", "memory[-self._fullest :]", "memory"),
     Mutant("parts counted as changes", "fused_ema/runners/pieces.py", "reals(tensor.data)", "reals(tensor)"),
     Mutant("a last part forgotten", "fused_ema/runners/pieces.py", "range(0, size, step)", "range(0, size - 1, step)"),
+    Mutant(
+        "versions of swapped parts not raised",
+        "fused_ema/runners/exchange.py",
+        "increment_version([each for each in written if not each.is_inference()])",
+        "increment_version([])",
+    ),
+    Mutant(
+        "finished after any error",
+        "fused_ema/runners/reference.py",
+        "except KeyboardInterrupt:",
+        "except BaseException:",
+    ),
+    Mutant("scratch memory shared with a handler", "fused_ema/runners/groups.py", "_kept.pop()", "_kept[-1]"),
     Mutant("no way back from an exchange", "fused_ema/runners/exchange.py", "            p.copy_(old_p)\n", ""),
     Mutant(
         "addresses not compared",
