@@ -7,6 +7,7 @@ plan in a cache must not keep them alive.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from . import extension
 from .base import Watch
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_registries_of = operator.itemgetter(*_REGISTRIES)
 
 
 def watch(*sources: Source) -> Watch | None:
@@ -74,11 +76,12 @@ class SlotWatch:
     def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
         """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""
         try:
-            attributes = [vars(reference()) for reference in self._modules]
-            dicts = [each[name] for name in _REGISTRIES for each in attributes]
+            attributes = map(vars, [reference() for reference in self._modules])
+            dicts = list(chain.from_iterable(map(_registries_of, attributes)))
         except (TypeError, KeyError):  # vars(None), where the module is gone
             return None
         dicts += self._dicts
-        keys = list(chain.from_iterable(dicts))
-        values = list(chain.from_iterable([*map(dict.values, dicts), *self._sequences]))
+        filled = list(filter(None, dicts))
+        keys = list(chain.from_iterable(filled))
+        values = list(chain.from_iterable([*map(dict.values, filled), *self._sequences]))
         return (list(map(len, dicts)), list(map(len, self._sequences)), keys, list(map(id, values))), values
