@@ -221,6 +221,8 @@ _under_way: list[Exchange] = []
 def holds_average(tensors: Callable[[], Iterable[Tensor]]) -> bool:
     """Whether any of a model's tensors holds an average of any manager now. Asks for the tensors only while some
     model is swapped."""
+    if not _under_way:
+        return False
     active = [each for each in list(_under_way) if not each.over]
     found = list(tensors()) if active else []
     return any(each.holds_any(found) for each in active)

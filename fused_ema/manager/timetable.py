@@ -49,7 +49,8 @@ class Timetable:
 
     def decays_at(self, step: int) -> tuple[float, ...]:
         """The decay of each average at this step; 0, which copies, up to `update_after_step`."""
-        return tuple(self._decay(schedule, step - self.update_after_step) for schedule in self.schedules)
+        after = step - self.update_after_step
+        return tuple([self._decay(schedule, after) for schedule in self.schedules])
 
     def _decay(self, schedule: Schedule, after: int) -> float:
         if after <= 0:
