@@ -110,7 +110,8 @@ def foreach(content: dict[str, Any], path: str) -> list[str]:
     lines += [
         "",
         "How many times as fast `update` / a bound handle / `EMA` are: ratios of medians within one run, in which all "
-        f"methods alternate. The loop and `_foreach_lerp_` leave the buffers of ResNet-50 alone; `update` and the handle copy them. {source(content, '../' + path)}.",
+        "methods alternate. The loop and `_foreach_lerp_` leave the buffers of ResNet-50 alone; `update` and the "
+        f"handle copy them. {source(content, '../' + path)}.",
     ]
     return lines
 
