@@ -132,6 +132,6 @@ def test_accelerated_on_two_processes(tmp_path):
             timeout=300,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-20000:]  # a process that crashes says first where
         reports.append([line.partition(":")[0] for line in done.stdout.splitlines() if "step" in line])
     assert reports == [["step 20"], ["resumed at step 20", "step 40"]]
