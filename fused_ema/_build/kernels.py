@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from .cache import cache_root, distrust, locked, make_trusted
@@ -50,12 +51,19 @@ def build(archs: Iterable[int], into: Path | None = None, force: bool = False) -
         for op in OPS:
             record = _record(compiler, op, arch)
             path = folder / _file_name(record)
-            compiled = force or not isinstance(_read(path, record, cached=into is None), Image)
-            if compiled:  # the folder may be read-only where nothing is to be compiled
+            missing = partial(_missing, path, record, force, cached=into is None)
+            compiled = False
+            if missing():  # else the folder may be read-only
                 with locked(folder):
-                    _write(path, record, _compile(compiler, op, arch, folder))
+                    compiled = missing()  # another process may have compiled it meanwhile
+                    if compiled:
+                        _write(path, record, _compile(compiler, op, arch, folder))
             done.append((path, compiled))
     return done
+
+
+def _missing(path: Path, record: Record, force: bool, cached: bool) -> bool:
+    return force or not isinstance(_read(path, record, cached), Image)
 
 
 def _find(compiler: Nvrtc, op: str, arch: int) -> Image:
