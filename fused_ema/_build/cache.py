@@ -104,7 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile holds the open file too
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child holds the open file too
 
 
 def build(folder: Path | None = None, force: bool = False) -> tuple[Path, bool]:

@@ -55,7 +55,7 @@ def build(archs: Iterable[int], into: Path | None = None, force: bool = False) -
             compiled = False
             if missing():  # else the folder may be read-only
                 with locked(folder):
-                    compiled = missing()  # another process may have compiled it meanwhile
+                    compiled = missing()  # another process may have compiled it
                     if compiled:
                         _write(path, record, _compile(compiler, op, arch, folder))
             done.append((path, compiled))

@@ -40,11 +40,11 @@ def compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "nvrtc", lambda: made)
     monkeypatch.setattr(kernels, "PACKAGE", tmp_path / "package")
     monkeypatch.setattr(kernels, "_said_not_kept", False)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     return made
 
 
-def start_anew(monkeypatch):
+def start_over(monkeypatch):
     """As a new process does."""
     monkeypatch.setattr(kernels, "_images", {})
 
@@ -58,7 +58,7 @@ def test_compiled_once_and_kept(compiler, monkeypatch, capsys):
     image = kernels.image("update", 90)
     assert image == Image("kernel_update", b"code for 90")
     assert kernels.image("update", 90) is image
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     assert kernels.image("update", 90) == image
     assert compiler.compiled == [("update", 90)]
     kernels.image("update", 80), kernels.image("swap", 90)
@@ -74,7 +74,7 @@ def test_compiled_once_and_kept(compiler, monkeypatch, capsys):
 @pytest.mark.parametrize("change", ["version", "sources"])
 def test_other_compilers_and_sources_get_files_of_their_own(compiler, monkeypatch, change):
     kernels.image("update", 90)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     if change == "version":
         monkeypatch.setattr(Compiler, "version", "13.1")
     else:
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_compiled_again(compiler, monkeypatch, capsys, damage)
     image = kernels.image("update", 90)
     sound = the_file().read_bytes()
     the_file().write_bytes(DAMAGE[damage](sound))
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     capsys.readouterr()
     assert kernels.image("update", 90) == image
     assert len(compiler.compiled) == 2
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_compiled_again(compiler, monkeypatch, capsys, damage)
 def test_a_file_that_others_can_write_is_compiled_again(compiler, monkeypatch, capsys):
     kernels.image("update", 90)
     the_file().chmod(0o666)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     kernels.image("update", 90)
     assert len(compiler.compiled) == 2
     assert "can be written by others" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_any_umask_gives_a_file_that_is_trusted(compiler, monkeypatch, mask):
         kernels.image("update", 90)
     finally:
         os.umask(old)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     kernels.image("update", 90)
     assert len(compiler.compiled) == 1
 
@@ -136,7 +136,7 @@ def test_a_file_of_another_user_is_compiled_again(compiler, monkeypatch, capsys)
     monkeypatch.setattr(
         kernels, "distrust", lambda path: f"{path} belongs to user 7" if path.suffix == ".bin" else distrust(path)
     )
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     kernels.image("update", 90)
     assert len(compiler.compiled) == 2
     assert "belongs to user 7" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_folder_that_others_can_write_is_not_used(compiler, monkeypatch, capsy
     folder.chmod(0o777)
     before = the_file().read_bytes()
     the_file().write_bytes(b"poison")
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     for op in OPS[:2]:
         assert kernels.image(op, 90) == Image(f"kernel_{op}", b"code for 90")
     assert the_file().read_bytes() == b"poison"
@@ -160,7 +160,7 @@ def test_a_folder_that_others_can_write_is_not_used(compiler, monkeypatch, capsy
         kernels.build([90])
     folder.chmod(0o700)
     the_file().write_bytes(before)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
     kernels.image("update", 90)
     assert len(compiler.compiled) == 3
 
@@ -189,7 +189,7 @@ def test_a_full_disk_costs_one_compilation_a_process(compiler, monkeypatch, caps
 
 def test_a_read_only_cache_is_read(compiler, monkeypatch):
     image = kernels.image("update", 90)
-    start_anew(monkeypatch)
+    start_over(monkeypatch)
 
     def read_only(*_):
         raise OSError(30, "Read-only file system")
