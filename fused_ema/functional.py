@@ -203,14 +203,16 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> EMAMultiAvgFn:
 
 
 def _call(op: OpName, decay: float | Tensor) -> Call:
+    if type(decay) is float:
+        return _call_of_number(op, decay)
     value = check_decay(decay)
     return Call(op, (1.0,), value) if isinstance(value, Tensor) else _call_of_number(op, value)
 
 
 @functools.lru_cache(maxsize=256)
 def _call_of_number(op: OpName, decay: float) -> Call:
-    """Cached, since to make a tuple of many fields is a fifth of an update of two small tensors."""
-    return Call(op, (decay,))
+    """Cached, since the check and a tuple of many fields are a fifth of an update of two small tensors."""
+    return Call(op, (decay_number(decay),))
 
 
 def _reshard(*sides: Source) -> None:

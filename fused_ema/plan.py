@@ -92,12 +92,12 @@ class Plan:
 
     def try_run(self, call: Call, pairs: Pairs | None = None) -> bool:
         """False, and nothing is written, where the plan may not fit what there is now, or refuses the call."""
-        op = call.op
-        if call.device_decays is not None or op in self._refusals:
+        op, _decays, device_decays, *_ = call
+        if device_decays is not None or op in self._refusals:
             if self.refusal(call):
                 return False
-            if call.device_decays is not None and call.device_decays.device.type == "cpu":
-                call = call._replace(decays=(decay_number(call.device_decays.item()),), device_decays=None)
+            if device_decays is not None and device_decays.device.type == "cpu":
+                call = call._replace(decays=(decay_number(device_decays.item()),), device_decays=None)
         writes_model = op in ("swap", "restore")
         if writes_model:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
