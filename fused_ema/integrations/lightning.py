@@ -139,7 +139,7 @@ class EMACallback(Callback):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if self.ema and self.save == "average":
             checkpoint["current_model_state"] = checkpoint["state_dict"]
-            checkpoint["state_dict"] = self.ema.averaged_state_dict(self.index)
+            checkpoint["state_dict"] = self.ema.averaged_state_dict(self.index, copy=False)
         if swapped:
             for key in {"state_dict", "current_model_state"} & checkpoint.keys():
                 checkpoint[key] = copy.deepcopy(checkpoint[key])  # the file is written after the next swap

@@ -89,7 +89,8 @@ class EMACallback(TrainerCallback):
             raise RuntimeError("EMACallback: a checkpoint was saved inside swapped(), with the averages as the model")
         if not (self.ema and self.save and state.is_world_process_zero):
             return
-        model, folder, averages = given["model"], _checkpoint(args, state), self.ema.averaged_state_dict(self.index)
+        model, folder = given["model"], _checkpoint(args, state)
+        averages = self.ema.averaged_state_dict(self.index, copy=False)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder / FOLDER, state_dict=averages)
         else:

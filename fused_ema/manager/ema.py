@@ -207,6 +207,9 @@ class EMA:
         parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
         names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
         to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
+        Clone what is taken out of the block: a `state_dict()` of the model, or a program traced or exported from it,
+        shares the model's memory and has its own weights again afterwards. `copy.deepcopy(model)`, inside, is a model
+        with the averages that stays.
         Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
 
         Raises:
@@ -290,11 +293,16 @@ class EMA:
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
             copy_into(values, into, self._averages)
 
-    def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
+    def averaged_state_dict(self, index: int = 0, *, copy: bool = True) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages keep their own dtype. They are copies only where the manager has several, or inside `swapped()`. Tied
-        tensors are tied here too. Everything else is the model's.
+        Averages keep their own dtype, everything else is the model's, and tied tensors are tied here too.
+
+        Args:
+            index: which average.
+            copy: True: all tensors are copies, which later steps and `swapped()` leave alone. False: where they can,
+                they share the memory of the averages and of the model, which saves memory for a file that is written
+                at once. Within and after a `swapped()` that begins later, such an average holds what that puts there.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
@@ -302,23 +310,25 @@ class EMA:
         self.wait()
         index = self._check_index(index)
         found = self.model.state_dict(keep_vars=True)  # it may return new tensors for sharded ones
-        averages = self._by_tensor(index)
+        values = self._by_tensor(index, copy)
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
-                found[key] = averages.get(id(value), value.detach())
+                if id(value) not in values:
+                    values[id(value)] = value.detach().clone() if copy else value.detach()
+                found[key] = values[id(value)]
         return found
 
-    def _by_tensor(self, index: int) -> dict[int, Tensor]:
+    def _by_tensor(self, index: int, copy: bool) -> dict[int, Tensor]:
         """The average of each of the model's tensors, by the tensor's id, in a storage without other averages."""
         averages: dict[int, Tensor] = {}
         for name, tensor in self._current().items():
             if id(tensor) not in averages:
                 average, own = self._shard(name, index), self._averages.get(name, index)
-                shared = self._averages.count > 1 and average.data_ptr() == own.data_ptr()
+                shared = (copy or self._averages.count > 1) and average.data_ptr() == own.data_ptr()
                 averages[id(tensor)] = self._averages.as_sharded(name, average.clone() if shared else average)
         return averages
 
