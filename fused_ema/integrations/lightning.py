@@ -16,6 +16,7 @@ import torch
 
 from .. import checkpoints
 from ..manager.ema import EMA
+from ..manager.state import Whose, check_whose
 
 
 class EMACallback(Callback):
@@ -30,6 +31,7 @@ class EMACallback(Callback):
             both cases `fit(ckpt_path=...)` resumes both. It also resumes from a checkpoint of Lightning's own callback.
         optimizer: the position in `trainer.optimizers` of the optimizer whose steps the updates follow.
         index: which average is used, if `decay` is a sequence.
+        schedules: whose decays and options hold after resuming: see `EMA.load_state_dict`.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `fit` on.
@@ -49,12 +51,14 @@ class EMACallback(Callback):
         save: Literal["model", "average"] = "model",
         optimizer: int = -1,
         index: int = 0,
+        schedules: Whose = "saved",
         **options: Any,
     ) -> None:
         if save not in ("model", "average"):
             raise ValueError(f"save: expected 'model' or 'average', found {save!r}")
         self.decay, self.evaluate, self.save, self.optimizer, self.index = decay, evaluate, save, optimizer, index
-        self.options = options
+        check_whose(schedules)
+        self.schedules, self.options = schedules, options
         self._state: dict[str, Any] | None = None
         self._of_lightning: dict[str, Any] | None = None  # the state that Lightning's own callback saved
         self._restored = False  # in this fit
@@ -82,7 +86,7 @@ class EMACallback(Callback):
             self._detach()
             self.ema = EMA(pl_module, self.decay, **self.options)
         if self._state is not None:
-            self.ema.load_state_dict(self._state)
+            self.ema.load_state_dict(self._state, schedules=self.schedules)
             self._state, self._restored = None, True
         elif self._of_lightning is not None:
             checkpoints.restore(self.ema, self._of_lightning)
@@ -113,7 +117,7 @@ class EMACallback(Callback):
             return
         else:  # the average of that checkpoint is wanted, not the latest one
             manager = EMA(pl_module, self.decay, **self.options)
-            manager.load_state_dict(self._state)
+            manager.load_state_dict(self._state, schedules="mine")  # there are no updates
         self._inside.enter_context(manager.swapped(self.index))
 
     def _leave(self, *_: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..manager.ema import EMA
+from ..manager.state import Whose, check_whose
 from ..pairs.shards import is_sharded
 
 FOLDER, STATE = "ema", "ema.pt"  # in a checkpoint's folder
@@ -29,6 +30,7 @@ class EMACallback(TrainerCallback):
         save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads, and a file `ema.pt`, from
             which `train(resume_from_checkpoint=...)` resumes.
         index: which average is used, if `decay` is a sequence.
+        schedules: whose decays and options hold after resuming: see `EMA.load_state_dict`.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `train` on.
@@ -41,9 +43,18 @@ class EMACallback(TrainerCallback):
     ema: EMA | None = None
 
     def __init__(
-        self, decay: Any = 0.9999, *, evaluate: bool = True, save: bool = True, index: int = 0, **options: Any
+        self,
+        decay: Any = 0.9999,
+        *,
+        evaluate: bool = True,
+        save: bool = True,
+        index: int = 0,
+        schedules: Whose = "saved",
+        **options: Any,
     ) -> None:
+        check_whose(schedules)
         self.decay, self.evaluate, self.save, self.index, self.options = decay, evaluate, save, index, options
+        self.schedules = schedules
         self._inside = contextlib.ExitStack()
 
     def on_train_begin(
@@ -114,7 +125,8 @@ class EMACallback(TrainerCallback):
         assert self.ema
         if not (checkpoint / STATE).is_file():
             raise FileNotFoundError(f"EMACallback: expected the averages in {checkpoint / STATE}, found no such file")
-        self.ema.load_state_dict(torch.load(checkpoint / STATE, map_location="cpu", weights_only=True))
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        self.ema.load_state_dict(state, schedules=self.schedules)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

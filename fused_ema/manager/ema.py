@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into
 from .selection import Select, Selection, tensors_of
-from .state import State, parse
+from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
 
@@ -165,10 +166,22 @@ class EMA:
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """The decay of the latest update, or of the first before there was any; one for each of several averages."""
+        """The decay of the latest update, or of the next before there was any; one for each of several averages.
+
+        It can be set, to what `EMA` takes as `decay`: the averages follow that from the next update on.
+        """
         self.wait()
-        decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
+        decays = self._decays or self._timetable.decays_at(self._timetable.step_of(self.updates + 1))
         return decays[0] if len(decays) == 1 else decays
+
+    @decay.setter
+    def decay(self, decay: float | Schedule | Sequence[float | Schedule]) -> None:
+        schedules = schedules_of(decay)
+        if len(schedules) != len(self.schedules):
+            raise ValueError(f"decay: expected one for each of {len(self.schedules)} averages, found {len(schedules)}")
+        with one_at_a_time():
+            self.wait()
+            self._timetable, self._decays = replace(self._timetable, schedules=schedules), ()
 
     def update(self) -> None:
         """One step: counts it, asks the schedules, and moves all averages in one kernel launch per device.
@@ -338,34 +351,36 @@ class EMA:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
         The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
-        the true average. To return to a state later without a file, `copy.deepcopy` it.
+        the true average. Take it where you save it; to return to a state later without a file, `copy.deepcopy` it.
         """
         self.wait()
         return self._state().to_dict()
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved") -> None:
         """Loads averages, step, schedules and options; later updates give the same bits as in the run that was saved.
 
-        Schedules of `fused_ema.schedules` replace the manager's; a schedule of your own, which a state can't hold, must
-        be the manager's already. To go on with other decays, put them into the state first:
-        ``saved["schedules"] = ema.state_dict()["schedules"]``.
+        Args:
+            saved: what `state_dict()` returned.
+            schedules: whose schedules, `update_every`, `update_after_step` and `seed` hold from now on. "saved": the
+                state's; a warning names those that differ from the manager's. A schedule of your own, which a state
+                can't hold, must be the manager's already. "mine": the manager's.
 
         Raises:
-            ValueError: the state was saved with a schedule of your own that the manager lacks; or names, shapes, types
-                or the number of averages differ. Nothing is changed.
+            ValueError: the state was saved with a schedule of your own that the manager lacks, or with another
+                rounding; or names, shapes, types or the number of averages differ. Nothing is changed.
             RuntimeError: inside `swapped()`.
         """
         with one_at_a_time():
-            self._take(self._parse(saved))
+            self._take(self._parse(saved, schedules))
 
     def _state(self) -> State:
         averages = [{name: self._average(name, k) for name in self._averages} for k in range(self._averages.count)]
         return State(self._step, self._decays, self._timetable, tuple(averages))
 
-    def _parse(self, saved: Any) -> State:
+    def _parse(self, saved: Any, schedules: Whose) -> State:
         self._refuse_swapped("EMA.load_state_dict()")
         self.wait()
-        return parse(saved, self._state())
+        return parse(saved, self._state(), schedules)
 
     @torch.no_grad()
     def _take(self, state: State) -> None:
@@ -407,7 +422,14 @@ class EMA:
 
     # ---- Hands-free
 
-    def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        overlap: bool = False,
+        save: bool = False,
+        *,
+        schedules: Whose = "saved",
+    ) -> Attachment:
         """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
 
         Args:
@@ -421,6 +443,7 @@ class EMA:
                 it. Attach before you load: an optimizer by itself ignores that part. A state without it gives a
                 warning, one that does not fit raises what `load_state_dict` does. Not with
                 `torch.distributed.checkpoint.state_dict`, which drops that part.
+            schedules: with `save`, whose schedules and options hold after loading: see `load_state_dict`.
 
         Returns:
             A handle, whose `remove()` ends it.
@@ -431,6 +454,7 @@ class EMA:
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
+        check_whose(schedules)
         manager = Manager(
             model=self._model,
             on_host=self._averages.on_host,
@@ -440,7 +464,7 @@ class EMA:
             progress=lambda: (self._step, self._decays),
             rewind=self._rewind,
             state_dict=self.state_dict,
-            parse=self._parse,
+            parse=lambda saved: self._parse(saved, schedules),
             take=self._take,
             detached=self._detached,
         )
