@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:  # the package's older name
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+except ImportError:
+    try:  # the package's older name
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    except ImportError as error:
+        raise ImportError(
+            'this callback needs Lightning; run pip install "fused-ema[lightning]", or pip install lightning'
+        ) from error
 
 import torch
 

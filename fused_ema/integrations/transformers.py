@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        'this callback needs transformers; run pip install "fused-ema[transformers]", or pip install transformers '
+        "accelerate"
+    ) from error
 
 from ..manager.ema import EMA
 from ..manager.state import Whose, check_whose

@@ -495,9 +495,12 @@ class EMA:
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
-        average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer fits."""
+        average in the model, or None) and `not_averaged` (the names of all that is the model's own: parameters that
+        `select` turned down, and buffers); `problem`, where the model no longer fits."""
+        others: list[str] = []
         try:
             plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
+            others = [name for name in tensors_of(self.model) if name not in self._averages]
         except (ValueError, TypeError, RuntimeError) as problem:
             plan = {"problem": str(problem)}
         return report.describe(
@@ -508,7 +511,7 @@ class EMA:
             step=self.step,
             updates=self.updates,
             swapped=self.swapped_index,
-            not_averaged=self._selection.left_out(),
+            not_averaged=others,
         )
 
     def __repr__(self) -> str:

@@ -33,7 +33,12 @@ class Selection:
             if (tensor.is_floating_point() or tensor.is_complex()) and (select is None or bool(select(name, tensor)))
         }
         self._known = {name: id(tensor) in taken for name, tensor in candidates.items()}
-        if self._known and not taken:
+        if not taken and (select is None or not candidates):
+            raise ValueError(
+                f"model: expected parameters to average, found none that are real or complex in {type(model).__name__};"
+                " make the manager once the model has its layers"
+            )
+        if not taken:
             names = f"{list(self._known)[:5]} ..."
             raise ValueError(
                 f"select: expected some of the model's {len(self._known)} tensors, found none chosen: {names}"
@@ -48,10 +53,6 @@ class Selection:
                 "make a new fused_ema.EMA, and load the state of this one if it fits"
             )
         return {name: tensor for name, tensor in candidates.items() if self._known[name]}
-
-    def left_out(self) -> list[str]:
-        """The names that are not averaged."""
-        return [name for name, taken in self._known.items() if not taken]
 
     def to_plain(self) -> dict[str, Any]:
         """What a pickle of a manager holds."""

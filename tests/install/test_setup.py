@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,53 @@ def test_info_says_when_it_is_slower_than_it_should_be(monkeypatch, fused, strea
     table, slow = fused_ema_main._table("cpu")
     assert len(table) == 4
     assert (slow is not None) == complains
+
+
+def test_measurements_alternate_and_the_best_counts(monkeypatch):
+    took = {"fast": iter([9.0, 0.3, 0.2, *[0.4] * 9]), "slow": iter([9.0, 0.5, 2.0, *[0.6] * 9])}
+    clock, order = [0.0], []
+
+    def call(name):
+        order.append(name)
+        clock[0] += next(took[name])
+
+    monkeypatch.setattr(_cost.time, "perf_counter", lambda: clock[0])
+    best = _cost._best(torch.device("cpu"), *(partial(call, name) for name in took))
+    assert best == pytest.approx([0.2, 0.5])
+    assert order == ["fast", "slow"] * (1 + _cost.ROUNDS)
+
+
+def test_the_stream_has_the_bytes_of_the_update(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        _cost, "_best", lambda device, *calls: sizes.append([each.args for each in calls]) or [1.0] * len(calls)
+    )
+    monkeypatch.setattr(_cost, "LARGE", (1, 100))
+    _cost.measure(torch.device("cpu"))
+    _update, (ema, model, _), (added,) = sizes[1]
+    assert added is model[0]
+    assert ema[0].shape == model[0].shape == (100,)
+    table, _ = fused_ema_main._table("cpu")
+    assert "a.add_(b), the same bytes" in table[3]
+    assert "memory's speed" not in "".join(table)
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fused_ema", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        fused_ema_main.main()
+    assert capsys.readouterr().out == f"fused_ema {fused_ema.__version__}\n"
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    code = "import os, sys; os.dup2(int(sys.argv.pop(1)), 1); import runpy, fused_ema._cost as cost; "
+    code += "cost.SECONDS = 0; runpy.run_module('fused_ema', {}, '__main__')"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", code, str(write)]
+    done = subprocess.run(command, pass_fds=[write], stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_info_survives_a_device_without_memory(monkeypatch):
