@@ -151,7 +151,7 @@ def _runs_on(built: str, architecture: str) -> bool:
 
 def info() -> int:
     lines = [
-        ("fused_ema", fused_ema.__version__),
+        ("fused_ema", f"{fused_ema.__version__} in {PACKAGE}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("python", platform.python_version()),
         ("nvcc", _nvcc()),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from build_fakes import install
+from build_fakes import install, script
 
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
@@ -323,6 +324,57 @@ def test_setup_where_nothing_compiles(checkout, required):
     ) in output
     assert (code == 0) is not required
     assert not list((checkout / "fused_ema").glob("_C*.so"))
+
+
+def test_an_old_setuptools_gets_a_sentence(tmp_path):
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    (tmp_path / "setuptools" / "__init__.py").write_text(
+        "__version__ = '65.5.0'\nExtension = find_packages = setup = None"
+    )
+    (tmp_path / "setuptools" / "command" / "build_ext.py").write_text("build_ext = object")
+    code, output = python("setup.py", "-q", "bdist_wheel", PYTHONPATH=str(tmp_path))
+    expected = 'expected setuptools 77 or newer, found 65.5.0; run pip install "setuptools>=77"'
+    assert (code, output) == (1, f"fused_ema: {expected}\n")
+
+
+@pytest.fixture
+def make_torch(tmp_path):
+    """make_torch(offered, ...): what make says and installs where pip finds these versions."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("make", "bash", "uname", "grep", "head", "rm", "touch", "cksum"):
+        (tools / name).symlink_to(shutil.which(name, path="/usr/bin:/bin"))
+
+    def run(offered, *arguments, programs=()):
+        for name in programs:
+            script(tools / name, "")
+        number = subprocess.check_output([str(tools / "cksum")], input=b"torch\n").split()[0].decode()
+        installed = tmp_path / "installed"
+        answer = f'*"index versions torch"*) echo "Available versions: {offered}";;'
+        script(tmp_path / "venv" / "bin" / "python", f'case "$*" in {answer} *) echo "$@" >{installed};; esac')
+        stamp = f"{tmp_path}/venv/.torch-{number}"
+        command = ["make", "-s", f"VENV={tmp_path}/venv", *arguments, stamp]
+        done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True)
+        os.remove(stamp)
+        return done.stdout, installed.read_text()
+
+    return run
+
+
+@pytest.mark.skipif(
+    Path("/dev/nvidiactl").exists() or sys.platform != "linux", reason="the choice is for Linux without GPU"
+)
+def test_make_takes_a_build_for_the_cpu_where_there_is_no_gpu(make_torch):
+    said, installed = make_torch("2.14.1, 2.14.0, 2.13.0+cpu, 2.13.0, 2.12.0+cpu")
+    assert " torch==2.13.0+cpu ninja" in installed
+    assert "No NVIDIA GPU and no nvcc here, so this takes a build for the CPU" in said
+    said, installed = make_torch("2.14.1, 2.14.0")
+    assert " torch ninja" in installed
+    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in said
+    for arguments, programs in ((["TORCH=torch"], []), ([], ["nvcc"])):
+        said, installed = make_torch("2.14.1, 2.13.0+cpu", *arguments, programs=programs)
+        assert " torch ninja" in installed
+        assert "No NVIDIA GPU" not in said
 
 
 def test_what_setup_imports_needs_no_torch():
