@@ -144,9 +144,9 @@ clean:  ## remove everything built except the environment
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-# Without a GPU and nvcc, PyTorch's build for the CPU does as well, and is a tenth of the download. Registries have it as
-# a version "+cpu", if they have it.
-NO_CUDA_HERE = [ "$$(uname)" = Linux ] && [ ! -e /dev/nvidiactl ] && ! command -v nvidia-smi nvcc >/dev/null
+# Without a GPU, PyTorch's build for the CPU does as well, and is a tenth of the download. Registries have it as a version
+# "+cpu", if they have it.
+NO_CUDA_HERE = [ "$$(uname)" = Linux -a '$(FUSED_EMA_CUDA)' != 1 -a ! -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null
 $(TORCH_STAMP):
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.torch-*
@@ -155,9 +155,9 @@ $(TORCH_STAMP):
 	    cpu=$$($(PY) -m pip index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | head -n 1); \
 	    if [ "$$cpu" ]; then \
 	        torch="torch==$$cpu"; \
-	        echo "No NVIDIA GPU and no nvcc here, so this takes a build for the CPU; TORCH=torch takes the newest of all."; \
+	        echo "No NVIDIA GPU here, so this takes a build of PyTorch for the CPU; TORCH=torch takes the newest of all."; \
 	    else \
-	        echo "No NVIDIA GPU and no nvcc here, but this torch may be a build for CUDA: gigabytes. For one for the CPU, stop"; \
+	        echo "No NVIDIA GPU here, but this PyTorch may be a build for CUDA, of gigabytes. For one for the CPU, stop"; \
 	        echo "this, and type it again after PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
 	    fi; \
 	fi; \

@@ -367,11 +367,11 @@ def make_torch(tmp_path):
 def test_make_takes_a_build_for_the_cpu_where_there_is_no_gpu(make_torch):
     said, installed = make_torch("2.14.1, 2.14.0, 2.13.0+cpu, 2.13.0, 2.12.0+cpu")
     assert " torch==2.13.0+cpu ninja" in installed
-    assert "No NVIDIA GPU and no nvcc here, so this takes a build for the CPU" in said
+    assert "No NVIDIA GPU here, so this takes a build of PyTorch for the CPU" in said
     said, installed = make_torch("2.14.1, 2.14.0")
     assert " torch ninja" in installed
     assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in said
-    for arguments, programs in ((["TORCH=torch"], []), ([], ["nvcc"])):
+    for arguments, programs in ((["TORCH=torch"], []), (["FUSED_EMA_CUDA=1"], []), ([], ["nvidia-smi"])):
         said, installed = make_torch("2.14.1, 2.13.0+cpu", *arguments, programs=programs)
         assert " torch ninja" in installed
         assert "No NVIDIA GPU" not in said
