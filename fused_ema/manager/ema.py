@@ -23,7 +23,7 @@ from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into
-from .selection import Select, Selection, tensors_of
+from .selection import Select, Selection, as_module, tensors_of
 from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
@@ -34,7 +34,8 @@ class EMA:
 
     Args:
         model: the module that is trained. Its tensors are found by name at each call, and it is never copied, so
-            parametrized, wrapped and compiled modules work.
+            parametrized, wrapped and compiled modules work. Or a dict of names to tensors, such as the float32 master
+            weights of an optimizer: `EMA.model` is then a module whose parameters are that dict.
         decay: a number in [0, 1]; a schedule (`fused_ema.schedules`, or any function from the number of the step after
             `update_after_step`, counted from 1, to a decay); or a sequence of up to 8 of them, for as many averages,
             which read each parameter once.
@@ -84,7 +85,7 @@ class EMA:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
@@ -96,8 +97,7 @@ class EMA:
         rounding: Rounding = "nearest",
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+        model = as_module(model)
         check_floating(dtype)
         self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
         if rounding == "stochastic" and dtype.itemsize != 2:
@@ -275,7 +275,7 @@ class EMA:
                 if swap.replaced:
                     self._plan = None  # it still counts the model as swapped
 
-    def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
+    def copy_to(self, model: nn.Module | Mapping[str, Tensor] | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
 
         Another model gets everything: what is not averaged comes from the averaged model, as it is now.
@@ -285,14 +285,13 @@ class EMA:
                 Nothing is written.
             RuntimeError: into the averaged model inside `swapped()`.
         """
-        if not isinstance(model, nn.Module | None):
-            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+        model = self._model if model is None or model is self._model._parameters else as_module(model)
         with one_at_a_time():
             self.wait()
             index = self._check_index(index)
             values = {name: self._average(name, index) for name in self._averages}
             self._current()  # raises where the model's names have changed
-            if model is None or model is self.model:
+            if model is self.model:
                 self._refuse_swapped("EMA.copy_to()")
                 shards.reshard(self.model)
                 copy_into(values, tensors_of(self.model), self._averages)

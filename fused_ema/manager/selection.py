@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,6 +72,24 @@ class Selection:
             id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set
         }
         return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
+
+
+def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
+    """A module as it is; a dict of tensors as a module whose parameters are that very dict, as it is at each call."""
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, dict):
+        hint = "; wrap it in dict()" if isinstance(model, Mapping) else ""
+        raise TypeError(
+            f"model: expected a torch.nn.Module or a dict of names to tensors, found {type(model).__name__}{hint}"
+        )
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            found = f"{type(name).__name__} and {type(tensor).__name__}"
+            raise TypeError(f"model[{name!r}]: expected a name (str) and a tensor, found {found}")
+    module = nn.Module()
+    module._parameters = model
+    return module
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
