@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .cache import cache_root, distrust, locked, make_trusted
 from .compile import PACKAGE, BuildError, Record, say
-from .nvrtc import OPS, Image, Compiler, kernel_digest, nvrtc
+from .nvrtc import OPS, Compiler, Image, kernel_digest, nvrtc
 
 _images: dict[tuple[str, int], Image] = {}  # of this process, for its further GPUs
 _said_not_kept = False
