@@ -21,8 +21,8 @@ from ..schedules import Schedule
 from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
-from .copying import copy_into
-from .selection import Select, Selection, tensors_of
+from .copying import copy_into, extra_states
+from .selection import Select, Selection, fleeting_buffers, tensors_of
 from .state import State, parse
 from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
@@ -222,8 +222,8 @@ class EMA:
             with one_at_a_time():
                 self._refuse_swapped("EMA.swapped()")
                 current = self._current()
-                averaged = {id(tensor) for tensor in current.values()}
-                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
+                known = {id(tensor) for tensor in current.values()} | fleeting_buffers(self.model)
+                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in known}
                 swap = Exchange(self._averages, index, current, others)
                 self._swap = swap
                 self._keep(swap.enter(self._plan, self._new_plan))
@@ -262,7 +262,8 @@ class EMA:
     def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
 
-        Another model gets everything: what is not averaged comes from the averaged model, as it is now.
+        Another model gets everything: what is not averaged, and what modules have as `get_extra_state`, comes from the
+        averaged model, as it is now.
 
         Raises:
             ValueError, TypeError: names, shapes or types differ, or tensors that get different values share memory.
@@ -288,7 +289,7 @@ class EMA:
                 raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
             if differ := difference(into, values, "the model"):
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
-            copy_into(values, into, self._averages)
+            copy_into(values, into, self._averages, extra_states(self.model, model))
 
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
