@@ -105,6 +105,7 @@ class EMA:
         shards.reshard(model)
         self._model = model
         self._step = 0
+        self._fresh = True  # the averages are what the model was, if no step was made
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
         self._swap: Exchange | None = None
@@ -176,11 +177,14 @@ class EMA:
         Updates from several threads run one after the other.
 
         Raises:
-            RuntimeError: inside `swapped()`.
+            RuntimeError: inside `swapped()`, or while the manager is attached to an optimizer, whose steps update.
             ValueError, TypeError, RuntimeError: a tensor no longer fits its average. Nothing is written or counted.
         """
         if self._attachment:
-            self._attachment.join()
+            raise RuntimeError(
+                "EMA.update() was called by hand while the manager is attached to an optimizer, so that a step would "
+                "count twice; leave the call out, or call remove() on the handle that attach() returned"
+            )
         self._update(None)
 
     def _update(self, skipped: Tensor | None) -> None:
@@ -216,6 +220,7 @@ class EMA:
                 other averages and tensors are restored.
         """
         self.wait()
+        self._expect_steps()
         index = self._check_index(index)
         swap: Exchange | None = None
         try:
@@ -274,6 +279,7 @@ class EMA:
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         with one_at_a_time():
             self.wait()
+            self._expect_steps()
             index = self._check_index(index)
             values = {name: self._average(name, index) for name in self._averages}
             self._current()  # raises where the model's names have changed
@@ -301,6 +307,7 @@ class EMA:
             RuntimeError: the model's state_dict has no place for some averages.
         """
         self.wait()
+        self._expect_steps()
         index = self._check_index(index)
         found = self.model.state_dict(keep_vars=True)  # it may return new tensors for sharded ones
         averages = self._by_tensor(index)
@@ -332,6 +339,7 @@ class EMA:
         the true average. To return to a state later without a file, `copy.deepcopy` it.
         """
         self.wait()
+        self._expect_steps()
         return self._state().to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -365,6 +373,7 @@ class EMA:
             for name, average in own.items():
                 average.copy_(saved[name])
         self._step, self._decays, self._timetable = state.step, state.decays, state.timetable
+        self._fresh = False
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
@@ -395,11 +404,15 @@ class EMA:
         self._selection = Selection.from_plain(state["selection"])
         self._averages = Averages.from_plain(state["averages"])
         self._plan = self._swap = self._attachment = None
+        self._fresh = False
 
     # ---- Hands-free
 
     def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
         """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
+
+        `first_step()` and `second_step()` of sharpness-aware optimizers (SAM) are one step together. Where no step was
+        seen though the parameters have changed, the first look at the averages warns.
 
         Args:
             optimizer: the one that steps last, if there are several; the outermost, if one wraps another. One that has
@@ -444,6 +457,15 @@ class EMA:
     def _detached(self, attachment: Attachment) -> None:
         if self._attachment is attachment:
             self._attachment = None
+
+    def _expect_steps(self) -> None:
+        if not (self._attachment and self._fresh and self._step == 0 and not self._swap):
+            return
+        with contextlib.suppress(ValueError):  # the model's names have changed, which calls that need them say
+            current = self._current()
+            parameters = {id(tensor) for tensor in self.model.parameters()}
+            pairs = [(self._shard(name, 0), tensor) for name, tensor in current.items() if id(tensor) in parameters]
+            self._attachment.expect_steps(pairs)
 
     def wait(self) -> None:
         """Makes the current streams wait for the latest update, where that runs on a stream of its own.
