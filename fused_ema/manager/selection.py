@@ -68,9 +68,7 @@ class Selection:
         found = plain_tensors("model", model)
         if self._buffers != "average":
             return {name: tensor for name, (tensor, parameter) in found.items() if parameter}
-        fleeting = {
-            id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set
-        }
+        fleeting = fleeting_buffers(model)
         return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
 
 
@@ -90,6 +88,11 @@ def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
     module = nn.Module()
     module._parameters = model
     return module
+
+
+def fleeting_buffers(model: nn.Module) -> set[int]:
+    """The ids of the buffers that are not persistent."""
+    return {id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
