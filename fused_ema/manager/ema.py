@@ -105,6 +105,7 @@ class EMA:
         shards.reshard(model)
         self._model = model
         self._step = 0
+        self._fresh = True  # the averages are what the model was, if no step was made
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
         self._swap: Exchange | None = None
@@ -194,6 +195,21 @@ class EMA:
                 self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
                 self._decays = decays
             self._step = step
+
+    def begin(self) -> None:
+        """Begins again from the model as it is now, unless there was an update or the averages were loaded.
+
+        For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
+        ema.begin()``. It may be called at any time, and does nothing once the averages have a history.
+
+        Raises:
+            RuntimeError: inside `swapped()`.
+        """
+        with one_at_a_time():
+            self.wait()
+            self._refuse_swapped("EMA.begin()")
+            if self._fresh and self._step == 0:
+                self._run(Call("copy", (0.0,) * len(self.schedules)))
 
     # ---- Evaluating
 
@@ -364,6 +380,7 @@ class EMA:
             for name, average in own.items():
                 average.copy_(saved[name])
         self._step, self._decays, self._timetable = state.step, state.decays, state.timetable
+        self._fresh = False
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
@@ -394,6 +411,7 @@ class EMA:
         self._selection = Selection.from_plain(state["selection"])
         self._averages = Averages.from_plain(state["averages"])
         self._plan = self._swap = self._attachment = None
+        self._fresh = False
 
     # ---- Hands-free
 
