@@ -51,7 +51,7 @@ class EMACallback(TrainerCallback):
     Raises:
         TypeError, ValueError, IndexError: an argument or option can't be used with any model.
         FileNotFoundError: from `train`, if only some processes find averages in the checkpoint that it resumes from.
-        ValueError: from `train`, for save=True with a sharded model.
+        ValueError: from `train`, for save=True with a sharded model, or in two callbacks of one trainer.
     """
 
     ema: EMA | None = None
@@ -76,6 +76,7 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         model, checkpoint = given["model"], _resumed_from(args, state)
+        self._refuse_others()
         self._leave_interrupted()
         if checkpoint:
             _drop_former_adapter(model, checkpoint)
@@ -89,6 +90,7 @@ class EMACallback(TrainerCallback):
         self._begun, self._written = False, None
         if checkpoint:
             self._resume(checkpoint, state.global_step)
+        self._enter(args.eval_on_start and self.ema.updates > 0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -101,13 +103,13 @@ class EMACallback(TrainerCallback):
         assert self.ema
         if not getattr(given["optimizer"], "step_was_skipped", False):
             self.ema.update()
-        self._enter(control)
+        self._enter(control.should_evaluate)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        self._enter(control)
+        self._enter(control.should_evaluate)
 
-    def _enter(self, control: TrainerControl) -> None:
-        if self.ema and self.evaluate and control.should_evaluate and self.ema.swapped_index is None:
+    def _enter(self, evaluates: bool) -> None:
+        if self.ema and self.evaluate and evaluates and self.ema.swapped_index is None:
             self._inside.enter_context(self.ema.swapped(self.index))
             self._evaluated = _marks(self.ema.model.parameters())
 
@@ -152,6 +154,16 @@ class EMACallback(TrainerCallback):
                 f"EMACallback: the best model was loaded from {path.parent}, which has no averages (no {STATE}); "
                 "callback.ema holds those of the last step"
             )
+
+    def _refuse_others(self) -> None:
+        for variables in _trainer_frames("_inner_training_loop"):
+            callbacks = [each for each in variables["self"].callback_handler.callbacks if isinstance(each, EMACallback)]
+            if self.save and sum(each.save for each in callbacks) > 1:
+                raise ValueError(
+                    "EMACallback: expected one callback with save=True, found several, which would write the same "
+                    f"files ({FOLDER}, {STATE}); pass a sequence of decays to one callback, or save=False and "
+                    "evaluate=False to all but the last"
+                )
 
     def _warn_of_raw_weights(self) -> None:
         if self.ema and self.evaluate and self.ema.updates and self.ema.swapped_index is None:

@@ -63,7 +63,13 @@ def trainer(folder, *callbacks, model=None, **options):
         logging_strategy="no",
         **options,
     )
-    return Trainer(model or network(), arguments, train_dataset=data(32), eval_dataset=data(4), callbacks=[*callbacks])
+    return Trainer(
+        network() if model is None else model,
+        arguments,
+        train_dataset=data(32),
+        eval_dataset=data(4),
+        callbacks=[*callbacks],
+    )
 
 
 def values(model):
@@ -131,6 +137,26 @@ def test_the_same_trainer_goes_back_to_a_checkpoint(tmp_path):
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert callback.ema.step == 6
     same_values(callback.ema.state_dict()["averages"][0], expected)
+
+
+def test_the_evaluation_before_the_first_step_of_a_resumed_run_has_the_average(tmp_path):
+    whole, callback = EMACallback(decay=0.9), EMACallback(decay=0.9)
+    run = trainer(tmp_path, whole)
+    run.train()
+    resumed, seen = trainer(tmp_path, callback, eval_on_start=True), []
+    step = resumed.prediction_step
+    resumed.prediction_step = lambda *given, **options: seen.append(values(resumed.model)) or step(*given, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EMACallback")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    same_values(seen[0], torch.load(tmp_path / "checkpoint-3" / "ema.pt")["averages"][0])
+    same_values(values(resumed.model), values(run.model))
+
+
+def test_two_callbacks_do_not_write_the_same_files(tmp_path):
+    with pytest.raises(ValueError, match="expected one callback with save=True, found several"):
+        trainer(tmp_path, EMACallback(0.9), EMACallback(0.5)).train()
+    trainer(tmp_path, EMACallback(0.5, save=False, evaluate=False), EMACallback((0.9, 0.5)), max_steps=3).train()
 
 
 def test_each_of_several_datasets_is_evaluated_with_the_average(tmp_path):
