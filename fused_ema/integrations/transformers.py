@@ -227,12 +227,15 @@ def _export(ema: EMA, index: int, model: Any, folder: Path) -> None:
 
 
 def _drop_former_adapter(model: Any, checkpoint: Path) -> None:
-    """The averages of adapters used to lie in FOLDER itself, which the Trainer has taken for one more adapter."""
+    """The averages of adapters used to lie in FOLDER itself, which the Trainer has taken for one more adapter; some of
+    its versions then skip the default one."""
     folder = checkpoint / FOLDER
     ours = (checkpoint / STATE).is_file() and (folder / "adapter_config.json").is_file()
     theirs = (folder / ADAPTER).is_dir() or (folder / FOLDER).is_dir()  # an adapter of that name
     if ours and not theirs and FOLDER in getattr(model, "peft_config", {}):
         model.delete_adapter(FOLDER)
+        if (checkpoint / "adapter_config.json").is_file():
+            model.load_adapter(str(checkpoint), "default", is_trainable="default" in model.active_adapters)
 
 
 def _marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
