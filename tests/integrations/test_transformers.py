@@ -234,7 +234,7 @@ def test_a_later_callback_may_load_averages_or_weights(tmp_path):
 
 
 def test_averages_that_only_some_processes_find_are_refused(tmp_path, monkeypatch):
-    trainer(tmp_path, EMACallback()).train()
+    trainer(tmp_path, EMACallback(), eval_strategy="no", max_steps=3).train()
     monkeypatch.setattr(integration, "gather_object", lambda found: [*found, False])
     with pytest.raises(FileNotFoundError, match=r"checkpoint-3/ema\.pt on every process, found none on ranks \[1\]"):
         trainer(tmp_path, EMACallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -243,8 +243,8 @@ def test_averages_that_only_some_processes_find_are_refused(tmp_path, monkeypatc
 def test_each_fold_begins_anew(tmp_path):
     callback, by_hand = EMACallback(decay=0.9), Averages()
     for fold in "ab":
-        trainer(tmp_path / fold, callback, by_hand, eval_strategy="no").train()
-        assert callback.ema.step == 6
+        trainer(tmp_path / fold, callback, by_hand, eval_strategy="no", save_strategy="no", max_steps=3).train()
+        assert callback.ema.step == 3
         same_values(callback.ema.state_dict()["averages"][0], by_hand.averages)
 
 
@@ -426,7 +426,7 @@ def trainable(name, parameter):
         ((), trainable, False),
         (("other", "ema"), None, False),
         ((), None, True),
-        ((), trainable, True),
+        pytest.param((), trainable, True, marks=pytest.mark.slow),
     ],
 )
 def test_averages_of_adapters_are_no_adapters_to_the_trainer(tmp_path, more, select, former):
@@ -455,6 +455,7 @@ def test_averages_of_adapters_are_no_adapters_to_the_trainer(tmp_path, more, sel
     same_values(callback.ema.state_dict()["averages"][0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_learned_prompts_are_saved_as_averages(tmp_path):
     peft = pytest.importorskip("peft")
     config = transformers.GPT2Config(**CONFIG | {"n_positions": 10})
