@@ -120,7 +120,7 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._manager(trainer, pl_module)  # FSDP and DeepSpeed load the checkpoint after on_fit_start
-        if trainer.ckpt_path is not None and not self._restored:
+        if trainer.ckpt_path is not None and trainer.global_step and not self._restored:  # at 0 a search was undone
             warn(f"EMACallback: {trainer.ckpt_path} has no averages; new ones start here")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -233,7 +233,7 @@ class EMACallback(Callback):
                 "EMACallback: a checkpoint was saved inside callback.ema.swapped(), with the average as the model; "
                 "leave the block first, or call trainer.save_checkpoint(path, weights_only=True)"
             )
-        if self.ema and self.save == "average":
+        if self.ema and self.ema.model is pl_module and self.save == "average":
             trained = {**checkpoint}
             pl_module.on_save_checkpoint(trained)  # which may leave out what was not trained
             checkpoint[OWN], checkpoint["state_dict"] = trained["state_dict"], self._averaged(trainer, self.ema)
