@@ -11,6 +11,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 FILES = [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "setup.py"]
 ALLOWED = {  # exactly what is imported: think about what another module can do before you add it
     "__future__",
+    "accelerate",
     "argparse",
     "collections",
     "contextlib",
