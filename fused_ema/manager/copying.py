@@ -8,9 +8,38 @@ import torch
 from torch import Tensor
 
 from ..pairs import shards
+from ..pairs.arguments import Names
 from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
 from ..pairs.memory import overlaps, place, span, storage
+from ..pairs.pairing import difference, in_common
 from .averages import Averages
+
+
+def placed(
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], names: Names, optional: set[str]
+) -> dict[str, Tensor]:
+    """The values that go into a model. Raises where names differ; with "common", says once which are left out.
+
+    `optional`: names that are left out, without a word, where they can't be written.
+    """
+    unfit = {name for name in optional if name not in values or name not in into}
+    for name in optional - unfit:
+        try:
+            _check_pair(name, values[name], into[name])
+        except (TypeError, ValueError, RuntimeError):
+            unfit.add(name)
+    differ = difference(
+        (name for name in into if name not in unfit), (x for x in values if x not in unfit), "the model"
+    )
+    if names == "equal" and differ:
+        raise ValueError(
+            f"EMA.copy_to: expected the names of the model that is averaged; {differ}; to write only those that both "
+            "have, pass names='common'"
+        )
+    matched = [(name, name) for name in values if name in into and name not in unfit]
+    if names == "common":
+        matched = in_common("EMA.copy_to", matched, values, into, differ)
+    return {name: values[name] for name, _ in matched}
 
 
 def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
@@ -37,7 +66,10 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
         raise refusal
     if target.shape != value.shape:
         wanted, shape = tuple(value.shape), tuple(target.shape)
-        raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}")
+        raise ValueError(
+            f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}; to leave it out, pass "
+            "names='common'"
+        )
 
 
 def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import enum
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from .._warning import warn_once
+from .arguments import Buffers, Names, Use, use_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -19,22 +26,34 @@ class Pairs(NamedTuple):
     labels: list[str]
     ema: list[Tensor]
     model: list[Tensor]
-    parameter: list[bool]  # False: a buffer
+    averaged: list[bool]  # False: copied. (Integers are always copied.)
+    optional: Sequence[bool] = ()  # True: left out where it can't be used; empty: none is
 
 
-def pair(ema: Source, model: Source, buffers: str) -> Pairs:
+class Kind(enum.Enum):
+    """What a tensor is to its module."""
+
+    PARAMETER = enum.auto()
+    BUFFER = enum.auto()
+    FLEETING = enum.auto()  # a buffer that is not persistent: made by the module, in no checkpoint
+    POWER = enum.auto()  # a vector of spectral norm's power iteration, of norm 1, which belongs to the latest weights
+
+
+def pair(ema: Source, model: Source, buffers: Buffers, names: Names = "equal") -> Pairs:
     """Pairs the tensors of two sources of one kind; see `fused_ema.update` for the rules and the errors."""
     if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        return _pair_modules(ema, model, buffers)
+        return _pair_modules(ema, model, buffers, names)
     if isinstance(ema, Mapping) and isinstance(model, Mapping):
-        names = _match(dict(ema), dict(model))
+        matched = _match(dict(ema), dict(model), names)
         return Pairs(
-            [f"[{name!r}]" for name, _ in names],
-            [ema[name] for name, _ in names],
-            [model[name] for _, name in names],
-            [True] * len(names),
+            [f"[{name!r}]" for name, _ in matched],
+            [ema[name] for name, _ in matched],
+            [model[name] for _, name in matched],
+            [True] * len(matched),
         )
     if isinstance(ema, Sequence) and isinstance(model, Sequence) and not isinstance(ema, str):
+        if names == "common":
+            raise ValueError("names: expected 'equal' for sequences, which have no names, found 'common'")
         if len(ema) != len(model):
             raise ValueError(f"ema: expected {len(model)} tensors, as many as model, found {len(ema)}")
         return Pairs([f"[{i}]" for i in range(len(ema))], list(ema), list(model), [True] * len(ema))
@@ -49,34 +68,62 @@ def _kind(source: object) -> str:
     return f"{type(source).__module__}.{type(source).__qualname__}{hint}"
 
 
-def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
-    ours, theirs = named_tensors(ema), named_tensors(model)
-    if buffers == "ignore":
-        ours = {name: entry for name, entry in ours.items() if entry[1]}
-        theirs = {name: entry for name, entry in theirs.items() if entry[1]}
-    names = _match(ours, theirs)
+def _pair_modules(ema: nn.Module, model: nn.Module, buffers: Buffers, names: Names) -> Pairs:
+    uses: dict[str, Use] = {}  # of buffers, by plain name: a function is asked once for both sides
+    theirs, ours = (_used(named_tensors(side), buffers, uses) for side in (model, ema))
+    optional = {plain_name(x) for side in (ours, theirs) for x, (_, kind, _) in side.items() if kind is Kind.FLEETING}
+    our_tensors, their_tensors = ({x: entry[0] for x, entry in side.items()} for side in (ours, theirs))
+    matched = _match(our_tensors, their_tensors, names, optional)
     return Pairs(
-        [f"[{name!r}]" for name, _ in names],
-        [ours[name][0] for name, _ in names],
-        [theirs[name][0] for _, name in names],
-        [theirs[name][1] for _, name in names],
+        [f"[{name!r}]" for name, _ in matched],
+        [ours[name][0] for name, _ in matched],
+        [theirs[name][0] for _, name in matched],
+        [theirs[name][2] for _, name in matched],
+        [plain_name(name) in optional for name, _ in matched] if optional else (),
     )
 
 
-def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Every name, tied names too, with its tensor and whether that is a parameter."""
-    found: dict[str, tuple[Tensor, bool]] = {}
+def _used(
+    tensors: dict[str, tuple[Tensor, Kind]], buffers: Buffers, uses: dict[str, Use]
+) -> dict[str, tuple[Tensor, Kind, bool]]:
+    """The tensors that are not ignored, and whether they are averaged."""
+    used: dict[str, tuple[Tensor, Kind, bool]] = {}
+    for name, (tensor, kind) in tensors.items():
+        if kind in (Kind.BUFFER, Kind.FLEETING):
+            plain = plain_name(name)
+            if plain not in uses:
+                uses[plain] = use_of(buffers, plain, tensor)
+            if uses[plain] != "ignore":
+                used[name] = (tensor, kind, kind is Kind.BUFFER and uses[plain] == "average")
+        else:
+            used[name] = (tensor, kind, kind is Kind.PARAMETER)
+    return used
+
+
+def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
+    """Every name, tied names too, with its tensor and what that is."""
+    found: dict[str, tuple[Tensor, Kind]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
-        for registry, parameter in ((child._parameters, True), (child._buffers, False)):
+        kinds = dict.fromkeys(getattr(child, "_non_persistent_buffers_set", ()), Kind.FLEETING)
+        kinds |= dict.fromkeys(_power_iteration(child), Kind.POWER)
+        for registry, usual in ((child._parameters, Kind.PARAMETER), (child._buffers, Kind.BUFFER)):
             for name, tensor in registry.items():
                 if tensor is not None:
-                    found[start + name] = (tensor, parameter)
+                    found[start + name] = (tensor, kinds.get(name, usual))
     return found
 
 
-def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Each tensor by its plain name, and whether it is a parameter."""
+def _power_iteration(module: nn.Module) -> list[str]:
+    """The names of the vectors that spectral norm keeps in this module."""
+    if isinstance(module, _SpectralNorm):
+        return ["_u", "_v"]
+    hooks = getattr(module, "_forward_pre_hooks", {}).values()
+    return [f"{hook.name}_{vector}" for hook in hooks if isinstance(hook, SpectralNorm) for vector in "uv"]
+
+
+def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
+    """Each tensor by its plain name, and what it is."""
     tensors = named_tensors(module)
     return {plain: tensors[name] for plain, name in by_plain_name(side, tensors).items()}
 
@@ -116,14 +163,59 @@ def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
         model = model.get_submodule(prefix)
 
 
-def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers."""
+def _match(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Names, optional: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers.
+
+    `optional`: plain names that may be on one side alone.
+    """
     if ours.keys() == theirs.keys():
-        return [(name, name) for name in ours]
+        matched = [(name, name) for name in ours]
+        return matched if names == "equal" else in_common("ema and model", matched, ours, theirs, "", optional)
     plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
-    if differ := difference(plain_ours, plain_theirs, "ema"):
-        raise ValueError(f"ema and model: expected the same names; {differ}")
-    return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
+    matched = [(name, plain_theirs[plain]) for plain, name in plain_ours.items() if plain in plain_theirs]
+    wanted_ours, wanted_theirs = (
+        [plain for plain in side if plain not in optional] for side in (plain_ours, plain_theirs)
+    )
+    differ = difference(wanted_ours, wanted_theirs, "ema")
+    if names == "common":
+        return in_common("ema and model", matched, ours, theirs, differ, optional)
+    if differ:
+        raise ValueError(
+            f"ema and model: expected the same names; {differ}; to pair only those that both have, pass names='common'"
+        )
+    return matched
+
+
+def in_common(
+    what: str,
+    matched: list[tuple[str, str]],
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    differ: str,
+    optional: Collection[str] = (),
+) -> list[tuple[str, str]]:
+    """Those of the matched names whose tensors have one shape. Says once what names="common" leaves out: these, and
+    what differs in other ways."""
+    apart = {
+        name: f"{name!r}, {_shape(ours[name])} and {_shape(theirs[other])}"
+        for name, other in matched
+        if _shape(ours[name]) != _shape(theirs[other]) and plain_name(name) not in optional
+    }
+    if apart:
+        differ = "; ".join(filter(None, (differ, f"of two shapes: {first_few([*apart.values()], ', ')}")))
+    kept = [(name, other) for name, other in matched if name not in apart]
+    if differ and not kept:
+        raise ValueError(f"{what}: expected some tensors in common, of equal names and shapes; {differ}")
+    if differ:
+        warn_once(f"{what}: names='common' leaves out what only one side has; {differ}")
+    return kept
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    lazy = isinstance(tensor, UninitializedBuffer | UninitializedParameter)  # torch.compile can't trace is_lazy()
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) and not lazy else ()
 
 
 def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:

@@ -243,16 +243,16 @@ MUTANTS = [
     Mutant(
         "names of one side dropped",
         "fused_ema/pairs/pairing.py",
-        'if differ := difference(plain_ours, plain_theirs, "ema"):',
-        "if False:",
+        "    if differ:\n        raise ValueError(",
+        "    if False:\n        raise ValueError(",
     ),
     Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
-    Mutant("buffers averaged", "fused_ema/pairs/checks.py", '{"copy": Action.COPY,', '{"copy": Action.AVERAGE,'),
+    Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[plain] == "average")', ")"),
     Mutant(
         "plans of other buffers",
         "fused_ema/functional.py",
-        "key = (id(ema), id(model), buffers)",
-        "key = (id(ema), id(model))",
+        "key = (id(ema), id(model), asked, names)",
+        "key = (id(ema), id(model), names)",
     ),
     Mutant("plans of the dead", "fused_ema/functional.py", "lambda _: _module_plans.pop(key, None)", "lambda _: None"),
     Mutant(
