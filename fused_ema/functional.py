@@ -261,8 +261,9 @@ def _recorded() -> bool:
 
 
 def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers, names: Names) -> None:
-    check_buffers(buffers)
-    check_names(names)
+    if buffers != "copy" or names != "equal":  # spares most calls the checks
+        check_buffers(buffers)
+        check_names(names)
     if op == "update" and _recorded():
         ops.trace_update(pair(ema, model, buffers, names), decay)
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):

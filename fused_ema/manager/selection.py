@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from ..pairs.arguments import Buffers, use_of
-from ..pairs.pairing import Kind, difference, listed, plain_tensors
+from ..pairs.pairing import difference, listed, plain_tensors
 
 Select = Callable[[str, Tensor], bool]
 
@@ -100,13 +100,13 @@ class Selection:
         return {
             name: tensor
             for name, (tensor, kind) in plain_tensors("model", model).items()
-            if kind is Kind.PARAMETER or (kind is Kind.BUFFER and use_of(self._buffers, name, tensor) == "average")
+            if kind == "parameter" or (kind == "buffer" and use_of(self._buffers, name, tensor) == "average")
         }
 
 
 def fleeting(model: nn.Module) -> set[str]:
     """The buffers that are not persistent, by name without the segments of wrappers."""
-    return {name for name, (_, kind) in plain_tensors("model", model).items() if kind is Kind.FLEETING}
+    return {name for name, (_, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class _Shown(reprlib.Repr):
 
 
 def check_buffers(buffers: object) -> None:
-    if not callable(buffers) and not (isinstance(buffers, str) and buffers in _USES):
+    if not (isinstance(buffers, str) and buffers in _USES) and not callable(buffers):
         raise ValueError(
             "buffers: expected 'copy', 'average', 'ignore' or a function of a name and a tensor that returns one of "
             f"these, found {shown(buffers)}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -15,6 +14,10 @@ from .._warning import warn_once
 from .arguments import Buffers, Names, Use, use_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
+
+# What a tensor is to its module. A "fleeting" buffer is not persistent: the module makes it, and no checkpoint has it.
+# A vector of spectral norm's "power iteration" has norm 1, and belongs to the latest weights.
+Kind = Literal["parameter", "buffer", "fleeting", "power iteration"]
 
 # Path segments that wrappers put into names: DDP, torch.compile, activation checkpointing, FSDP.
 WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -28,15 +31,6 @@ class Pairs(NamedTuple):
     model: list[Tensor]
     averaged: list[bool]  # False: copied. (Integers are always copied.)
     optional: Sequence[bool] = ()  # True: left out where it can't be used; empty: none is
-
-
-class Kind(enum.Enum):
-    """What a tensor is to its module."""
-
-    PARAMETER = enum.auto()
-    BUFFER = enum.auto()
-    FLEETING = enum.auto()  # a buffer that is not persistent: made by the module, in no checkpoint
-    POWER = enum.auto()  # a vector of spectral norm's power iteration, of norm 1, which belongs to the latest weights
 
 
 def pair(ema: Source, model: Source, buffers: Buffers, names: Names = "equal") -> Pairs:
@@ -71,7 +65,7 @@ def _kind(source: object) -> str:
 def _pair_modules(ema: nn.Module, model: nn.Module, buffers: Buffers, names: Names) -> Pairs:
     uses: dict[str, Use] = {}  # of buffers, by plain name: a function is asked once for both sides
     theirs, ours = (_used(named_tensors(side), buffers, uses) for side in (model, ema))
-    optional = {plain_name(x) for side in (ours, theirs) for x, (_, kind, _) in side.items() if kind is Kind.FLEETING}
+    optional = {plain_name(x) for side in (ours, theirs) for x, (_, kind, _) in side.items() if kind == "fleeting"}
     our_tensors, their_tensors = ({x: entry[0] for x, entry in side.items()} for side in (ours, theirs))
     matched = _match(our_tensors, their_tensors, names, optional)
     return Pairs(
@@ -89,14 +83,14 @@ def _used(
     """The tensors that are not ignored, and whether they are averaged."""
     used: dict[str, tuple[Tensor, Kind, bool]] = {}
     for name, (tensor, kind) in tensors.items():
-        if kind in (Kind.BUFFER, Kind.FLEETING):
+        if kind in ("buffer", "fleeting"):
             plain = plain_name(name)
             if plain not in uses:
                 uses[plain] = use_of(buffers, plain, tensor)
             if uses[plain] != "ignore":
-                used[name] = (tensor, kind, kind is Kind.BUFFER and uses[plain] == "average")
+                used[name] = (tensor, kind, kind == "buffer" and uses[plain] == "average")
         else:
-            used[name] = (tensor, kind, kind is Kind.PARAMETER)
+            used[name] = (tensor, kind, kind == "parameter")
     return used
 
 
@@ -105,21 +99,27 @@ def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
     found: dict[str, tuple[Tensor, Kind]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
-        kinds = dict.fromkeys(getattr(child, "_non_persistent_buffers_set", ()), Kind.FLEETING)
-        kinds |= dict.fromkeys(_power_iteration(child), Kind.POWER)
-        for registry, usual in ((child._parameters, Kind.PARAMETER), (child._buffers, Kind.BUFFER)):
+        kinds = _kinds_of_buffers(child) if child._buffers else {}
+        registries: tuple[tuple[dict[str, Any], Kind], ...] = (
+            (child._parameters, "parameter"),
+            (child._buffers, "buffer"),
+        )
+        for registry, usual in registries:
             for name, tensor in registry.items():
                 if tensor is not None:
                     found[start + name] = (tensor, kinds.get(name, usual))
     return found
 
 
-def _power_iteration(module: nn.Module) -> list[str]:
-    """The names of the vectors that spectral norm keeps in this module."""
+def _kinds_of_buffers(module: nn.Module) -> dict[str, Kind]:
+    """The kinds of those that are no ordinary buffers."""
+    kinds: dict[str, Kind] = dict.fromkeys(getattr(module, "_non_persistent_buffers_set", ()), "fleeting")
     if isinstance(module, _SpectralNorm):
-        return ["_u", "_v"]
-    hooks = getattr(module, "_forward_pre_hooks", {}).values()
-    return [f"{hook.name}_{vector}" for hook in hooks if isinstance(hook, SpectralNorm) for vector in "uv"]
+        kinds["_u"] = kinds["_v"] = "power iteration"
+    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+        if isinstance(hook, SpectralNorm):
+            kinds[f"{hook.name}_u"] = kinds[f"{hook.name}_v"] = "power iteration"
+    return kinds
 
 
 def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
@@ -214,7 +214,7 @@ def in_common(
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    lazy = isinstance(tensor, UninitializedBuffer | UninitializedParameter)  # torch.compile can't trace is_lazy()
+    lazy = isinstance(tensor, (UninitializedBuffer, UninitializedParameter))  # torch.compile can't trace is_lazy()
     return tuple(tensor.shape) if isinstance(tensor, Tensor) and not lazy else ()
 
 
