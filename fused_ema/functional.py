@@ -95,7 +95,7 @@ def swap_(ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names
     """Exchanges the values of ema and model, in place; every tensor keeps its address.
 
     Takes the arguments of `update`, with equal dtypes on both sides; raises the same errors. With
-    ``buffers="ignore"`` buffers stay where they are.
+    ``buffers="ignore"`` buffers stay where they are, except the vectors of spectral norm, which belong to the weights.
 
     Equivalent to ``old = average.clone(); average.copy_(parameter); parameter.copy_(old)`` for each pair.
     """

@@ -63,7 +63,7 @@ class Selection:
                 "EMA.reselect: expected the manager's `select`, which neither a pickle nor a deep copy of it keeps; "
                 "pass it: ema.reselect(select)"
             )
-        return Selection(model, self._buffers, select or self._select)
+        return Selection(model, self._buffers, self._select if select is None else select)
 
     def look(self, model: nn.Module) -> None:
         """Warns, once, where `select` would now take a parameter that it turned down while that was frozen."""

@@ -207,7 +207,7 @@ def test_reselect_that_is_refused_changes_nothing(backend):
 
     unchanged(RuntimeError, ema.reselect, "'lazy.weight'", "initialised")
     unchanged(ValueError, lambda: ema.reselect(lambda *_: False), "select: expected some")
-    unchanged(TypeError, lambda: ema.reselect(["head"]), "select: expected a function")
+    unchanged(TypeError, lambda: ema.reselect([]), "select: expected a function")
     del ema.model.lazy
     ema.model.alias = nn.Parameter(ema.model.head.weight.detach())
     ema.model.part = nn.Parameter(averages(ema)["head.weight"])
@@ -276,6 +276,21 @@ def test_the_advice_of_a_state_that_does_not_fit_works(backend, heard, head):
         assert all(averages(ema, k)[name].eq(moved).all() for name in BODY)
         assert all(torch.equal(averages(ema, k)[name], own[k][name]) for name in (HEAD if head else []))
     ema.update()
+
+
+def test_the_advice_of_an_optimizer_with_a_state_that_does_not_fit_works(backend):
+    saved = attached(trained(5)).state_dict()
+    ema = EMA(Net(2))
+    optimizer = attached(ema)
+    refused(
+        ValueError, lambda: optimizer.load_state_dict(saved), averages(ema), names=["optimizer_state.pop('fused_ema')"]
+    )
+    _warning._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="leaves out"):
+        ema.load_state_dict(saved.pop("fused_ema"), names="common")
+    with pytest.warns(UserWarning, match="no averages"):
+        optimizer.load_state_dict(saved)
+    assert all(averages(ema)[name].eq(0.5).all() for name in BODY)
 
 
 def test_the_other_advice_of_a_state_that_does_not_fit_works(backend):

@@ -237,8 +237,8 @@ MUTANTS = [
     Mutant(
         "paired by position",
         "fused_ema/pairs/pairing.py",
-        "return [(name, name) for name in ours]",
-        "return list(zip(ours, theirs))",
+        "matched = [(name, name) for name in ours]",
+        "matched = list(zip(ours, theirs))",
     ),
     Mutant(
         "names of one side dropped",
@@ -248,6 +248,18 @@ MUTANTS = [
     ),
     Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
     Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[plain] == "average")', ")"),
+    Mutant(
+        "vectors of spectral norm averaged",
+        "fused_ema/pairs/pairing.py",
+        'kinds["_u"] = kinds["_v"] = "power iteration"',
+        "pass",
+    ),
+    Mutant(
+        "averages taken in unwritten",
+        "fused_ema/manager/ema.py",
+        "                if fresh:\n",
+        "                if 0:\n",
+    ),
     Mutant(
         "plans of other buffers",
         "fused_ema/functional.py",
