@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import plan as plans
 from ..pairs import shards
 from ..pairs.arguments import Names
 from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
 from ..pairs.memory import overlaps, place, span, storage
-from ..pairs.pairing import difference, in_common
+from ..pairs.pairing import by_plain_name, difference, in_common
 from .averages import Averages
+
+ExtraStates = Iterable[tuple[nn.Module, Any]]
+
+
+def extra_states(source: nn.Module, target: nn.Module, names: Names) -> ExtraStates:
+    """What modules of `source` save besides tensors (`get_extra_state`), and the modules of `target` that take it."""
+    ours, theirs = _with_extra_state(source), _with_extra_state(target)
+    if names == "equal" and (differ := difference(theirs, ours, "the model")):
+        raise ValueError(
+            f"EMA.copy_to: expected the extra states of the model that is averaged; {differ}; to set only those that "
+            "both have, pass names='common'"
+        )
+    shared = ((theirs[name], module) for name, module in ours.items() if name in theirs)
+    return [(module, copy.deepcopy(each.get_extra_state())) for module, each in shared]
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    found = {
+        f"{path}._extra_state" if path else "_extra_state": module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    return {plain: found[name] for plain, name in by_plain_name("model", found).items()}
 
 
 def placed(
-    values: Mapping[str, Tensor], into: Mapping[str, Tensor], names: Names, optional: set[str]
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], names: Names, optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
     """The values that go into a model. Raises where names differ; with "common", says once which are left out.
 
     `optional`: names that are left out, without a word, where they can't be written.
     """
     unfit = {name for name in optional if name not in values or name not in into}
-    for name in optional - unfit:
+    for name in set(optional) - unfit:
         try:
             _check_pair(name, values[name], into[name])
         except (TypeError, ValueError, RuntimeError):
@@ -42,13 +68,17 @@ def placed(
     return {name: values[name] for name, _ in matched}
 
 
-def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
-    """Writes each value into the tensor of its name, with the cast that its dtype needs. If one can't be written, none
-    is."""
+def copy_into(
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages, extra: ExtraStates = ()
+) -> None:
+    """Writes each value into the tensor of its name, with the cast that its dtype needs, and sets extra states. If a
+    value can't be written, nothing is."""
     for name, value in values.items():
         _check_pair(name, value, into[name])
     _check_memory(values, into, averages)
-    torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
+    for module, state in extra:
+        module.set_extra_state(state)
+    plans.forget_values()
     with torch.no_grad():
         for name, value in values.items():
             into[name].copy_(value)

@@ -104,8 +104,13 @@ class Selection:
         }
 
 
-def fleeting(model: nn.Module) -> set[str]:
-    """The buffers that are not persistent, by name without the segments of wrappers."""
+def fleeting_buffers(model: nn.Module) -> set[int]:
+    """The ids of the buffers that are not persistent."""
+    return {id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set}
+
+
+def fleeting_names(model: nn.Module) -> set[str]:
+    """The names of the buffers that are not persistent, without the segments of wrappers."""
     return {name for name, (_, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -64,8 +65,8 @@ def _kind(source: object) -> str:
 
 def _pair_modules(ema: nn.Module, model: nn.Module, buffers: Buffers, names: Names) -> Pairs:
     uses: dict[str, Use] = {}  # of buffers, by plain name: a function is asked once for both sides
-    theirs, ours = (_used(named_tensors(side), buffers, uses) for side in (model, ema))
-    optional = {plain_name(x) for side in (ours, theirs) for x, (_, kind, _) in side.items() if kind == "fleeting"}
+    theirs, ours = _used("model", model, buffers, uses), _used("ema", ema, buffers, uses)
+    optional = {name for side in (ours, theirs) for name, (_, kind, _) in side.items() if kind == "fleeting"}
     our_tensors, their_tensors = ({x: entry[0] for x, entry in side.items()} for side in (ours, theirs))
     matched = _match(our_tensors, their_tensors, names, optional)
     return Pairs(
@@ -73,22 +74,22 @@ def _pair_modules(ema: nn.Module, model: nn.Module, buffers: Buffers, names: Nam
         [ours[name][0] for name, _ in matched],
         [theirs[name][0] for _, name in matched],
         [theirs[name][2] for _, name in matched],
-        [plain_name(name) in optional for name, _ in matched] if optional else (),
+        [name in optional or other in optional for name, other in matched] if optional else (),
     )
 
 
-def _used(
-    tensors: dict[str, tuple[Tensor, Kind]], buffers: Buffers, uses: dict[str, Use]
-) -> dict[str, tuple[Tensor, Kind, bool]]:
+def _used(side: str, module: nn.Module, buffers: Buffers, uses: dict[str, Use]) -> dict[str, tuple[Tensor, Kind, bool]]:
     """The tensors that are not ignored, and whether they are averaged."""
+    tensors = named_tensors(module)
+    plain = {} if isinstance(buffers, str) else {name: plain for plain, name in by_plain_name(side, tensors).items()}
     used: dict[str, tuple[Tensor, Kind, bool]] = {}
     for name, (tensor, kind) in tensors.items():
         if kind in ("buffer", "fleeting"):
-            plain = plain_name(name)
-            if plain not in uses:
-                uses[plain] = use_of(buffers, plain, tensor)
-            if uses[plain] != "ignore":
-                used[name] = (tensor, kind, kind == "buffer" and uses[plain] == "average")
+            asked = plain.get(name, name)
+            if asked not in uses:
+                uses[asked] = use_of(buffers, asked, tensor)
+            if uses[asked] != "ignore":
+                used[name] = (tensor, kind, kind == "buffer" and uses[asked] == "average")
         else:
             used[name] = (tensor, kind, kind == "parameter")
     return used
@@ -147,6 +148,14 @@ def plain_name(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
+def _with_modules(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the segments of wrappers but "module", of which only those that all begin with are left out."""
+    paths = {name: [each for each in str(name).split(".") if each not in WRAPPERS - {"module"}] for name in names}
+    while all(path[:1] == ["module"] for path in paths.values()):
+        paths = {name: path[1:] for name, path in paths.items()}
+    return {name: ".".join(path) for name, path in paths.items()}
+
+
 def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state of the model under the names of the innermost model: without the prefixes of DDP and torch.compile.
 
@@ -168,17 +177,15 @@ def _match(
 ) -> list[tuple[str, str]]:
     """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers.
 
-    `optional`: plain names that may be on one side alone.
+    `optional`: names that may be on one side alone.
     """
     if ours.keys() == theirs.keys():
         matched = [(name, name) for name in ours]
         return matched if names == "equal" else in_common("ema and model", matched, ours, theirs, "", optional)
     plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
     matched = [(name, plain_theirs[plain]) for plain, name in plain_ours.items() if plain in plain_theirs]
-    wanted_ours, wanted_theirs = (
-        [plain for plain in side if plain not in optional] for side in (plain_ours, plain_theirs)
-    )
-    differ = difference(wanted_ours, wanted_theirs, "ema")
+    free = {plain for side in (plain_ours, plain_theirs) for plain, name in side.items() if name in optional}
+    differ = difference((x for x in plain_ours if x not in free), (x for x in plain_theirs if x not in free), "ema")
     if names == "common":
         return in_common("ema and model", matched, ours, theirs, differ, optional)
     if differ:
@@ -201,7 +208,7 @@ def in_common(
     apart = {
         name: f"{name!r}, {_shape(ours[name])} and {_shape(theirs[other])}"
         for name, other in matched
-        if _shape(ours[name]) != _shape(theirs[other]) and plain_name(name) not in optional
+        if _shape(ours[name]) != _shape(theirs[other]) and name not in optional and other not in optional
     }
     if apart:
         differ = "; ".join(filter(None, (differ, f"of two shapes: {first_few([*apart.values()], ', ')}")))
@@ -219,10 +226,18 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
-    """Each name under its plain name, without the segments of wrappers. Raises where two collide."""
+    """Each name under its plain name, without the segments of wrappers.
+
+    Where two would get one name, they keep their segments "module", which a module of the user's may be called too,
+    except those that every name begins with. Raises where they still collide.
+    """
     plain_names: dict[str, str] = {}
-    for name in names:
-        other = plain_names.setdefault(plain_name(name), name)
+    names = list(names)
+    plains = list(map(plain_name, names))
+    times = Counter(plains)
+    longer = _with_modules(names) if len(times) < len(names) else {}
+    for name, plain in zip(names, plains, strict=True):
+        other = plain_names.setdefault(longer[name] if times[plain] > 1 else plain, name)
         if other != name:
             raise ValueError(
                 f"{side}: expected names that differ without the segments of wrappers, found {other!r} and {name!r}"

@@ -378,7 +378,7 @@ MOMENTS = {
     "state_dict": EMA.state_dict,
     "averaged_state_dict": EMA.averaged_state_dict,
     "copy_to": EMA.copy_to,
-    "the optimizer's state": lambda ema: attached(ema).state_dict(),
+    "the optimizer's state": lambda ema: save_with_optimizer(ema),
     "a new plan": lambda ema: ema.to("cpu").update(),
 }
 
@@ -387,6 +387,13 @@ def attached(ema):
     optimizer = torch.optim.SGD(ema.model.parameters(), 0.1)
     ema.attach(optimizer, save=True)
     return optimizer
+
+
+def save_with_optimizer(ema):
+    optimizer = torch.optim.SGD(ema.model.parameters(), 0.1)
+    handle = ema.attach(optimizer, save=True)
+    optimizer.state_dict()
+    handle.remove()
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
