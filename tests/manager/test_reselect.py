@@ -360,6 +360,26 @@ def test_copy_to_a_model_that_has_changed(backend, heard):
     assert ema.model.other.weight.eq(8).all()
 
 
+def test_extra_states_in_common(backend, heard):
+    class Scaled(nn.Linear):
+        scale = 1.0
+
+        def get_extra_state(self):
+            return {"scale": self.scale}
+
+        def set_extra_state(self, state):
+            self.scale = state["scale"]
+
+    def make(*names):
+        return nn.ModuleDict({"plain": nn.Linear(2, 2), **{name: Scaled(2, 2) for name in names}})
+
+    ema, fresh = EMA(make("mine", "both")), make("both", "theirs")
+    ema.model["both"].scale = 3.0
+    refused(ValueError, lambda: ema.copy_to(fresh), fresh, names=["pass names='common'"])
+    ema.copy_to(fresh, names="common")
+    assert (fresh["both"].scale, fresh["theirs"].scale) == (3.0, 1.0)
+
+
 # ---- Layers that are unfrozen later
 
 

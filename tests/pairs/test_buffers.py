@@ -125,6 +125,20 @@ def test_an_ignored_buffer_may_be_missing(update):
     refused(ValueError, lambda: update(ema, model, 0.5, buffers=use), ema, model, names=["'extra.running_mean'"])
 
 
+def test_names_are_asked_for_without_wrappers_though_a_child_is_called_module(update):
+    def make(value):
+        model = nn.Module()
+        model.module = Mixture(value)
+        model.register_buffer("queue", torch.full((2,), value))
+        return model
+
+    ema, model, asked = make(4.0), nn.DataParallel(make(0.0)), []
+    update(ema, model, 0.5, buffers=lambda name, _: asked.append(name) or use(name if "." in name else "own", _))
+    assert "queue" in asked
+    assert "module.queue" in asked
+    assert (ema.queue[0].item(), ema.module.queue[0].item()) == (4.0, 0.0)
+
+
 @pytest.mark.parametrize("answer", [None, "mean", True, ["copy"]])
 def test_other_answers_are_refused(update, answer):
     ema, model = Mixture(4.0), Mixture(0.0)
