@@ -170,7 +170,7 @@ def test_the_manager_asks_a_function(backend):
 
 def test_a_compiled_update_asks_a_function():
     ema, model = Mixture(4.0), Mixture(0.0)
-    del model.cache
+    model.cache = torch.ones(7)
     torch._dynamo.reset()
     torch.compile(lambda: fused_ema.update(ema, model, 0.5, buffers=use), backend="eager", fullgraph=True)()
     assert ema.values() == {"expert_bias": 2.0, "queue": 0.0, "own": 4.0, "count": 0, "cache": 4.0}
@@ -210,11 +210,17 @@ def test_functions_are_not_kept_alive(backend):
     model.rule = rule
     for buffers in (rule, rule.method, lambda *_, rule=rule: rule(*_)):
         fused_ema.update(ema, model, 0.5, buffers=buffers)
-    for _ in range(50):
-        fused_ema.update(ema, model, 0.5, buffers=lambda *_, rule=rule: rule(*_))
-    assert len(functional._module_plans) <= 4
+    del buffers
+    kept = len(functional._module_plans)
+    functions = [lambda *_, rule=rule: rule(*_) for _ in range(50)]
+    for buffers in functions:
+        fused_ema.update(ema, model, 0.5, buffers=buffers)
+    assert len(functional._module_plans) == kept + 50
+    del functions, buffers
+    gc.collect()
+    assert len(functional._module_plans) == kept
     dead = weakref.ref(model), weakref.ref(rule)
-    del model, rule, buffers
+    del model, rule
     gc.collect()
     assert [reference() for reference in dead] == [None, None]
     assert not functional._module_plans
