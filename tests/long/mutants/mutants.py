@@ -247,7 +247,7 @@ MUTANTS = [
         "    if False:\n        raise ValueError(",
     ),
     Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
-    Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[plain] == "average")', ")"),
+    Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[asked] == "average")', ")"),
     Mutant(
         "vectors of spectral norm averaged",
         "fused_ema/pairs/pairing.py",
