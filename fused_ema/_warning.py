@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -18,3 +19,12 @@ def warn(message: str) -> None:
     while frame.f_back and frame.f_code.co_filename.startswith(_SKIPPED):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def warn_once(message: str) -> None:
+    """Warns of the same thing once per process. (torch.compile can't trace a warning.)"""
+    if not torch.compiler.is_compiling():
+        _warn_once(message)
+
+
+_warn_once = functools.lru_cache(maxsize=256)(warn)  # which remembers no call that raised

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,17 +16,19 @@ from torch import Tensor, nn
 from . import ops
 from . import plan as plans
 from .pairs import shards
-from .pairs.arguments import check_buffers, check_decay, decay_number
-from .pairs.checks import PLAIN_TYPES
+from .pairs.arguments import Buffers, Names, check_buffers, check_decay, check_names, decay_number
+from .pairs.checks import PLAIN_TYPES, without_unfit
 from .pairs.memory import has_address
 from .pairs.pairing import Pairs, Source, pair
-from .plan import Buffers, Plan
+from .plan import Plan
 from .runners import choose
 from .runners.base import Call, OpName
 from .runners.watch import watch
 
 
-def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy") -> None:
+def update(
+    ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffers = "copy", names: Names = "equal"
+) -> None:
     """Moves the averages towards the model, in place, in one kernel launch per device.
 
     Args:
@@ -36,13 +40,20 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             parallelism) each rank averages what lies on it; both sides have one mesh and the same placements.
         decay: a float in [0, 1], or a 0-d float32 or float64 tensor on the averages' device, which is read there,
             without waiting for it: on a GPU its value is not checked. 1 writes nothing at all, 0 copies.
-        buffers: what to do with a module's floating buffers: "copy" (as torch's AveragedModel does), "average" or
-            "ignore". Integer and bool tensors are copied, or ignored with the buffers. A mapping or a sequence does
-            not distinguish buffers from parameters: all its floating tensors are averaged.
+        buffers: what to do with a module's buffers: "copy" (as torch's AveragedModel does), "average", "ignore", or a
+            function of a name (without the segments of wrappers) and the model's buffer that returns one of these. It
+            is called when the tensors are paired, not at each update; define it once, as one that is made anew for each
+            call may cause a new pairing. Where "average" is asked for, these are copied still: integers and bools;
+            buffers that are not persistent; and the vectors of spectral norm's power iteration, which are copied
+            whatever is asked, since they belong to the latest weights. Buffers that are not persistent never stop an
+            update: one that has another shape on the other side, or is missing there, is left out. A mapping or
+            a sequence does not distinguish buffers from parameters: all its floating tensors are averaged.
+        names: "equal": each name must be on both sides. "common": tensors whose name or shape only one side has are
+            left out, and a warning names them once. Not for sequences.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a tensor can't be used. The text names it, and says what was expected and
-            what was found. Nothing is written.
+        ValueError, TypeError, RuntimeError: a tensor can't be used, or the two sides have none in common. The text
+            names it, and says what was expected and what was found. Nothing is written.
 
     Equivalent to::
 
@@ -67,35 +78,37 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
 
     `bind` does the same with less overhead per call; `EMA` also keeps the averages for you.
     """
-    _run_cached("update", ema, model, decay, buffers)
+    _run_cached("update", ema, model, decay, buffers, names)
 
 
-def copy_(ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
+def copy_(ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names = "equal") -> None:
     """ema ← model, in place, in one kernel launch per device, with the cast that the dtypes need.
 
     Takes the arguments of `update`, and allows averages narrower than the model; raises the same errors.
 
     Equivalent to ``average.copy_(parameter)`` under ``torch.no_grad()`` for each pair.
     """
-    _run_cached("copy", ema, model, 0.0, buffers)
+    _run_cached("copy", ema, model, 0.0, buffers, names)
 
 
-def swap_(ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
+def swap_(ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names = "equal") -> None:
     """Exchanges the values of ema and model, in place; every tensor keeps its address.
 
     Takes the arguments of `update`, with equal dtypes on both sides; raises the same errors. With
-    ``buffers="ignore"`` buffers stay where they are.
+    ``buffers="ignore"`` buffers stay where they are, except the vectors of spectral norm, which belong to the weights.
 
     Equivalent to ``old = average.clone(); average.copy_(parameter); parameter.copy_(old)`` for each pair.
     """
-    _run_cached("swap", ema, model, 0.0, buffers)
+    _run_cached("swap", ema, model, 0.0, buffers, names)
 
 
 class Binding:
     """The cached handle behind `update`, `copy_` and `swap_`: see `bind`."""
 
-    def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy") -> None:
-        self._sources = (ema, model, buffers)
+    def __init__(self, ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names = "equal") -> None:
+        check_buffers(buffers)
+        check_names(names)
+        self._sources = (ema, model, buffers, names)
         self._plan: Plan | None = None
         self._current_plan()
 
@@ -103,7 +116,7 @@ class Binding:
         """`fused_ema.update` for the bound sources."""
         if _recorded():
             _reshard(*self._sources[:2])
-            return ops.trace_update(pair(*self._sources), decay, self._sources[2])
+            return ops.trace_update(pair(*self._sources), decay)
         self._run(_call("update", decay))
 
     def copy_(self) -> None:
@@ -156,13 +169,13 @@ class Binding:
         self._plan = None  # the first call makes it: a module that holds its binding may not be complete yet
 
 
-def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
+def bind(ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names = "equal") -> Binding:
     """Returns a handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
 
     Takes the arguments of `update` and raises the same errors. Each call still re-reads what the modules, dicts or
     lists hold, and pairs them again where parameters were replaced, moved, cast, added, removed or tied.
     """
-    return Binding(ema, model, buffers=buffers)
+    return Binding(ema, model, buffers=buffers, names=names)
 
 
 def backend(device: torch.device | str | int | None = None) -> str:
@@ -222,17 +235,18 @@ def _reshard(*sides: Source) -> None:
             shards.reshard(side)
 
 
-def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
+def _new_plan(ema: Source, model: Source, buffers: Buffers, names: Names = "equal") -> Plan:
     """Watches the sources, then pairs them, so that the plan sees what another thread changes in between."""
     _reshard(ema, model)
     watched = watch(ema, model)
-    pairs = pair(ema, model, buffers)
-    return Plan(pairs, buffers, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
+    pairs = without_unfit(pair(ema, model, buffers, names))
+    return Plan(pairs, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
 
 
-# The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed. The others hold
+# The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed, or the function
+# that was asked about their buffers. The others hold
 # no tensors; the least recently used one goes when there are too many.
-_module_plans: dict[tuple[int, int, str], tuple[Plan, tuple[Any, ...]]] = {}
+_module_plans: dict[tuple[Any, ...], tuple[Plan, tuple[Any, ...]]] = {}
 _list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _MOST_LISTS = 16
 
@@ -246,29 +260,50 @@ def _recorded() -> bool:
     return False
 
 
-def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers) -> None:
-    check_buffers(buffers)
+def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, buffers: Buffers, names: Names) -> None:
+    if buffers != "copy" or names != "equal":  # spares most calls the checks
+        check_buffers(buffers)
+        check_names(names)
     if op == "update" and _recorded():
-        ops.trace_update(pair(ema, model, buffers), decay, buffers)
+        ops.trace_update(pair(ema, model, buffers, names), decay)
     elif isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        key = (id(ema), id(model), buffers)
+        asked, owners = (buffers, ()) if isinstance(buffers, str) else _identity(buffers)
+        key = (id(ema), id(model), asked, names)
         kept = _module_plans.get(key, (None, ()))[0]
-        plan = plans.run(kept, _call(op, decay), _new_plan, ema, model, buffers)
+        plan = plans.run(kept, _call(op, decay), _new_plan, ema, model, buffers, names)
         if plan is not kept and plan.lasts:
-            ends = tuple(weakref.ref(side, lambda _: _module_plans.pop(key, None)) for side in (ema, model))
-            _module_plans[key] = (plan, ends)
+            with contextlib.suppress(TypeError):  # a function without weak references is asked at each call
+                ends = tuple(weakref.ref(x, lambda _: _module_plans.pop(key, None)) for x in (ema, model, *owners))
+                _module_plans[key] = (plan, ends)
     else:
-        _run_lists(op, pair(ema, model, buffers), decay, buffers)
+        _run_lists(op, pair(ema, model, buffers, names), decay)
 
 
-def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
+def _identity(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...]]:
+    """What stands for a function in the key of a plan, and whose ends end the plan; a key keeps neither of them alive.
+
+    A function that refers to nothing but its module's globals is known by its code, since a lambda in a loop is a new
+    object at each call.
+    """
+    if isinstance(function, MethodType):  # made anew each time that it is looked up
+        owners: tuple[Any, ...] = (function.__self__, function.__func__)
+    elif isinstance(function, FunctionType) and not (
+        function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    ):
+        return (function.__code__, id(function.__globals__)), ()
+    else:
+        owners = (function,)
+    return tuple(map(id, owners)), owners
+
+
+def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor) -> None:
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
     first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
-    key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
+    key = (len(pairs.ema), first, kinds, tuple(pairs.averaged), pairs.labels[:1] == ["[0]"])
     kept = _list_plans.pop(key, None)
-    _list_plans[key] = plans.run(kept, _call(op, decay), Plan, pairs, buffers, pairs=pairs)
+    _list_plans[key] = plans.run(kept, _call(op, decay), Plan, pairs, pairs=pairs)
     while len(_list_plans) > _MOST_LISTS:
         _list_plans.popitem(last=False)
 
 
-ops.implement(lambda pairs, decay, buffers: _run_lists("update", pairs, decay, buffers))  # type: ignore[arg-type]
+ops.implement(lambda pairs, decay: _run_lists("update", without_unfit(pairs), decay))

@@ -13,13 +13,13 @@ from .pairs.pairing import Pairs
 
 torch.library.define(
     "fused_ema::lerp_",
-    '(Tensor(a!)[] ema, Tensor[] param, Tensor decay, str[]? labels=None, bool[]? parameter=None, str buffers="copy") '
-    "-> ()",
+    "(Tensor(a!)[] ema, Tensor[] param, Tensor decay, str[]? labels=None, bool[]? averaged=None, "
+    "bool[]? optional=None) -> ()",
 )
 torch.library.register_fake("fused_ema::lerp_", lambda *_, **__: None)
 
 
-def implement(update: Callable[[Pairs, Tensor, str], None]) -> None:
+def implement(update: Callable[[Pairs, Tensor], None]) -> None:
     """Makes the operation run `update`, with all its checks, once real tensors arrive."""
 
     def run(
@@ -27,16 +27,16 @@ def implement(update: Callable[[Pairs, Tensor, str], None]) -> None:
         param: list[Tensor],
         decay: Tensor,
         labels: list[str] | None = None,
-        parameter: list[bool] | None = None,
-        buffers: str = "copy",
+        averaged: list[bool] | None = None,
+        optional: list[bool] | None = None,
     ) -> None:
         labels = labels or [f"[{i}]" for i in range(len(ema))]
-        update(Pairs(labels, ema, param, parameter or [True] * len(ema)), decay, buffers)
+        update(Pairs(labels, ema, param, averaged or [True] * len(ema), optional or ()), decay)
 
     torch.library.impl("fused_ema::lerp_", "CompositeExplicitAutograd", run)
 
 
-def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
+def trace_update(pairs: Pairs, decay: float | Tensor) -> None:
     """Records an update of these pairs as one call of the operation."""
     if not pairs.ema:
         return
@@ -48,7 +48,7 @@ def trace_update(pairs: Pairs, decay: float | Tensor, buffers: str) -> None:
     shards.check(pairs)
     with torch.no_grad():
         ema, model = ([_shard(tensor) for tensor in side] for side in (pairs.ema, pairs.model))
-        torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.parameter, buffers)
+        torch.ops.fused_ema.lerp_(ema, model, decay, pairs.labels, pairs.averaged, list(pairs.optional))
 
 
 def _shard(tensor: Tensor) -> Tensor:

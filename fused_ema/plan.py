@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
 from .runners import choose, prepare, slower
 from .runners.base import Call, Job, OpName, Watch
-
-Buffers = Literal["copy", "average", "ignore"]
 
 
 def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any, pairs: Pairs | None = None) -> Plan:
@@ -45,7 +43,6 @@ class Plan:
 
     Args:
         pairs: the tensors that belong together.
-        buffers: see `fused_ema.update`.
         watch: watches the sources since before they were paired; None: each call passes its own pairs.
         lasts: False for a plan that serves one call only, since its sources can't be watched.
         averages, strides: for a manager, how many averages each tensor has, and for each pair how many elements lie
@@ -56,7 +53,6 @@ class Plan:
     def __init__(
         self,
         pairs: Pairs,
-        buffers: Buffers,
         watch: Watch | None = None,
         *,
         lasts: bool = True,
@@ -64,7 +60,7 @@ class Plan:
         strides: Sequence[int] = (),
         free_types: bool = False,
     ) -> None:
-        checked = check(pairs, buffers, free_types=free_types)
+        checked = check(pairs, free_types=free_types)
         self.lasts = lasts
         self._requires_grad = any(ema.requires_grad for ema in pairs.ema)  # autocast keeps copies of no others
         self._sharded = checked.sharded

@@ -87,7 +87,9 @@ def _matched(
         )
     current = tensors_of(ema.model)
     if differ := mismatch([name for name in averages if name not in current], [], "it"):
-        raise ValueError(f"model: expected the names it had when the manager was made; {differ}")
+        raise ValueError(
+            f"model: expected the names it had when the manager was made; {differ}; call ema.reselect() first"
+        )
     wanted = {name: id(current[name]) for name in averages}
     averaged = set(wanted.values())
     plain_places = {plain: places[key] for plain, key in by_plain_name("model", places).items()}

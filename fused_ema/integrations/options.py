@@ -11,8 +11,7 @@ from torch import nn
 from ..manager.ema import EMA
 from ..manager.selection import Select
 from ..manager.timetable import Rounding
-from ..pairs.arguments import average_index
-from ..plan import Buffers
+from ..pairs.arguments import Buffers, average_index
 
 
 class Options(TypedDict, total=False):

@@ -153,7 +153,10 @@ class Attachment:
         """Runs before the optimizer checks its own part, so that either both are loaded or neither."""
         self._loading = None
         if STATE in state:
-            self._loading = self._manager.parse(state[STATE])
+            try:
+                self._loading = self._manager.parse(state[STATE])
+            except ValueError as problem:
+                raise ValueError(f"{problem} (`state`: what optimizer_state.pop({STATE!r}) returns)") from problem
         else:
             warn(f"EMA.attach: the optimizer's state has no averages under {STATE!r}; the manager keeps those it has")
         return {key: value for key, value in state.items() if key != STATE}

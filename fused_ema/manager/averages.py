@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..pairs.checks import check_tensor
 from ..pairs.memory import nth_average, storage
@@ -28,6 +30,7 @@ class Averages:
 
     def __init__(self, tensors: dict[str, Tensor], count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         self.count = count
+        self.dtype = dtype
         # Kernels write to averages on the host of a model on CUDA devices, so these lie in pinned memory.
         self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
         self._first: dict[str, Tensor] = {}  # the first average of each; of sharded ones, the shard on this rank
@@ -46,6 +49,42 @@ class Averages:
     def __contains__(self, name: str) -> bool:
         return name in self._first
 
+    @torch.inference_mode(False)
+    def following(self, tensors: Mapping[str, Tensor]) -> tuple[Averages, list[str]]:
+        """Averages of `tensors`, and the names of those that have yet to be written, since nothing of their name and
+        shape is averaged here. The others keep their memory, or a copy of it where they were tied to each other."""
+        new = copy.copy(self)
+        fitting: dict[int, Tensor] = {}  # for each of the model's tensors, the first average that it may keep
+        for name, tensor in tensors.items():
+            if self._fits(name, tensor):
+                fitting.setdefault(id(tensor), self._first[name])
+        fresh = {name: tensor for name, tensor in tensors.items() if id(tensor) not in fitting}
+        begun = Averages(fresh, self.count, self.dtype, torch.device("cpu") if self.on_host else None)
+        owners: dict[int, int] = {}  # of the memory that is kept
+        for key, first in fitting.items():
+            if owners.setdefault(id(first), key) != key:
+                fitting[key] = self._moved(first, Tensor.clone)
+        new._first = {name: begun._first[name] if name in fresh else fitting[id(t)] for name, t in tensors.items()}
+        new._shardings = {name: sharding for name, t in tensors.items() if (sharding := Sharding.of(t))}
+        return new, list(fresh)
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        """Whether the average of this name can be that of the tensor."""
+        if name not in self or is_lazy(tensor):
+            return False
+        first = self._first[name]
+        same = first.shape == local(tensor).shape and first.is_complex() == tensor.is_complex()
+        return same and Sharding.of(tensor) == self._shardings.get(name)
+
+    def reshaped(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.Size]]:
+        """The names whose tensors have another shape than their averages, with both."""
+        shapes = {
+            name: (self._shardings[name].shape if name in self._shardings else self._first[name].shape, tensor.shape)
+            for name, tensor in tensors.items()
+            if not is_lazy(tensor)
+        }
+        return {name: (ours, theirs) for name, (ours, theirs) in shapes.items() if ours != theirs}
+
     def untied(self) -> dict[str, Tensor]:
         """The first average of each tensor, under one of its names."""
         return {name: self._first[name] for name in {id(tensor): name for name, tensor in self._first.items()}.values()}
@@ -54,9 +93,9 @@ class Averages:
         """Where the storages of all averages on this rank begin."""
         return {storage(tensor) for tensor in self._first.values() if tensor.numel()}
 
-    def firsts(self) -> list[Tensor]:
-        """The first average of each name, sharded as the model's tensor is."""
-        return [self.as_sharded(name, tensor) for name, tensor in self._first.items()]
+    def firsts(self, names: Iterable[str]) -> list[Tensor]:
+        """The first average of each of these names, sharded as the model's tensor is."""
+        return [self.as_sharded(name, self._first[name]) for name in names]
 
     def as_sharded(self, name: str, shard: Tensor) -> Tensor:
         """The sharded tensor whose part on this rank is `shard`; `shard` itself where the name is not sharded."""
@@ -69,9 +108,9 @@ class Averages:
         """Whether some of the model's tensors are gathered now whose averages are shards."""
         return any(name in self._shardings and not is_sharded(tensor) for name, tensor in tensors.items())
 
-    def strides(self) -> list[int]:
-        """For each name, the elements from one average to the next."""
-        return [self._stride(tensor) for tensor in self._first.values()]
+    def strides(self, names: Iterable[str]) -> list[int]:
+        """For each of these names, the elements from one average to the next."""
+        return [self._stride(self._first[name]) for name in names]
 
     def get(self, name: str, k: int) -> Tensor:
         """Average number `k` of a name; of a sharded one, the shard on this rank."""
@@ -95,22 +134,26 @@ class Averages:
         moved: dict[int, Tensor] = {}
         for name, tensor in self._first.items():
             if id(tensor) not in moved:
-                memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-                memory = move(memory)
-                if self.on_host and torch.cuda.is_available():
-                    memory = memory.pin_memory()
-                moved[id(tensor)] = memory.as_strided(tensor.shape, tensor.stride(), 0)
+                moved[id(tensor)] = self._moved(tensor, move)
             self._first[name] = moved[id(tensor)]
+
+    def _moved(self, first: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        memory = move(first.as_strided((first.untyped_storage().nbytes() // first.element_size(),), (1,), 0))
+        if self.on_host and torch.cuda.is_available():
+            memory = memory.pin_memory()
+        return memory.as_strided(first.shape, first.stride(), 0)
 
     def to_plain(self) -> dict[str, Any]:
         """What a pickle of a manager holds: names, numbers and tensors, and no class of this package."""
         shardings = {name: tuple(sharding) for name, sharding in self._shardings.items()}
-        return {"count": self.count, "on_host": self.on_host, "first": self._first, "shardings": shardings}
+        plain = {"count": self.count, "dtype": self.dtype, "on_host": self.on_host}
+        return {**plain, "first": self._first, "shardings": shardings}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Averages:
         self = cls.__new__(cls)
         self.count, self.on_host, self._first = plain["count"], plain["on_host"], plain["first"]
+        self.dtype = plain.get("dtype", torch.float32)
         self._shardings = {name: Sharding(*each) for name, each in plain["shardings"].items()}
         if self.on_host:  # neither a pickle nor a copy is pinned
             self._move(lambda memory: memory)

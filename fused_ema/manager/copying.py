@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 from .. import plan as plans
 from ..pairs import shards
+from ..pairs.arguments import Names
 from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
 from ..pairs.memory import overlaps, place, span, storage
-from ..pairs.pairing import by_plain_name, difference
+from ..pairs.pairing import by_plain_name, difference, in_common
 from .averages import Averages
 
 ExtraStates = Iterable[tuple[nn.Module, Any]]
 
 
-def extra_states(source: nn.Module, target: nn.Module) -> ExtraStates:
+def extra_states(source: nn.Module, target: nn.Module, names: Names) -> ExtraStates:
     """What modules of `source` save besides tensors (`get_extra_state`), and the modules of `target` that take it."""
     ours, theirs = _with_extra_state(source), _with_extra_state(target)
-    if differ := difference(theirs, ours, "the model"):
-        raise ValueError(f"EMA.copy_to: expected the extra states of the model that is averaged; {differ}")
-    return [(theirs[name], copy.deepcopy(module.get_extra_state())) for name, module in ours.items()]
+    if names == "equal" and (differ := difference(theirs, ours, "the model")):
+        raise ValueError(
+            f"EMA.copy_to: expected the extra states of the model that is averaged; {differ}; to set only those that "
+            "both have, pass names='common'"
+        )
+    shared = ((theirs[name], module) for name, module in ours.items() if name in theirs)
+    return [(module, copy.deepcopy(each.get_extra_state())) for module, each in shared]
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
@@ -34,6 +39,33 @@ def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }
     return {plain: found[name] for plain, name in by_plain_name("model", found).items()}
+
+
+def placed(
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], names: Names, optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The values that go into a model. Raises where names differ; with "common", says once which are left out.
+
+    `optional`: names that are left out, without a word, where they can't be written.
+    """
+    unfit = {name for name in optional if name not in values or name not in into}
+    for name in set(optional) - unfit:
+        try:
+            _check_pair(name, values[name], into[name])
+        except (TypeError, ValueError, RuntimeError):
+            unfit.add(name)
+    differ = difference(
+        (name for name in into if name not in unfit), (x for x in values if x not in unfit), "the model"
+    )
+    if names == "equal" and differ:
+        raise ValueError(
+            f"EMA.copy_to: expected the names of the model that is averaged; {differ}; to write only those that both "
+            "have, pass names='common'"
+        )
+    matched = [(name, name) for name in values if name in into and name not in unfit]
+    if names == "common":
+        matched = in_common("EMA.copy_to", matched, values, into, differ)
+    return {name: values[name] for name, _ in matched}
 
 
 def copy_into(
@@ -64,7 +96,10 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
         raise refusal
     if target.shape != value.shape:
         wanted, shape = tuple(value.shape), tuple(target.shape)
-        raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}")
+        raise ValueError(
+            f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}; to leave it out, pass "
+            "names='common'"
+        )
 
 
 def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:

@@ -13,17 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from .. import plan as plans
 from ..pairs import shards
-from ..pairs.arguments import average_index, check_buffers, check_floating
-from ..pairs.pairing import Pairs, difference
-from ..plan import Buffers, Plan
+from ..pairs.arguments import Buffers, Names, average_index, check_buffers, check_floating, check_names
+from ..pairs.pairing import Pairs
+from ..plan import Plan
 from ..runners.base import Call, one_at_a_time
 from ..runners.watch import watch
 from ..schedules import Schedule
 from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
-from .copying import copy_into, extra_states
-from .selection import Select, Selection, as_module, fleeting_buffers, tensors_of
+from .copying import copy_into, extra_states, placed
+from .selection import Select, Selection, as_module, fleeting_buffers, fleeting_names, tensors_of
 from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
@@ -46,10 +46,12 @@ class EMA:
             pinned memory of the host, which the same kernel writes over the bus. For a model on the CPU it makes no
             difference.
         buffers: "copy" or "ignore": the manager keeps no buffers; wherever some are needed they are the model's.
-            "average": floating buffers are averaged as parameters are, except those that are not persistent.
-        select: `select(name, tensor) -> bool`, called for each name when the manager is made; names are without the
-            segments of wrappers, and for tied names one yes is enough. A tensor that it turns down takes no memory, and
-            the model's own is used in its place. Default: everything real or complex.
+            "average": floating buffers are averaged as parameters are, except those that are not persistent and the
+            vectors of spectral norm's power iteration. Or a function of a name and a buffer that returns one of these.
+        select: `select(name, tensor) -> bool`, called for each name when the manager is made, and by `reselect`; names
+            are without the segments of wrappers, and for tied names one yes is enough. A tensor that it turns down
+            takes no memory, and the model's own is used in its place. Default: everything real or complex. Where it
+            would take a tensor that it turned down while that was frozen, a warning says so once.
         update_every: k moves the averages only at every k-th `update()`, with the k-th power of the decay at that step.
             (A schedule with `per_step = False`, such as `power_function`, gets the number of the update instead of the
             step, and its decay is taken as it is.)
@@ -212,6 +214,49 @@ class EMA:
                 self._decays = decays
             self._step = step
 
+    def reselect(self, select: Select | None = None) -> tuple[list[str], list[str]]:
+        """Applies `select` again, to the model as it is now: after layers were unfrozen, added, removed or widened.
+
+        What is averaged now and was not before begins as a copy of the model. What is gone, or what `select` turns down
+        now, is dropped. All else goes on: its averages, the step, the schedules, an attached optimizer. The average of
+        a tensor whose shape has changed begins again, as a copy.
+
+        Args:
+            select: what chooses from now on; None: the manager's own. A pickle or a deep copy of a manager does not
+                keep that, so that it has to be given there.
+
+        Returns:
+            The names that begin as copies, and those whose averages were dropped. A tensor of another shape is in both.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: `select` takes nothing; or a tensor can't be averaged. Nothing changes.
+            RuntimeError: inside `swapped()`.
+
+        Example::
+
+            model.head = nn.Linear(512, 1000)
+            added, dropped = ema.reselect()
+        """
+        with one_at_a_time():
+            self.wait()
+            shards.reshard(self.model)
+            before = self._selection, self._averages, self._plan
+            try:
+                self._selection = self._selection.again(self.model, select)
+                self._averages, fresh = before[1].following(self._selection.chosen(self.model))
+                self._refuse_swapped("EMA.reselect()")
+                self._keep(self._new_plan())  # checks everything
+                if fresh:
+                    current = self._current()
+                    begun = {name: shards.local(current[name]) for name in fresh}
+                    plans.run(None, Call("copy", (0.0,) * len(self.schedules)), self._new_plan, begun)
+            except BaseException:
+                self._selection, self._averages, self._plan = before
+                raise
+        added = [name for name in self._averages if name in fresh or name not in before[1]]
+        dropped = [name for name in before[1] if name in fresh or name not in self._averages]
+        return added, dropped
+
     def begin(self) -> None:
         """Begins again from the model as it is now, unless there was an update or the averages were loaded.
 
@@ -295,37 +340,50 @@ class EMA:
                 if swap.replaced:
                     self._plan = None  # it still counts the model as swapped
 
-    def copy_to(self, model: nn.Module | Mapping[str, Tensor] | None = None, index: int = 0) -> None:
+    def copy_to(
+        self,
+        model: nn.Module | Mapping[str, Tensor] | None = None,
+        index: int = 0,
+        *,
+        names: Names = "equal",
+    ) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
 
         Another model gets everything: what is not averaged, and what modules have as `get_extra_state`, comes from the
-        averaged model, as it is now.
+        averaged model, as it is now. Buffers that are not persistent are left out where they differ in shape or only
+        one side has them.
+
+        With ``names="common"`` tensors whose name or shape only one side has are left out, and a warning names them
+        once.
 
         Raises:
             ValueError, TypeError: names, shapes or types differ, or tensors that get different values share memory.
                 Nothing is written.
             RuntimeError: into the averaged model inside `swapped()`.
         """
+        check_names(names)
         model = self._model if model is None or model is self._model._parameters else as_module(model)
         with one_at_a_time():
             self.wait()
             self._expect_steps()
             index = self._check_index(index)
             values = {name: self._average(name, index) for name in self._averages}
-            self._current()  # raises where the model's names have changed
+            if names == "equal":
+                self._current()  # raises where the model's names have changed
             if model is self.model:
                 self._refuse_swapped("EMA.copy_to()")
                 shards.reshard(self.model)
-                copy_into(values, tensors_of(self.model), self._averages)
+                into = {name: tensor for name, tensor in tensors_of(self.model).items() if name in values}
+                copy_into(placed(values, into, names), into, self._averages)
                 return
             shards.reshard(model)
-            values = {name: values.get(name, tensor) for name, tensor in tensors_of(self.model).items()}
             into = tensors_of(model)
             if holds_average(into.values):
                 raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
-            if differ := difference(into, values, "the model"):
-                raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
-            copy_into(values, into, self._averages, extra_states(self.model, model))
+            values = tensors_of(self.model) | values
+            optional = fleeting_names(self.model) | fleeting_names(model)
+            extra = extra_states(self.model, model, names)
+            copy_into(placed(values, into, names, optional), into, self._averages, extra)
 
     def averaged_state_dict(self, index: int = 0, *, copy: bool = True) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
@@ -377,9 +435,10 @@ class EMA:
         """
         self.wait()
         self._expect_steps()
+        self._selection.look(self.model)
         return self._state().to_dict()
 
-    def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved") -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved", names: Names = "equal") -> None:
         """Loads averages, step, schedules and options; later updates give the same bits as in the run that was saved.
 
         Args:
@@ -387,6 +446,8 @@ class EMA:
             schedules: whose schedules, `update_every`, `update_after_step` and `seed` hold from now on. "saved": the
                 state's; a warning names those that differ from the manager's. A schedule of your own, which a state
                 can't hold, must be the manager's already. "mine": the manager's.
+            names: "equal": the state has the averages that the manager has. "common": averages whose name or shape
+                only one of them has stay as they are, and a warning names them once.
 
         Raises:
             ValueError: the state was saved with a schedule of your own that the manager lacks, or with another
@@ -394,23 +455,24 @@ class EMA:
             RuntimeError: inside `swapped()`.
         """
         with one_at_a_time():
-            self._take(self._parse(saved, schedules))
+            self._take(self._parse(saved, schedules, names))
 
     def _state(self) -> State:
         averages = [{name: self._average(name, k) for name in self._averages} for k in range(self._averages.count)]
         return State(self._step, self._decays, self._timetable, tuple(averages))
 
-    def _parse(self, saved: Any, schedules: Whose) -> State:
+    def _parse(self, saved: Any, schedules: Whose, names: Names = "equal") -> State:
+        check_names(names)
         self._refuse_swapped("EMA.load_state_dict()")
         self.wait()
-        return parse(saved, self._state(), schedules)
+        return parse(saved, self._state(), schedules, names)
 
     @torch.no_grad()
     def _take(self, state: State) -> None:
         self._refuse_swapped("EMA.load_state_dict()")  # another thread may have swapped since
         for own, saved in zip(self._state().averages, state.averages, strict=True):
-            for name, average in own.items():
-                average.copy_(saved[name])
+            for name, value in saved.items():
+                own[name].copy_(value)
         self._step, self._decays, self._timetable = state.step, state.decays, state.timetable
         self._fresh = False
 
@@ -581,6 +643,11 @@ class EMA:
         if self._averages.gathered(current):  # FSDP2 leaves the outermost ones so after a forward pass alone
             shards.reshard(self.model)
             current = self._selection.chosen(self.model)
+        for name, (ours, theirs) in self._averages.reshaped(current).items():
+            raise ValueError(
+                f"model[{name!r}]: expected shape {tuple(ours)}, as its average has, found {tuple(theirs)}; call "
+                "ema.reselect(), which begins this average again, as a copy"
+            )
         return current
 
     def _cuda_devices(self) -> list[torch.device]:
@@ -606,7 +673,8 @@ class EMA:
 
     def _new_plan(self, given: Mapping[str, Tensor] | None = None) -> Plan:
         """A plan for the model, or for tensors `given` by name in the place of its own, as the shards on this rank."""
-        names, firsts = list(self._averages), self._averages.firsts()
+        names = list(self._averages if given is None else given)
+        firsts = self._averages.firsts(names)
         watched = None
         if given is None:
             if self._averages.sharded():
@@ -619,11 +687,10 @@ class EMA:
         pairs = Pairs([f"[{name!r}]" for name in names], firsts, tensors, [True] * len(names))
         return Plan(
             pairs,
-            "average",
             watched or watch(tensors, firsts),
             lasts=watched is not None,
             averages=self._averages.count,
-            strides=self._averages.strides(),
+            strides=self._averages.strides(names),
             free_types=True,
         )
 

@@ -7,25 +7,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..pairs.pairing import difference, plain_tensors
+from .._warning import warn
+from ..pairs.arguments import Buffers, use_of
+from ..pairs.pairing import difference, listed, plain_tensors
 
 Select = Callable[[str, Tensor], bool]
 
 
 class Selection:
-    """Parameters, and with `buffers` "average" also the persistent buffers, that are real or complex and that `select`
-    takes, by name without the segments of wrappers.
+    """Parameters, and the persistent buffers for which `buffers` says "average", that are real or complex and that
+    `select` takes, by name without the segments of wrappers.
 
     A buffer that is not persistent (a mask, a table of frequencies) is made by the model and in no checkpoint: it is
-    never averaged.
+    never averaged. Nor are the vectors of spectral norm's power iteration.
 
     Args: see `fused_ema.EMA`.
     """
 
-    def __init__(self, model: nn.Module, buffers: str, select: Select | None) -> None:
+    def __init__(self, model: nn.Module, buffers: Buffers, select: Select | None) -> None:
         if select is not None and not callable(select):
             raise TypeError(f"select: expected a function of a name and a tensor, found {type(select).__name__}")
         self._buffers = buffers
+        self._select = select
+        self._forgot_select = False
         candidates = self._candidates(model)
         taken = {
             id(tensor)  # of tied names, one is enough
@@ -33,6 +37,10 @@ class Selection:
             if (tensor.is_floating_point() or tensor.is_complex()) and (select is None or bool(select(name, tensor)))
         }
         self._known = {name: id(tensor) in taken for name, tensor in candidates.items()}
+        # Those that `select` turned down while they were frozen; it may take them once they train.
+        self._frozen = {
+            name for name in candidates if select and not (self._known[name] or candidates[name].requires_grad)
+        }
         if not taken and (select is None or not candidates):
             raise ValueError(
                 f"model: expected parameters to average, found none that are real or complex in {type(model).__name__};"
@@ -49,27 +57,54 @@ class Selection:
         candidates = self._candidates(model)
         if differ := difference(candidates, self._known, "the model"):
             raise ValueError(
-                f"model: expected the names it had when the manager was made; {differ}; "
-                "make a new fused_ema.EMA, and load the state of this one if it fits"
+                f"model: expected the names it had when the manager was made; {differ}; call ema.reselect(), which "
+                "takes in what is new, as a copy, and drops what is gone"
             )
+        self._warn_of_unfrozen(candidates)
         return {name: tensor for name, tensor in candidates.items() if self._known[name]}
+
+    def again(self, model: nn.Module, select: Select | None) -> Selection:
+        """The selection from the model as it is now, by another `select` where one is given."""
+        if select is None and self._forgot_select:
+            raise ValueError(
+                "EMA.reselect: expected the manager's `select`, which neither a pickle nor a deep copy of it keeps; "
+                "pass it: ema.reselect(select)"
+            )
+        return Selection(model, self._buffers, self._select if select is None else select)
+
+    def look(self, model: nn.Module) -> None:
+        """Warns, once, where `select` would now take a parameter that it turned down while that was frozen."""
+        if self._frozen:
+            self._warn_of_unfrozen(tensors_of(model))
+
+    def _warn_of_unfrozen(self, tensors: Mapping[str, Tensor]) -> None:
+        trained = [name for name in self._frozen if name in tensors and tensors[name].requires_grad]
+        self._frozen.difference_update(trained)
+        if self._select and (missed := sorted(name for name in trained if self._select(name, tensors[name]))):
+            self._frozen.clear()
+            warn(
+                f"fused_ema.EMA: {listed(missed)} had requires_grad=False when `select` turned them down, and now "
+                "train without being averaged; call ema.reselect(), which begins their averages as copies"
+            )
 
     def to_plain(self) -> dict[str, Any]:
         """What a pickle of a manager holds."""
-        return {"buffers": self._buffers, "known": self._known}
+        return {"buffers": self._buffers, "known": self._known, "select": self._select is not None}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Selection:
         self = cls.__new__(cls)
         self._buffers, self._known = plain["buffers"], plain["known"]
+        self._select, self._frozen = None, set()
+        self._forgot_select = plain.get("select", True)
         return self
 
     def _candidates(self, model: nn.Module) -> dict[str, Tensor]:
-        found = plain_tensors("model", model)
-        if self._buffers != "average":
-            return {name: tensor for name, (tensor, parameter) in found.items() if parameter}
-        fleeting = fleeting_buffers(model)
-        return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
+        return {
+            name: tensor
+            for name, (tensor, kind) in plain_tensors("model", model).items()
+            if kind == "parameter" or (kind == "buffer" and use_of(self._buffers, name, tensor) == "average")
+        }
 
 
 def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
@@ -93,6 +128,11 @@ def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
 def fleeting_buffers(model: nn.Module) -> set[int]:
     """The ids of the buffers that are not persistent."""
     return {id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set}
+
+
+def fleeting_names(model: nn.Module) -> set[str]:
+    """The names of the buffers that are not persistent, without the segments of wrappers."""
+    return {name for name, (_, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

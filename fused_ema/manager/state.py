@@ -12,15 +12,19 @@ from torch import Tensor
 from .. import schedules
 from .._warning import warn
 from ..pairs import shards
-from ..pairs.arguments import shown, whole_number
+from ..pairs.arguments import Names, shown, whole_number
 from ..pairs.checks import WIDTH, check_tensor, dtype_name, equal_values, storage_refusal
 from ..pairs.memory import storage
-from ..pairs.pairing import difference, first_few
+from ..pairs.pairing import difference, first_few, in_common
 from .timetable import Timetable
 
 VERSION = 1
 Whose = Literal["saved", "mine"]
 MINE = 'schedules="mine", an argument of load_state_dict, attach and the callbacks'
+_WAYS_ON = (
+    "where the model has changed since the manager was made, call ema.reselect() first; to load only what both have, "
+    "ema.load_state_dict(state, names='common')"
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ class State:
         }
 
 
-def parse(saved: Any, own: State, whose: Whose) -> State:
+def parse(saved: Any, own: State, whose: Whose, names: Names = "equal") -> State:
     """The state that a dict describes, with the manager's own timetable if `whose` is "mine". Raises where it doesn't
     fit a manager whose state is `own` now.
 
-    The averages are the dict's tensors, or copies of those that lie in the manager's own memory.
+    The averages are the dict's tensors, or copies of those that lie in the manager's own memory. With names="common"
+    they are only those whose names and shapes the manager has too; a warning says once what that leaves out.
     """
     check_whose(whose)
     expected = own.to_dict()
@@ -91,7 +96,8 @@ def parse(saved: Any, own: State, whose: Whose) -> State:
             numbers["seed"],
         )
     averages = [
-        _fitting(k, ours, theirs) for k, (ours, theirs) in enumerate(zip(own.averages, saved["averages"], strict=True))
+        _fitting(k, ours, theirs, names)
+        for k, (ours, theirs) in enumerate(zip(own.averages, saved["averages"], strict=True))
     ]
     ours = {storage(shards.local(average)) for each in own.averages for average in each.values()}
     copied = (
@@ -140,12 +146,19 @@ def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
     return own
 
 
-def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> dict[str, Tensor]:
+def _fitting(k: int, ours: dict[str, Tensor], theirs: Any, names: Names) -> dict[str, Tensor]:
     """What average `k` of each name is to become."""
     if not isinstance(theirs, Mapping):
         raise ValueError(f"state: expected average {k} by name, found {type(theirs).__name__}")
-    if differ := difference(theirs, ours, "the state"):
-        raise ValueError(f"state: expected the manager's names in average {k}; {differ}")
+    differ = difference(theirs, ours, "the state")
+    if names == "common":
+        here = {shards.local(ours[name]).data_ptr() for name in ours if name in theirs}  # under one of tied names
+        wanted = (x for x in ours if x in theirs or shards.local(ours[x]).data_ptr() not in here)
+        differ = difference(theirs, wanted, "the state")
+        kept = in_common("EMA.load_state_dict", [(x, x) for x in ours if x in theirs], ours, theirs, differ)
+        ours = {name: ours[name] for name, _ in kept}
+    elif differ:
+        raise ValueError(f"state: expected the manager's names in average {k}; {differ}; {_WAYS_ON}")
     problems = [problem for name, average in ours.items() if (problem := _problem(name, average, theirs[name]))]
     first: dict[int, str] = {}
     for name, average in ours.items() if not problems else ():
@@ -154,7 +167,8 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any) -> dict[str, Tensor]:
         if not equal_values(shards.local(theirs[tied]), shards.local(theirs[name])):
             problems.append(f"{name!r}: expected the values of {tied!r}, which it is tied to, found others")
     if problems:
-        raise ValueError(f"state: in average {k}, {first_few(problems, '; ')}")
+        ways_on = f"; {_WAYS_ON}" if any("expected shape" in problem for problem in problems) else ""
+        raise ValueError(f"state: in average {k}, {first_few(problems, '; ')}{ways_on}")
     return {name: theirs[name] for name in ours}
 
 

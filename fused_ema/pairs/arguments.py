@@ -6,10 +6,16 @@ import math
 import numbers
 import operator
 import reprlib
-from typing import Any, SupportsFloat, SupportsIndex
+from collections.abc import Callable
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
+
+Use = Literal["copy", "average", "ignore"]
+Buffers: TypeAlias = Use | Callable[[str, Tensor], Use]
+Names = Literal["equal", "common"]
+_USES = ("copy", "average", "ignore")
 
 
 def check_decay(decay: float | Tensor) -> float | Tensor:
@@ -76,9 +82,29 @@ class _Shown(reprlib.Repr):
         return f"a {type(x).__name__}" if isinstance(x, Tensor) else super().repr_instance(x, level)
 
 
-def check_buffers(buffers: str) -> None:
-    if buffers not in ("copy", "average", "ignore"):
-        raise ValueError(f"buffers: expected 'copy', 'average' or 'ignore', found {shown(buffers)}")
+def check_buffers(buffers: object) -> None:
+    if not (isinstance(buffers, str) and buffers in _USES) and not callable(buffers):
+        raise ValueError(
+            "buffers: expected 'copy', 'average', 'ignore' or a function of a name and a tensor that returns one of "
+            f"these, found {shown(buffers)}"
+        )
+
+
+def use_of(buffers: Buffers, name: str, tensor: Tensor) -> Use:
+    """What is to be done with the buffer of this name. Raises where a function answers with something else."""
+    if isinstance(buffers, str):
+        return buffers
+    use = buffers(name, tensor)
+    if not (isinstance(use, str) and use in _USES):
+        raise ValueError(
+            f"buffers: expected the function to return 'copy', 'average' or 'ignore', found {shown(use)} for {name!r}"
+        )
+    return use
+
+
+def check_names(names: object) -> None:
+    if not (isinstance(names, str) and names in ("equal", "common")):
+        raise ValueError(f"names: expected 'equal' or 'common', found {shown(names)}")
 
 
 def check_floating(dtype: torch.dtype) -> None:

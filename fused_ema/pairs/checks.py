@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import shards
-from .arguments import check_buffers
-from .memory import Span, extent, has_address, is_functorch, overlaps, overlaps_itself, place, span
+from .memory import Span, extent, has_address, is_functorch, overlaps, overlaps_itself, place, span, storage
 from .pairing import Pairs
 
 # Width in bits orders the real types an average may have; each complex type counts as its real part.
@@ -48,24 +47,20 @@ class Checked(NamedTuple):
     no_swap: Exception | None  # the reason, where a swap is refused
 
 
-def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
+def check(pairs: Pairs, *, free_types: bool = False) -> Checked:
     """Raises ValueError, TypeError or RuntimeError, naming the tensor, where a pair can't be used.
 
     `free_types` lets averages be narrower than the model, be exchanged with it though the types differ, and lie in
     pinned memory of the host.
     """
-    check_buffers(buffers)
     if sharded := any(map(shards.is_sharded, (*pairs.ema, *pairs.model))):
         shards.check(pairs)
         pairs = shards.localized(pairs)
-    floating_buffers = {"copy": Action.COPY, "average": Action.AVERAGE, "ignore": Action.NONE}
     actions = []
-    for label, ema, model, parameter in zip(*pairs, strict=True):
-        check_tensor(f"ema{label}", ema)
-        check_tensor(f"model{label}", model)
-        _check_pair(f"ema{label}", ema, model, free_types)
-        floating = Action.AVERAGE if parameter else floating_buffers[buffers]
-        actions.append(Action.NONE if ema.numel() == 0 else floating if ema.dtype in WIDTH else Action.COPY)
+    for label, ema, model, averaged in zip(*pairs[:4], strict=True):
+        _check_both(label, ema, model, free_types)
+        moving = Action.AVERAGE if averaged and ema.dtype in WIDTH else Action.COPY
+        actions.append(Action.NONE if ema.numel() == 0 else moving)
     _drop_repeated(pairs, actions)
 
     active = [
@@ -81,6 +76,22 @@ def check(pairs: Pairs, buffers: str, *, free_types: bool = False) -> Checked:
             no_update = no_update or _update_refusal(ema_name, ema, model)
         no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model, free_types)
     return Checked(pairs, sharded, actions, no_update, no_swap)
+
+
+def without_unfit(pairs: Pairs) -> Pairs:
+    """Without the optional pairs that can't be used: a cache that grew on one side, a table that both sides share."""
+    unfit = set()
+    for i in [i for i, optional in enumerate(pairs.optional) if optional]:
+        label, ema, model = pairs.labels[i], pairs.ema[i], pairs.model[i]
+        try:
+            _check_both(label, ema, model, free_types=False)
+            refusal = shards.refusal(f"ema{label}", ema, model)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            refusal = problem
+        if refusal or storage(shards.local(ema)) == storage(shards.local(model)):
+            unfit.add(i)
+    kept = [i for i in range(len(pairs.labels)) if i not in unfit]
+    return Pairs(*([side[i] for i in kept] for side in pairs)) if unfit else pairs  # type: ignore[arg-type]
 
 
 def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
@@ -189,9 +200,16 @@ def _elsewhere(tensor: Tensor) -> str:
     return ""
 
 
+def _check_both(label: str, ema: Tensor, model: Tensor, free_types: bool) -> None:
+    check_tensor(f"ema{label}", ema)
+    check_tensor(f"model{label}", model)
+    _check_pair(f"ema{label}", ema, model, free_types)
+
+
 def _check_pair(name: str, ema: Tensor, model: Tensor, free_types: bool) -> None:
     if ema.shape != model.shape:
-        raise ValueError(f"{name}: expected shape {tuple(model.shape)}, as in model, found {tuple(ema.shape)}")
+        hint = "; to leave it out, pass names='common'" if name.startswith(("ema['", 'ema["')) else ""
+        raise ValueError(f"{name}: expected shape {tuple(model.shape)}, as in model, found {tuple(ema.shape)}{hint}")
     pinned = free_types and model.is_cuda and ema.device.type == "cpu" and (ema.numel() == 0 or ema.is_pinned())
     if ema.device != model.device and not pinned:
         dtype = dtype_name(ema)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from .._warning import warn_once
+from .arguments import Buffers, Names, Use, use_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
+
+# What a tensor is to its module. A "fleeting" buffer is not persistent: the module makes it, and no checkpoint has it.
+# A vector of spectral norm's "power iteration" has norm 1, and belongs to the latest weights.
+Kind = Literal["parameter", "buffer", "fleeting", "power iteration"]
 
 # Path segments that wrappers put into names: DDP, torch.compile, activation checkpointing, FSDP.
 WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -20,22 +30,25 @@ class Pairs(NamedTuple):
     labels: list[str]
     ema: list[Tensor]
     model: list[Tensor]
-    parameter: list[bool]  # False: a buffer
+    averaged: list[bool]  # False: copied. (Integers are always copied.)
+    optional: Sequence[bool] = ()  # True: left out where it can't be used; empty: none is
 
 
-def pair(ema: Source, model: Source, buffers: str) -> Pairs:
+def pair(ema: Source, model: Source, buffers: Buffers, names: Names = "equal") -> Pairs:
     """Pairs the tensors of two sources of one kind; see `fused_ema.update` for the rules and the errors."""
     if isinstance(ema, nn.Module) and isinstance(model, nn.Module):
-        return _pair_modules(ema, model, buffers)
+        return _pair_modules(ema, model, buffers, names)
     if isinstance(ema, Mapping) and isinstance(model, Mapping):
-        names = _match(dict(ema), dict(model))
+        matched = _match(dict(ema), dict(model), names)
         return Pairs(
-            [f"[{name!r}]" for name, _ in names],
-            [ema[name] for name, _ in names],
-            [model[name] for _, name in names],
-            [True] * len(names),
+            [f"[{name!r}]" for name, _ in matched],
+            [ema[name] for name, _ in matched],
+            [model[name] for _, name in matched],
+            [True] * len(matched),
         )
     if isinstance(ema, Sequence) and isinstance(model, Sequence) and not isinstance(ema, str):
+        if names == "common":
+            raise ValueError("names: expected 'equal' for sequences, which have no names, found 'common'")
         if len(ema) != len(model):
             raise ValueError(f"ema: expected {len(model)} tensors, as many as model, found {len(ema)}")
         return Pairs([f"[{i}]" for i in range(len(ema))], list(ema), list(model), [True] * len(ema))
@@ -50,34 +63,68 @@ def _kind(source: object) -> str:
     return f"{type(source).__module__}.{type(source).__qualname__}{hint}"
 
 
-def _pair_modules(ema: nn.Module, model: nn.Module, buffers: str) -> Pairs:
-    ours, theirs = named_tensors(ema), named_tensors(model)
-    if buffers == "ignore":
-        ours = {name: entry for name, entry in ours.items() if entry[1]}
-        theirs = {name: entry for name, entry in theirs.items() if entry[1]}
-    names = _match(ours, theirs)
+def _pair_modules(ema: nn.Module, model: nn.Module, buffers: Buffers, names: Names) -> Pairs:
+    uses: dict[str, Use] = {}  # of buffers, by plain name: a function is asked once for both sides
+    theirs, ours = _used("model", model, buffers, uses), _used("ema", ema, buffers, uses)
+    optional = {name for side in (ours, theirs) for name, (_, kind, _) in side.items() if kind == "fleeting"}
+    our_tensors, their_tensors = ({x: entry[0] for x, entry in side.items()} for side in (ours, theirs))
+    matched = _match(our_tensors, their_tensors, names, optional)
     return Pairs(
-        [f"[{name!r}]" for name, _ in names],
-        [ours[name][0] for name, _ in names],
-        [theirs[name][0] for _, name in names],
-        [theirs[name][1] for _, name in names],
+        [f"[{name!r}]" for name, _ in matched],
+        [ours[name][0] for name, _ in matched],
+        [theirs[name][0] for _, name in matched],
+        [theirs[name][2] for _, name in matched],
+        [name in optional or other in optional for name, other in matched] if optional else (),
     )
 
 
-def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Every name, tied names too, with its tensor and whether that is a parameter."""
-    found: dict[str, tuple[Tensor, bool]] = {}
+def _used(side: str, module: nn.Module, buffers: Buffers, uses: dict[str, Use]) -> dict[str, tuple[Tensor, Kind, bool]]:
+    """The tensors that are not ignored, and whether they are averaged."""
+    tensors = named_tensors(module)
+    plain = {} if isinstance(buffers, str) else {name: plain for plain, name in by_plain_name(side, tensors).items()}
+    used: dict[str, tuple[Tensor, Kind, bool]] = {}
+    for name, (tensor, kind) in tensors.items():
+        if kind in ("buffer", "fleeting"):
+            asked = plain.get(name, name)
+            if asked not in uses:
+                uses[asked] = use_of(buffers, asked, tensor)
+            if uses[asked] != "ignore":
+                used[name] = (tensor, kind, kind == "buffer" and uses[asked] == "average")
+        else:
+            used[name] = (tensor, kind, kind == "parameter")
+    return used
+
+
+def named_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
+    """Every name, tied names too, with its tensor and what that is."""
+    found: dict[str, tuple[Tensor, Kind]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
-        for registry, parameter in ((child._parameters, True), (child._buffers, False)):
+        kinds = _kinds_of_buffers(child) if child._buffers else {}
+        registries: tuple[tuple[dict[str, Any], Kind], ...] = (
+            (child._parameters, "parameter"),
+            (child._buffers, "buffer"),
+        )
+        for registry, usual in registries:
             for name, tensor in registry.items():
                 if tensor is not None:
-                    found[start + name] = (tensor, parameter)
+                    found[start + name] = (tensor, kinds.get(name, usual))
     return found
 
 
-def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """Each tensor by its plain name, and whether it is a parameter."""
+def _kinds_of_buffers(module: nn.Module) -> dict[str, Kind]:
+    """The kinds of those that are no ordinary buffers."""
+    kinds: dict[str, Kind] = dict.fromkeys(getattr(module, "_non_persistent_buffers_set", ()), "fleeting")
+    if isinstance(module, _SpectralNorm):
+        kinds["_u"] = kinds["_v"] = "power iteration"
+    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+        if isinstance(hook, SpectralNorm):
+            kinds[f"{hook.name}_u"] = kinds[f"{hook.name}_v"] = "power iteration"
+    return kinds
+
+
+def plain_tensors(side: str, module: nn.Module) -> dict[str, tuple[Tensor, Kind]]:
+    """Each tensor by its plain name, and what it is."""
     tensors = named_tensors(module)
     return {plain: tensors[name] for plain, name in by_plain_name(side, tensors).items()}
 
@@ -125,14 +172,57 @@ def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
         model = model.get_submodule(prefix)
 
 
-def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers."""
+def _match(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Names, optional: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """(name in ema, name in model) for each tensor: equal names, or equal without the segments of wrappers.
+
+    `optional`: names that may be on one side alone.
+    """
     if ours.keys() == theirs.keys():
-        return [(name, name) for name in ours]
+        matched = [(name, name) for name in ours]
+        return matched if names == "equal" else in_common("ema and model", matched, ours, theirs, "", optional)
     plain_ours, plain_theirs = by_plain_name("ema", ours), by_plain_name("model", theirs)
-    if differ := difference(plain_ours, plain_theirs, "ema"):
-        raise ValueError(f"ema and model: expected the same names; {differ}")
-    return [(name, plain_theirs[plain]) for plain, name in plain_ours.items()]
+    matched = [(name, plain_theirs[plain]) for plain, name in plain_ours.items() if plain in plain_theirs]
+    free = {plain for side in (plain_ours, plain_theirs) for plain, name in side.items() if name in optional}
+    differ = difference((x for x in plain_ours if x not in free), (x for x in plain_theirs if x not in free), "ema")
+    if names == "common":
+        return in_common("ema and model", matched, ours, theirs, differ, optional)
+    if differ:
+        raise ValueError(
+            f"ema and model: expected the same names; {differ}; to pair only those that both have, pass names='common'"
+        )
+    return matched
+
+
+def in_common(
+    what: str,
+    matched: list[tuple[str, str]],
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    differ: str,
+    optional: Collection[str] = (),
+) -> list[tuple[str, str]]:
+    """Those of the matched names whose tensors have one shape. Says once what names="common" leaves out: these, and
+    what differs in other ways."""
+    apart = {
+        name: f"{name!r}, {_shape(ours[name])} and {_shape(theirs[other])}"
+        for name, other in matched
+        if _shape(ours[name]) != _shape(theirs[other]) and name not in optional and other not in optional
+    }
+    if apart:
+        differ = "; ".join(filter(None, (differ, f"of two shapes: {first_few([*apart.values()], ', ')}")))
+    kept = [(name, other) for name, other in matched if name not in apart]
+    if differ and not kept:
+        raise ValueError(f"{what}: expected some tensors in common, of equal names and shapes; {differ}")
+    if differ:
+        warn_once(f"{what}: names='common' leaves out what only one side has; {differ}")
+    return kept
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    lazy = isinstance(tensor, (UninitializedBuffer, UninitializedParameter))  # torch.compile can't trace is_lazy()
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) and not lazy else ()
 
 
 def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:

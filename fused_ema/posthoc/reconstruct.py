@@ -117,4 +117,7 @@ def _check_same(path: Path, found: dict[str, str], first: Path, expected: dict[s
         if expected.get(name) != found.get(name)
     ]
     if differences:
-        raise ValueError(f"{path}: the tensors differ from those in {first.name}: {first_few(differences, '; ')}")
+        raise ValueError(
+            f"{path}: the tensors differ from those in {first.name}: {first_few(differences, '; ')}; after "
+            "EMA.reselect() save snapshots into a new folder"
+        )

@@ -133,7 +133,6 @@ def run_on_cpu(pairs, complex_, ties, op, decays, keys):
     checked = Pairs([f"[{i}]" for i in range(len(order))], ema, model, [pairs[i].average for i in order])
     ours = plan.Plan(
         checked,
-        "copy",
         watch(ema, model),
         averages=len(decays),
         strides=[strides[i] for i in order],

@@ -440,6 +440,54 @@ def check_compiled(folder):
         assert torch.equal(ours.to_local(), before)
 
 
+def check_reselect(folder):
+    """Layers that are unfrozen, widened and removed; and what a model with other layers has in common."""
+    for shard in (fsdp, parallel):
+        one, model = network(), shard(network())
+        for each in (one, model):
+            each[3].requires_grad_(False)
+        managers = [fused_ema.EMA(each, [0.9, 0.5], select=lambda _, p: p.requires_grad) for each in (one, model)]
+        for step in range(4):
+            train(one, step), train(model, step)
+            for ema in managers:
+                if step == 1:
+                    ema.model[3].requires_grad_(True)
+                    with pytest.warns(UserWarning, match=r"'3.weight'.* ema.reselect\(\)"):
+                        ema.state_dict()
+                    no_communication(ema.reselect)
+                    assert sorted(set(ema.state_dict()["averages"][1])) == sorted(dict(one.named_parameters()))
+                if step == 2:
+                    torch.manual_seed(1)
+                    wide = nn.Linear(5, 3)
+                    ema.model[5] = fully_shard(wide) if ema.model is model and shard is fsdp else wide
+                    with pytest.raises(ValueError, match=r"call ema.reselect\(\)"):
+                        ema.update()
+                    assert ema.reselect() == (["5.weight", "5.bias"], ["5.weight", "5.bias"])
+                if step == 3:
+                    del ema.model[4]  # renames what follows
+                    added, dropped = ema.reselect()
+                    assert (sorted(added), sorted(dropped)) == (
+                        ["4.bias", "4.weight"],
+                        ["4.bias", "4.weight", "5.bias", "5.weight"],
+                    )
+                ema.update()
+        for index in (0, 1):
+            same(managers[1].averaged_state_dict(index), managers[0].averaged_state_dict(index))
+
+        saved = managers[1].state_dict()
+        other = fused_ema.EMA(shard(network()), [0.9, 0.5])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other.load_state_dict(saved, names="common")
+            names = [name for name in saved["averages"][0] if name[0] in "013"]
+            for index, average in enumerate(other.state_dict()["averages"]):
+                same({name: average[name] for name in names}, {x: saved["averages"][index][x] for x in names})
+            one_ema, ema = network(), shard(network())
+            for each, source in ((one_ema, one), (ema, model)):
+                fused_ema.update(each, source, 0.25, names="common")
+            same(ema.state_dict(), one_ema.state_dict())
+
+
 def check_save(folder):
     import torch.distributed.checkpoint as dcp
 

@@ -1,11 +1,14 @@
 """Names: modules and mappings are paired by name, whatever wraps them; names that only one side has are refused."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import bits, net, refused, same_bits, source, tensors_of
 from torch import nn
 
 import fused_ema
+from fused_ema import _warning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -69,6 +72,118 @@ def test_keys_that_are_no_strings(update):
 )
 def test_other_kinds_of_sources_are_refused(update, ema, model):
     refused(TypeError, lambda: update(ema, model, 0.5), names=["expected", "found"])
+
+
+# ---- Names in common
+
+
+def widened():
+    """Like net(), but its first layer has other names, and its last another shape."""
+    model = net()
+    model[0] = nn.Sequential(nn.Linear(3, 4))
+    model[2] = nn.Linear(4, 5)
+    return model
+
+
+def forget_warnings():
+    _warning._warn_once.cache_clear()
+
+
+@pytest.fixture
+def heard():
+    """The warnings so far, each given whenever it is called for."""
+    forget_warnings()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield found
+    forget_warnings()
+
+
+def test_names_in_common(update, heard):
+    ema, model = widened(), nn.DataParallel(net())
+    before = bits(ema[0], ema[2])
+    for _ in range(3):
+        update(ema, model, 0.0, names="common")
+    assert same_bits(before, ema[0], ema[2]), "what only one side has"
+    assert same_bits(bits(model.module[1]), ema[1])
+    (warning,) = heard
+    for part in (
+        "names='common' leaves out",
+        "missing from ema: '0.weight', '0.bias'",
+        "unexpected in ema: '0.0.weight', '0.0.bias'",
+        "of two shapes: '2.weight', (5, 4) and (2, 4), '2.bias', (5,) and (2,)",
+    ):
+        assert part in str(warning.message)
+
+
+@pytest.mark.parametrize("kind", ["dict", "module"])
+def test_names_in_common_of_both_kinds(update, kind, heard):
+    ema = source(kind, {"both": torch.ones(2), "wide": torch.ones(3), "ours": torch.ones(1)})
+    model = source(kind, {"theirs": torch.zeros(1), "wide": torch.zeros(4), "both": torch.zeros(2)})
+    for _ in range(3):
+        update(ema, model, 0.5, names="common")
+    assert [tensor.tolist() for tensor in tensors_of(ema)] == [[0.125] * 2, [1.0] * 3, [1.0]]
+    assert len(heard) == 1
+    fused_ema.copy_(ema, model, names="common")
+    fused_ema.swap_(ema, model, names="common")
+    assert [tensor.tolist() for tensor in tensors_of(ema)] == [[0.0] * 2, [1.0] * 3, [1.0]]
+    assert len(heard) == 1
+
+
+def test_equal_names_are_common_without_a_word(update, heard):
+    ema, model = net(), net()
+    update(ema, model, 0.0, names="common")
+    assert same_bits(bits(model), ema)
+    assert not heard
+
+
+def test_the_advice_to_pair_what_both_have_works(update, heard):
+    """Each error about names or shapes says what to pass; with that the same call succeeds."""
+    narrow, without = widened(), net()
+    narrow[0], without[2] = net()[0], nn.Identity()
+    for ema in (narrow, without):
+        model = net()
+        refused(ValueError, lambda: update(ema, model, 0.5), ema, model, names=["pass names='common'"])  # noqa: B023
+        update(ema, model, 0.0, names="common")
+        assert same_bits(bits(model[0], model[1]), ema[0], ema[1])
+
+
+def test_nothing_in_common_is_refused(update):
+    for ema, model in ((nn.Linear(2, 3), nn.Linear(3, 4)), ({"a": torch.ones(1)}, {"b": torch.ones(1)})):
+        call = lambda: update(ema, model, 0.5, names="common")  # noqa: E731, B023
+        refused(ValueError, call, ema, model, names=["expected some tensors in common"])
+
+
+def test_a_warning_that_is_an_error_comes_before_the_first_write(update):
+    forget_warnings()
+    ema, model = widened(), net()
+    before = bits(ema)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="leaves out"):
+                update(ema, model, 0.5, names="common")
+    assert same_bits(before, ema)
+
+
+@pytest.mark.parametrize("names", ["all", None, True, ["0.weight"]])
+def test_other_words_for_names_are_refused(update, names):
+    ema, model = net(), net()
+    call = lambda: update(ema, model, 0.5, names=names)  # noqa: E731
+    refused(ValueError, call, ema, model, names=["names: expected 'equal' or 'common', found"])
+
+
+def test_sequences_have_no_names_in_common(update):
+    ema, model = [torch.ones(1)], [torch.zeros(1)]
+    call = lambda: update(ema, model, 0.5, names="common")  # noqa: E731
+    refused(ValueError, call, ema, model, names=["names: expected 'equal' for sequences"])
+
+
+def test_names_in_common_in_a_compiled_function():
+    ema, model = widened(), net()
+    torch._dynamo.reset()
+    torch.compile(lambda: fused_ema.update(ema, model, 0.0, names="common"), backend="eager", fullgraph=True)()
+    assert same_bits(bits(model[1]), ema[1])
 
 
 # ---- Wrappers

@@ -185,7 +185,7 @@ def test_many_pairs_of_modules_keep_their_plans():
     plans = {key: entry[0] for key, entry in functional._module_plans.items()}
     for ema, model in pairs:
         fused_ema.update(ema, model, 0.5)
-        key = (id(ema), id(model), "copy")
+        key = (id(ema), id(model), "copy", "equal")
         assert functional._module_plans[key][0] is plans[key]
 
 
