@@ -12,17 +12,19 @@ from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
 from ..pairs.memory import overlaps, place, span, storage
 from .averages import Averages
 
+_WRITE = "; fused_ema.checkpoints.save_safetensors, called on every rank, writes a file of full tensors"
 
-def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
+
+def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages | None = None) -> None:
     """Writes each value into the tensor of its name, with the cast that its dtype needs. If one can't be written, none
-    is."""
+    is. `averages`: the manager's, which some of the values are; None: all values are averages of no manager."""
     for name, value in values.items():
         _check_pair(name, value, into[name])
     _check_memory(values, into, averages)
     torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
     with torch.no_grad():
         for name, value in values.items():
-            into[name].copy_(value)
+            into[name].copy_(shards.like(value, into[name]))
 
 
 def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
@@ -33,14 +35,14 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
     if not torch.can_cast(value.dtype, target.dtype):
         ours, found = dtype_name(value), dtype_name(target)
         raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {found}")
-    if refusal := shards.refusal(f"model[{name!r}]", target, value):
+    if not shards.fits(value, target) and (refusal := shards.refusal(f"model[{name!r}]", target, value, shard=_WRITE)):
         raise refusal
     if target.shape != value.shape:
         wanted, shape = tuple(value.shape), tuple(target.shape)
         raise ValueError(f"model[{name!r}]: expected shape {wanted}, as the average's, found {shape}")
 
 
-def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
+def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages | None) -> None:
     """Raises where writing to one tensor would write to another, or to the averages. Tied tensors, which are
     the same elements, must get the same values. Those that are not averaged may overlap, since they already do in the
     model that they come from."""
@@ -56,9 +58,9 @@ def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], aver
     pairs = overlaps(span(name, targets[name]) for name in first.values())
     if shared := {each.name for pair in pairs for each in pair}:
         both = [name for name in targets if first[place(targets[name])] in shared]
-        if any(name in averages for name in both):
+        if averages is None or any(name in averages for name in both):
             raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
-    ours = averages.storages()
+    ours = averages.storages() if averages else {storage(shards.local(value)) for value in values.values()}
     for name, target in targets.items():
         if storage(target) in ours and place(target) != place(shards.local(values[name])):
             raise ValueError(
