@@ -207,6 +207,8 @@ class EMA:
         parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
         names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
         to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
+        Export such a copy too: a program exported here shares the model's memory, and a warning names it if it outlives
+        the block.
         Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
 
         Raises:
@@ -339,6 +341,9 @@ class EMA:
         Schedules of `fused_ema.schedules` replace the manager's; a schedule of your own, which a state can't hold, must
         be the manager's already. To go on with other decays, put them into the state first:
         ``saved["schedules"] = ema.state_dict()["schedules"]``.
+
+        A sharded manager takes the state of one process too: each rank cuts its own part out of the whole tensors.
+        Averaged weights alone, and the states of other packages, are read by `fused_ema.checkpoints.restore`.
 
         Raises:
             ValueError: the state was saved with a schedule of your own that the manager lacks; or names, shapes, types
