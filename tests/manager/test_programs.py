@@ -74,8 +74,9 @@ def test_a_program_that_aliases_the_model_is_named(kind, mode):
         pytest.param(lambda model: torch.export.export(model, (X,), strict=True) and None, marks=SLOW),
         lambda model: torch.jit.trace(model, X) and None,
         lambda model: torch.jit.trace(copy.deepcopy(model), X),
+        lambda model: [list(model.parameters()), torch.jit.trace(net(), X)],
     ],
-    ids=["graph", "lists", "dropped", "dropped, strict", "dropped trace", "a copy"],
+    ids=["graph", "lists", "dropped", "dropped, strict", "dropped trace", "a copy", "another model's"],
 )
 def test_what_is_no_program_on_the_models_memory_is_not_named(what):
     assert not inside(what, torch.enable_grad)[1]

@@ -290,7 +290,10 @@ def check_refusals(folder):
     refused(ValueError, "sharded", lambda: fused_ema.EMA(model, device="cpu"))
     refused(ValueError, "not sharded", lambda: ema.copy_to(network()))
     state = ema.state_dict()
-    refused(ValueError, "not sharded", lambda: fused_ema.EMA(network()).load_state_dict(state))
+    one = fused_ema.EMA(network())
+    refused(ValueError, "call its full_tensor() on every rank", lambda: one.load_state_dict(state))
+    state["averages"] = [{name: whole(tensor) for name, tensor in each.items()} for each in state["averages"]]
+    one.load_state_dict(state)
 
     from torch.distributed.fsdp import FullyShardedDataParallel
 
