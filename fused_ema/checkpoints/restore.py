@@ -94,11 +94,11 @@ def _matched(
         raise ValueError(f"model: expected the names it had when the manager was made; {differ}")
     wanted = {name: id(current[name]) for name in averages}
     averaged = set(wanted.values())
-    plain_places, plain_given = by_plain_name("model.state_dict()", places), by_plain_name("state", given)
+    plain_places = {plain: places[key] for plain, key in by_plain_name("model", places).items()}
+    plain_given = by_plain_name("state", given)
     found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
     problems = []
-    for plain, name in plain_places.items():
-        place = places[name]
+    for plain, place in plain_places.items():
         # Positions are compared even where nothing is averaged, since the order may differ.
         if plain not in plain_given or not (positional or id(place) in averaged):
             continue

@@ -68,4 +68,4 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, names: Literal
         if value.dtype != into[name].dtype and not (value.is_floating_point() or value.is_complex()):
             wanted, found = dtype_name(into[name]), dtype_name(value)
             raise TypeError(f"weights[{keys[name]!r}]: expected a type that casts to {wanted}, found {found}")
-    copy_into(values, into)
+    copy_into(values, into, averages=None)

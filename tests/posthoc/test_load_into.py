@@ -238,3 +238,17 @@ def test_nothing_is_warned_of_where_all_is_averaged(tmp_path):
         warnings.simplefilter("error")
         load_into(copy.deepcopy(model), reconstruct(tmp_path, 0.1, model=model))
     assert same_bits(before, model)
+
+
+def test_a_child_called_module_beside_a_parameter_of_the_same_name(tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = Block()
+        model.weight = nn.Parameter(torch.randn(2))
+        return model
+
+    wanted = averaged(make(0), tmp_path)
+    for wrap in (nn.Module.eval, nn.DataParallel, torch.compile):
+        load_into(target := wrap(make(1)), reconstruct(tmp_path, 0.1))
+        assert all(map(torch.equal, target.parameters(), map(wanted.get, dict(make(2).named_parameters()))))
+        target.load_state_dict(reconstruct(tmp_path, 0.1, model=target))
