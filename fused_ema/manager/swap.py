@@ -67,6 +67,10 @@ class Exchange:
         """`current` gives the model's tensors as they are now, by name."""
         if self.over:
             return
+        references_before = self._references
+        self._references = (
+            sys.maxsize
+        )  # an attempt after an interrupted one, whose frames refer to tensors, never looks
         if self._written is None:
             self._written = self._written_now()
         self._bring_back_memory()
@@ -96,7 +100,7 @@ class Exchange:
             )
         try:
             self._warn_of_writes()
-            self._warn_of_programs()
+            self._warn_of_programs(references_before)
         finally:  # though a warning may be an error
             if problems:
                 raise RuntimeError(f"EMA.swapped: {'; '.join(problems)}")
@@ -169,10 +173,12 @@ class Exchange:
             if names:
                 warn(f"EMA.swapped: writes to {listed(names)} inside swapped() {what}")
 
-    def _warn_of_programs(self) -> None:
-        if references(self._tensors.values()) > self._references:
+    def _warn_of_programs(self, before: int) -> None:
+        if sys.exc_info()[0]:
+            return  # the frames of an exception refer to tensors too
+        if references(self._tensors.values()) > before:
             gc.collect()  # of programs that no one has any more, which refer to themselves
-            kinds = programs_on(self._memory.values()) if references(self._tensors.values()) > self._references else []
+            kinds = programs_on(self._memory.values()) if references(self._tensors.values()) > before else []
             for kind in kinds:
                 warn(
                     f"EMA.swapped: the {kind} that was made inside swapped() shares the model's memory, so that it "
