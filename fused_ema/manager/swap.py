@@ -47,7 +47,7 @@ class Exchange:
         self._sizes = {name: memory.nbytes() for name, memory in self._storages.items()}
         self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items() if not is_lazy(tensor)]
         self._versions: list[int] = []
-        self._references = sys.maxsize  # to the first tensor
+        self._references = sys.maxsize  # to the first tensor, inside the block
         self._written: list[str] | None = None  # by the block, in place
         self._freed: set[str] = set()  # whose memory the block freed
         self._plan: Plan | None = None
@@ -68,9 +68,7 @@ class Exchange:
         if self.over:
             return
         references_before = self._references
-        self._references = (
-            sys.maxsize
-        )  # an attempt after an interrupted one, whose frames refer to tensors, never looks
+        self._references = sys.maxsize  # no look after an interrupted attempt, whose frames refer to tensors
         if self._written is None:
             self._written = self._written_now()
         self._bring_back_memory()
