@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fused_ema
-from fused_ema.posthoc import reconstruct, save_snapshot
+from fused_ema.posthoc import load_into, reconstruct, save_snapshot
 from fused_ema.schedules import power_function
 
 TRACKED = [0.05, 0.10]  # sigma_rel: the width of an average (standard deviation) as a share of the time trained
@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
         with ema.swapped(index):
             tracked.append(validate(model, digits[1400:]))
     for sigma_rel in SWEEP:
-        model.load_state_dict(reconstruct(folder, sigma_rel))  # overwrites the raw weights
+        load_into(model, reconstruct(folder, sigma_rel))  # overwrites the raw weights
         swept.append(validate(model, digits[1400:]))
 for name, widths, losses in (("reconstructed", SWEEP, swept), ("tracked", TRACKED, tracked)):
     print(f"{name}, sigma_rel and validation loss:", *(f"{x:.2f} {y:.4f}" for x, y in zip(widths, losses, strict=True)))

@@ -88,4 +88,5 @@ def values_of(layout, state):
     """A dict or a list of the averages in a state, and where in it middle.bias is."""
     if isinstance(BY_NAME[layout], Positional):
         return state["shadow_params"], PARAMETERS.index("middle.bias")
-    return state.get("state_dict_ema", state), BY_NAME[layout].prefix + "middle.bias"
+    name = "middlebias" if layout == "lit_ema" else BY_NAME[layout].prefix + "middle.bias"
+    return state.get("state_dict_ema", state.get("teacher", state)), name

@@ -1,4 +1,4 @@
-"""Restores an average from the state of another package."""
+"""Restores an average from averaged weights, or from the state of another package."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ def restore(
     parameters: Iterable[Tensor] | None = None,
     step: int | None = None,
 ) -> None:
-    """Takes the average and the step from the state of another package; the schedules stay as they are.
+    """Takes the average, and the step if there is one, from averaged weights by name or from the state of another
+    package; the schedules stay as they are.
 
     Names are compared without the segments of wrappers; one of several tied names is enough. Values for what is not
-    averaged are ignored. The step stays as it is where the state has no count, as in timm's checkpoints and
-    in those of torch_ema with `use_num_updates=False`.
+    averaged are ignored. The step stays as it is where the state has no count, as in averaged weights, in checkpoints
+    of timm and DINO, and where torch_ema or LitEma had `use_num_updates=False`. If the model is sharded, each rank
+    passes the whole tensors, and takes its own part of them.
 
     Args:
-        state: the `state_dict()`; for timm the checkpoint; only its `state_dict_ema` is read.
+        state: averaged weights (from `EMA.averaged_state_dict`, `save_safetensors` or `posthoc.reconstruct`), or the
+            `state_dict()` of another package, or a checkpoint that has one: of timm, DINO, mmengine's EMAHook, or a
+            LightningModule with a LitEma.
         layout: one of `LAYOUTS`; None: the one that the state's keys show.
         index: which average. (All averages of a manager have one step.)
         parameters: for `shadow_params`, the parameters that the other package had, if not `model.parameters()`.
@@ -78,7 +82,7 @@ def _matched(
     parameters: Iterable[Tensor] | None,
 ) -> dict[str, Tensor]:
     """The values in the state for these averages, by the manager's names; load_state_dict checks their types."""
-    given, places = kind.tensors(state), kind.places(ema.model, parameters)
+    given, places = kind.tensors(state, ema.model), kind.places(ema.model, parameters)
     positional = isinstance(kind, Positional)
     if positional and len(given) != len(places):
         raise ValueError(
@@ -108,6 +112,9 @@ def _matched(
             problems.append(f"{key!r}: expected shape {tuple(place.shape)}, found {tuple(value.shape)}")
         elif not equal_values(tied, value):
             problems.append(f"{key!r}: expected the values of the name it is tied to in the model, found others")
+    for name in averages:
+        if kind.trained_only and not current[name].requires_grad:
+            found.setdefault(id(current[name]), current[name].detach())  # it has not moved
     missing = [name for name, tensor in wanted.items() if tensor not in found]
     unexpected = [key for plain, key in plain_given.items() if plain not in plain_places]
     if differ := mismatch(missing, unexpected, "the state"):

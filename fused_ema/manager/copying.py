@@ -17,6 +17,7 @@ from ..pairs.memory import overlaps, place, span, storage
 from ..pairs.pairing import by_plain_name, difference, in_common
 from .averages import Averages
 
+_WRITE = "; fused_ema.checkpoints.save_safetensors, called on every rank, writes a file of full tensors"
 ExtraStates = Iterable[tuple[nn.Module, Any]]
 
 
@@ -69,10 +70,11 @@ def placed(
 
 
 def copy_into(
-    values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages, extra: ExtraStates = ()
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages | None, extra: ExtraStates = ()
 ) -> None:
     """Writes each value into the tensor of its name, with the cast that its dtype needs, and sets extra states. If a
-    value can't be written, nothing is."""
+    value can't be written, nothing is. `averages`: the manager's, which some of the values are; None: all are averages,
+    of no manager here."""
     for name, value in values.items():
         _check_pair(name, value, into[name])
     _check_memory(values, into, averages)
@@ -81,7 +83,7 @@ def copy_into(
     plans.forget_values()
     with torch.no_grad():
         for name, value in values.items():
-            into[name].copy_(value)
+            into[name].copy_(shards.like(value, into[name]))
 
 
 def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
@@ -92,7 +94,7 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
     if not torch.can_cast(value.dtype, target.dtype):
         ours, found = dtype_name(value), dtype_name(target)
         raise TypeError(f"model[{name!r}]: expected a type that {ours} casts to, found {found}")
-    if refusal := shards.refusal(f"model[{name!r}]", target, value):
+    if not shards.fits(value, target) and (refusal := shards.refusal(f"model[{name!r}]", target, value, shard=_WRITE)):
         raise refusal
     if target.shape != value.shape:
         wanted, shape = tuple(value.shape), tuple(target.shape)
@@ -102,7 +104,7 @@ def _check_pair(name: str, value: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
+def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages | None) -> None:
     """Raises where writing to one tensor would write to another, or to the averages. Tied tensors, which are
     the same elements, must get the same values. Those that are not averaged may overlap, since they already do in the
     model that they come from."""
@@ -118,9 +120,9 @@ def _check_memory(values: Mapping[str, Tensor], into: Mapping[str, Tensor], aver
     pairs = overlaps(span(name, targets[name]) for name in first.values())
     if shared := {each.name for pair in pairs for each in pair}:
         both = [name for name in targets if first[place(targets[name])] in shared]
-        if any(name in averages for name in both):
+        if averages is None or any(name in averages for name in both):
             raise ValueError(f"model: expected tensors with memory of their own, found bytes shared by {both[:5]}")
-    ours = averages.storages()
+    ours = averages.storages() if averages else {storage(shards.local(value)) for value in values.values()}
     for name, target in targets.items():
         if storage(target) in ours and place(target) != place(shards.local(values[name])):
             raise ValueError(

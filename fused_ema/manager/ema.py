@@ -285,8 +285,8 @@ class EMA:
         names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
         to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
         Clone what is taken out of the block: a `state_dict()` of the model, or a program traced or exported from it,
-        shares the model's memory and has its own weights again afterwards. `copy.deepcopy(model)`, inside, is a model
-        with the averages that stays.
+        shares the model's memory and has its own weights again afterwards; a warning names a program that outlives the
+        block. `copy.deepcopy(model)`, inside, is a model with the averages that stays.
         Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
 
         Raises:
@@ -448,6 +448,9 @@ class EMA:
                 can't hold, must be the manager's already. "mine": the manager's.
             names: "equal": the state has the averages that the manager has. "common": averages whose name or shape
                 only one of them has stay as they are, and a warning names them once.
+
+        A sharded manager takes the state of one process too: each rank cuts its own part out of the whole tensors.
+        Averaged weights alone, and the states of other packages, are read by `fused_ema.checkpoints.restore`.
 
         Raises:
             ValueError: the state was saved with a schedule of your own that the manager lacks, or with another

@@ -52,6 +52,9 @@ def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float) -> dict[
             raise refusal
         check_tensor(f"model[{name!r}]", tensor)
         parameter = local(tensor).detach().to(average.device)
+        if parameter.shape != average.shape:
+            found = tuple(parameter.shape)
+            raise ValueError(f"model[{name!r}]: expected shape {tuple(average.shape)}, as the average's, found {found}")
         wide = torch.complex128 if average.is_complex() else torch.float64
         gap += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
         size += parameter.to(wide).abs().square().sum().item()

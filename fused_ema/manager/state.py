@@ -68,7 +68,15 @@ def parse(saved: Any, own: State, whose: Whose, names: Names = "equal") -> State
     if not isinstance(version, int) or version != VERSION:  # a tensor would compare its elements
         raise ValueError(f"state: expected version {VERSION}, found {shown(version)}")
     if saved.keys() != expected.keys():
-        raise ValueError(f"state: expected the keys {list(expected)}, found {list(saved)}")
+        inside = [key for key, value in saved.items() if isinstance(value, Mapping) and value.keys() == expected.keys()]
+        hint = f"; such a state is in it under {inside[0]!r}" if inside else ""
+        if not inside and "averages" not in saved:
+            hint = (
+                "; the states of other packages, and averaged weights by name, are read by "
+                "fused_ema.checkpoints.restore(ema, state)"
+            )
+        differ = difference(map(str, saved), expected, "the state")
+        raise ValueError(f"state: expected the keys {list(expected)}; {differ}{hint}")
     rounding = saved["rounding"]
     if not isinstance(rounding, str) or (whose == "saved" and rounding != own.timetable.rounding):
         raise ValueError(
@@ -169,7 +177,7 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any, names: Names) -> dict
     if problems:
         ways_on = f"; {_WAYS_ON}" if any("expected shape" in problem for problem in problems) else ""
         raise ValueError(f"state: in average {k}, {first_few(problems, '; ')}{ways_on}")
-    return {name: theirs[name] for name in ours}
+    return {name: shards.like(theirs[name], average) for name, average in ours.items()}
 
 
 def _problem(name: str, average: Tensor, found: Any) -> str:
@@ -180,7 +188,8 @@ def _problem(name: str, average: Tensor, found: Any) -> str:
         return str(error)
     if found.shape != average.shape:
         return f"{name!r}: expected shape {tuple(average.shape)}, found {tuple(found.shape)}"
-    if refusal := shards.refusal(repr(name), found, average):
+    gather = "; call its full_tensor() on every rank, or load it with torch.distributed.checkpoint"
+    if not shards.fits(found, average) and (refusal := shards.refusal(repr(name), found, average, gather=gather)):
         return str(refusal)
     if found.dtype not in WIDTH or torch.promote_types(found.dtype, average.dtype) != average.dtype:
         return f"{name!r}: expected {dtype_name(average)}, found {dtype_name(found)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -18,6 +20,7 @@ from ..pairs.shards import local
 from ..plan import Plan
 from ..runners.base import Call, OpName
 from .averages import Averages
+from .programs import programs_on, references
 
 MakePlan = Callable[[Mapping[str, Tensor] | None], Plan]  # for the model as it is, or for these tensors by name
 
@@ -44,6 +47,7 @@ class Exchange:
         self._sizes = {name: memory.nbytes() for name, memory in self._storages.items()}
         self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items() if not is_lazy(tensor)]
         self._versions: list[int] = []
+        self._references = sys.maxsize  # to the first tensor, inside the block
         self._written: list[str] | None = None  # by the block, in place
         self._freed: set[str] = set()  # whose memory the block freed
         self._plan: Plan | None = None
@@ -56,12 +60,15 @@ class Exchange:
         _under_way[:] = [*(each for each in _under_way if not each.over), self]
         plan = self._run("swap", kept, lambda: make(None))
         self._versions = self._versions_now()
+        self._references = references(self._tensors.values())
         return plan
 
     def leave(self, make: MakePlan, current: Callable[[], dict[str, Tensor]]) -> None:
         """`current` gives the model's tensors as they are now, by name."""
         if self.over:
             return
+        references_before = self._references
+        self._references = sys.maxsize  # no look after an interrupted attempt, whose frames refer to tensors
         if self._written is None:
             self._written = self._written_now()
         self._bring_back_memory()
@@ -91,6 +98,7 @@ class Exchange:
             )
         try:
             self._warn_of_writes()
+            self._warn_of_programs(references_before)
         finally:  # though a warning may be an error
             if problems:
                 raise RuntimeError(f"EMA.swapped: {'; '.join(problems)}")
@@ -162,6 +170,19 @@ class Exchange:
         ):
             if names:
                 warn(f"EMA.swapped: writes to {listed(names)} inside swapped() {what}")
+
+    def _warn_of_programs(self, before: int) -> None:
+        if sys.exc_info()[0]:
+            return  # the frames of an exception refer to tensors too
+        if references(self._tensors.values()) > before:
+            gc.collect()  # of programs that no one has any more, which refer to themselves
+            kinds = programs_on(self._memory.values()) if references(self._tensors.values()) > before else []
+            for kind in kinds:
+                warn(
+                    f"EMA.swapped: the {kind} that was made inside swapped() shares the model's memory, so that it "
+                    "computes with the model's own weights from now on (a file that was saved inside the block has the "
+                    "average); export a copy of the model that copy_to has filled"
+                )
 
     def _follow(self, current: dict[str, Tensor]) -> list[str]:
         """Gives the model's own values to the tensors that the block put in the place of the original ones; returns

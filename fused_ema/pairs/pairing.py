@@ -157,19 +157,23 @@ def _with_modules(names: Iterable[str]) -> dict[str, str]:
 
 
 def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """A state of the model under the names of the innermost model: without the prefixes of DDP and torch.compile.
+    """A state of the model under the names it would have without DDP and torch.compile, of the model or of parts.
 
-    Only prefixes are removed, since a module of the user's may be called "module" too.
+    Only their own segments are removed, since a module of the user's may be called "module" too.
     """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            prefix = "module"
-        elif "_orig_mod" in model._modules:  # torch.compile
-            prefix = "_orig_mod"
-        else:
-            return state
-        state = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
-        model = model.get_submodule(prefix)
+    wrapped = set()
+    for path, child in model.named_modules(remove_duplicate=False):
+        if isinstance(child, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            wrapped.add(f"{path}.module".lstrip("."))
+        elif "_orig_mod" in child._modules:  # torch.compile
+            wrapped.add(f"{path}._orig_mod".lstrip("."))
+    return {_without(key, wrapped): value for key, value in state.items()} if wrapped else state
+
+
+def _without(key: str, wrapped: set[str]) -> str:
+    segments = key.split(".")
+    kept = (segment for i, segment in enumerate(segments, 1) if ".".join(segments[:i]) not in wrapped)
+    return ".".join(kept)
 
 
 def _match(

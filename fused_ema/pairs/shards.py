@@ -73,8 +73,32 @@ class Sharding(NamedTuple):
         return f"a DTensor of shape {tuple(self.shape)} with placements {self.placements} on {self.mesh}"
 
 
-def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
-    """The reason where two tensors are not sharded in the same way. All other checks look at their shards."""
+def fits(full: Tensor, other: Tensor) -> bool:
+    """Whether `full` is a plain tensor, and `other` a sharded one of its shape, so that `like` cuts out a shard."""
+    if is_sharded(full) or not is_sharded(other) or full.shape != other.shape:
+        return False
+    library = torch.distributed.tensor
+    # Other placements, as FSDP2 over tensor parallelism has, may put the rows into another order.
+    return all(type(each) in (library.Shard, library.Replicate) for each in other.placements)  # type: ignore[attr-defined]
+
+
+def like(full: Tensor, other: Tensor) -> Tensor:
+    """The full tensor, sharded as `other` is, where it `fits`, else as it is. No rank needs any other."""
+    if not fits(full, other):
+        return full
+    library = torch.distributed.tensor
+    mesh = other.device_mesh  # type: ignore[attr-defined]
+    with torch.no_grad():
+        copies = [library.Replicate()] * mesh.ndim
+        everywhere = library.DTensor.from_local(full.detach().to(local(other).device), mesh, copies, run_check=False)
+        return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
+
+
+def refusal(name: str, ema: Tensor, model: Tensor, gather: str = "", shard: str = "") -> Exception | None:
+    """The reason where two tensors are not sharded in the same way. All other checks look at their shards.
+
+    `gather` and `shard`: what to do where only `ema` is sharded, and where only `model` is.
+    """
     ours, theirs = Sharding.of(ema), Sharding.of(model)
     if ours is None and theirs is None:
         return None
@@ -87,17 +111,24 @@ def refusal(name: str, ema: Tensor, model: Tensor) -> Exception | None:
         )
     if ours is None or theirs is None:
         plain = "a tensor that is not sharded"
-        hint = "; after a forward pass alone FSDP leaves parameters unsharded: call model.reshard()" if ours else ""
+        hint = gather if ours else shard
         return ValueError(f"{name}: expected {theirs or plain}, as on the other side, found {ours or plain}{hint}")
     if ours.mesh != theirs.mesh or ours.placements != theirs.placements:
         return ValueError(f"{name}: expected {theirs}, as on the other side, found {ours}")
     return None
 
 
+_RESHARD = "; after a forward pass alone FSDP leaves parameters unsharded: call model.reshard()"
+_SHARD = (
+    "; shard the averages as the model is sharded: make the fused_ema.EMA after fully_shard, not before (it can load "
+    "the state of one that was made before)"
+)
+
+
 def check(pairs: Pairs) -> None:
     """Raises where the tensors of a pair are not sharded in the same way."""
     for label, ema, model in zip(pairs.labels, pairs.ema, pairs.model, strict=True):
-        if problem := refusal(f"ema{label}", ema, model):
+        if problem := refusal(f"ema{label}", ema, model, gather=_RESHARD, shard=_SHARD):
             raise problem
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._warning import warn
 from ..checkpoints.files import PathLike
+from ..manager.selection import tensors_of
 from ..pairs.arguments import check_floating, whole_number
 from ..pairs.checks import dtype_name
-from ..pairs.pairing import first_few
+from ..pairs.pairing import first_few, listed
 from ..schedules import gamma_of
 from .profiles import profile_error, solve_weights
 from .snapshots import opened, snapshots
@@ -22,19 +23,24 @@ def reconstruct(
     folder: PathLike,
     sigma_rel: float,
     *,
+    model: nn.Module | None = None,
     updates: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Returns the average that power_function(sigma_rel) would have given, approximately; see `profile_error`.
 
-    It is exact where a snapshot holds that very average; a warning says where the error is above 0.25. The result has
-    the manager's names, without the segments of wrappers, and only what it averages: load it into a model with buffers
-    by `load_state_dict(..., strict=False)`. Files are read one by one, and summed in float64 on the CPU.
+    It is exact where a snapshot holds that very average; a warning says where the error is above 0.25. Files are read
+    one by one, and summed in float64 on the CPU. Write the result into a model by `load_into(model, weights)`, which
+    checks that nothing is left out.
 
     Args:
         folder: of the snapshots.
         sigma_rel: in (0, 0.2887], as for `schedules.power_function`.
+        model: gives the result the keys of `model.state_dict()`, in their order, for `model.load_state_dict(result)`,
+            with copies of the model's own values for what is not averaged; a warning names parameters among them.
+            None: the result has what was averaged and no more, under the manager's names, which are those of the
+            innermost model.
         updates: the number of updates after which the average is wanted; None: the last snapshot's. Choose one that has
             a snapshot: between two, what came after the earlier one is missing, and the error is large.
         dtype: of the result, floating. Complex tensors are complex128 if it is float64, else complex64.
@@ -42,11 +48,14 @@ def reconstruct(
 
     Raises:
         ValueError: as from `snapshots`; there are none, or `updates` is before the first or after the last; names or
-            shapes differ between snapshots; sigma_rel is out of range; a value is too large for `dtype`.
+            shapes differ between snapshots, or from the model's; sigma_rel is out of range; a value is too large for
+            `dtype`.
         ImportError: safetensors is not installed.
     """
     gamma = gamma_of(sigma_rel)
     check_floating(dtype)
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     if updates is not None:
         whole_number("updates", updates, 1)
     found = snapshots(folder)
@@ -89,7 +98,27 @@ def reconstruct(
             if not torch.equal(cast.isfinite(), value.isfinite()):
                 raise ValueError(f"dtype: expected one that holds {value.abs().max():.3g} of {name!r}, found {dtype}")
             result[name] = cast.to(device)
-    return result
+    return result if model is None else _named_as(model, result, device)
+
+
+def _named_as(model: nn.Module, weights: dict[str, Tensor], device: torch.device | str) -> dict[str, Any]:
+    """The state of a model with these weights in it, by the manager's names."""
+    tensors, state = tensors_of(model), model.state_dict(keep_vars=True)
+    values = {id(tensor): weights[name] for name, tensor in tensors.items() if name in weights}
+    keyed = {id(value) for value in state.values()}
+    if unknown := [name for name in weights if name not in tensors or id(tensors[name]) not in keyed]:
+        raise ValueError(f"model: expected the names of the snapshots in its state_dict, found no {listed(unknown)}")
+    for name, tensor in tensors.items():
+        if name in weights and tensor.shape != weights[name].shape:
+            wanted, found = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"model[{name!r}]: expected shape {wanted}, as in the snapshots, found {found}")
+    if left := [name for name, each in tensors.items() if isinstance(each, nn.Parameter) and id(each) not in values]:
+        warn(f"reconstruct: the snapshots have no averages of {listed(left)}; the model's own values are in the result")
+    return {key: values[id(value)] if id(value) in values else _copied(value, device) for key, value in state.items()}
+
+
+def _copied(value: Any, device: torch.device | str) -> Any:
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _read(path: Path, file: Any, k: int, key: str, is_complex: bool) -> Tensor:

@@ -7,10 +7,20 @@ import re
 import pytest
 import torch
 from checkpoint_checks import PARAMETERS, contents, net, ours, same, train
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fused_ema
 from fused_ema import checkpoints
 from fused_ema.checkpoints import LAYOUTS, export, load, restore
+
+
+class Outer(nn.Module):
+    """A child that the user calls "module"."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = net()
 
 
 def test_what_is_not_averaged_comes_from_the_model():
@@ -52,6 +62,31 @@ def test_one_of_several_averages(tmp_path):
         for index in (-1, 3):
             with pytest.raises(IndexError, match="expected one of 3 averages"):
                 export(ema, layout, index)
+
+
+@pytest.mark.parametrize("wrap", [nn.Module.eval, nn.DataParallel, torch.compile], ids=["bare", "DDP", "compiled"])
+def test_each_dict_of_weights_loads_whole(wrap):
+    """load_state_dict is strict unless it is told otherwise."""
+    model, average, bare = wrap(Outer()), AveragedModel(wrap(Outer())), Outer()
+    ema = fused_ema.EMA(model, 0.5, buffers="average")
+    train(model)
+    ema.update()
+    with ema.swapped():
+        wanted = [tensor.clone() for tensor in model.parameters()]
+        swapped = copy.deepcopy(model.state_dict())
+    for target, state in (
+        (average, export(ema, "averaged_model")),
+        (bare, export(ema, "timm")["state_dict_ema"]),
+        (bare, export(ema, "dino")["teacher"]),
+        (bare, export(ema, "plain")),
+        (model, copy.deepcopy(ema.averaged_state_dict())),
+        (model, swapped),
+    ):
+        with torch.no_grad():
+            for tensor in target.parameters():
+                tensor.zero_()
+        target.load_state_dict(state)
+        assert same(target.parameters(), wanted)
 
 
 @pytest.mark.parametrize(("step", "n_averaged"), [(1, 0), (2, 1), (3, 2)])

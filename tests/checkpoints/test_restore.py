@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from checkpoint_checks import PARAMETERS, contents, good, net, ours, refuses, same, train, values_of
+from conftest import all_averages, averages, refused, trained
 from torch import nn
 
 import fused_ema
-from fused_ema.checkpoints import LAYOUTS, export, restore
+from fused_ema.checkpoints import LAYOUTS, export, load, restore, save_safetensors
 from fused_ema.checkpoints.layouts import BY_NAME
+from fused_ema.posthoc import reconstruct, save_snapshot
 from fused_ema.schedules import constant, inverse_power, power_function, tf_warmup
 
 
@@ -45,6 +47,8 @@ def test_schedules_stay_and_give_the_decay():
         ("diffusers", "optimization_step", 7),
         ("ema_pytorch", "step", 7),
         ("torch_ema", "num_updates", 4 + 7),
+        ("lit_ema", "num_updates", 4 + 7),
+        ("mmengine", "steps", 7),
     ],
 )
 def test_counts_where_not_every_step_is_an_update(layout, key, step):
@@ -110,6 +114,126 @@ def test_names_are_those_of_the_state_dict():
     )
 
 
+# ---- Averaged weights by name
+
+
+def test_every_dict_of_averaged_weights_is_taken(tmp_path):
+    """Of a plain, a compiled and a DDP-wrapped manager, from memory and from files."""
+    for wrap in (nn.Module.eval, torch.compile, nn.DataParallel):
+        ema = trained(wrap(net()), buffers="average")
+        save_safetensors(tmp_path / "x.safetensors", ema)
+        torch.save(ema.averaged_state_dict(), tmp_path / "x.pt")
+        weights = ema.averaged_state_dict()
+        bare = {name: weights[key] for key, name in zip(weights, net().state_dict(), strict=True)}
+        for state in (weights, bare, load(tmp_path / "x.safetensors"), load(tmp_path / "x.pt"), export(ema, "plain")):
+            other = fused_ema.EMA(net(seed=5), buffers="average")
+            restore(other, state)
+            assert contents(averages(other)) == contents(averages(ema))
+            assert other.step == 0
+            restore(other, state, step=7)
+            assert other.step == 7
+
+
+def test_what_posthoc_reconstructs_is_taken(tmp_path):
+    ema = fused_ema.EMA(net(), power_function(0.1))
+    ema.update()
+    save_snapshot(tmp_path, ema)
+    other = fused_ema.EMA(net(seed=5), 0.9)
+    restore(other, reconstruct(tmp_path, 0.1))
+    assert same(ours(other), ours(ema))
+
+
+def test_weights_whose_next_update_would_copy_need_a_step():
+    state = net().state_dict()
+    refuses(fused_ema.EMA(net(), inverse_power(0.9)), state, "'plain'", "no count of steps", "pass step=")
+    restore(ema := fused_ema.EMA(net(), inverse_power(0.9)), state, step=10)
+    assert ema.step == 10
+
+
+def test_weights_of_another_model_are_refused():
+    state = net().state_dict()
+    other = {key.replace("middle", "center"): value for key, value in state.items()}
+    refuses(fused_ema.EMA(net()), other, "missing from the state: 'middle.weight', 'middle.bias'", "'center.weight'")
+    state["middle.bias"] = torch.zeros(3)
+    refuses(fused_ema.EMA(net()), state, "'middle.bias': expected shape (4,), found (3,)")
+
+
+def test_a_managers_own_state_is_sent_to_load_state_dict():
+    ema = fused_ema.EMA(net())
+    refuses(ema, ema.state_dict(), "call ema.load_state_dict(state)")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_state_dict_sends_other_states_to_restore(layout):
+    ema, state = good(layout)
+    called = "checkpoints.restore(ema, state)"
+    refused(ValueError, lambda: ema.load_state_dict(state), ema.model, *all_averages(ema), names=[called])
+    restore(ema, state, step=1)  # as the error says
+    whole = {"model": ema.model.state_dict(), "ema": ema.state_dict()}
+    with pytest.raises(ValueError, match="such a state is in it under 'ema'"):
+        ema.load_state_dict(whole)
+    ema.load_state_dict(whole["ema"])
+    del whole["ema"]["step"]
+    with pytest.raises(ValueError, match=r"missing from the state: 'step'$"):
+        ema.load_state_dict(whole["ema"])
+
+
+# ---- Other packages' checkpoints, as their training scripts write them
+
+
+def test_the_teacher_of_dino():
+    """Of a script that wraps backbone and head into one module, each with or without DDP."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.backbone, self.head = net(seed=seed), nn.Linear(4, 2)
+
+    teacher, wanted = Wrapper(1), net(seed=1)
+    for source in (teacher, nn.DataParallel(teacher)):
+        checkpoint = {"student": Wrapper(2).state_dict(), "teacher": source.state_dict(), "epoch": 3}
+        for model in (Wrapper(3), nn.DataParallel(Wrapper(3))):
+            ema = fused_ema.EMA(model)
+            restore(ema, checkpoint)
+            found = [*averages(ema).values()]
+            assert same(found, [tensor for _, tensor in teacher.named_parameters(remove_duplicate=False)])
+        for state in (checkpoint, checkpoint["teacher"]):  # a backbone alone leaves the head
+            restore(ema := fused_ema.EMA(nn.DataParallel(net())), state)
+            assert same(ours(ema), wanted.parameters())
+    del checkpoint["teacher"]["module.backbone.middle.bias"]
+    refuses(fused_ema.EMA(net()), checkpoint, "missing from the state: 'middle.bias'")
+
+
+def test_the_checkpoint_of_mmengines_hook():
+    """It has the averages as the model's state, and the model's own weights as the averages'."""
+    average, model = net(seed=1).state_dict(), net(seed=2).state_dict()
+    checkpoint = {
+        "meta": {"iter": 9},
+        "state_dict": average,
+        "ema_state_dict": {"steps": torch.tensor(9), **{f"module.{key}": value for key, value in model.items()}},
+    }
+    ema = fused_ema.EMA(net(), buffers="average", update_after_step=1)
+    restore(ema, checkpoint)
+    assert ema.step == 9
+    assert same(averages(ema).values(), [average[name] for name in averages(ema)])
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 2}])
+def test_lit_ema_in_the_state_of_a_lightning_module(wrap):
+    ema, state = good("lit_ema")
+    whole = {f"model.{name}": value for name, value in net(seed=8).state_dict().items()}
+    whole |= {f"model_ema.{name}": value for name, value in state.items()}
+    restore(other := fused_ema.EMA(net(seed=9), tf_warmup(0.9)), wrap(whole))
+    assert same(ours(other)[1:], ours(ema)[1:])
+    assert other.step == ema.step == 1
+    assert same(ours(other)[:1], [other.model.frozen]), "which LitEma leaves out"
+    whole["model_ema.num_updates"] = torch.tensor(-1)  # of use_num_updates=False
+    restore(other := fused_ema.EMA(net(seed=9), 0.9), wrap(whole))
+    assert other.step == 0
+    del whole["model_ema.middlebias"]
+    refuses(other, wrap(whole), "missing from the state: 'middle.bias'")
+
+
 # ---- Tied tensors
 
 
@@ -152,7 +276,7 @@ def test_wrong_shapes(layout, shape):
     refuses(ema, state, word.removeprefix(getattr(BY_NAME[layout], "prefix", "")), "(4,)", str(shape))
 
 
-@pytest.mark.parametrize("layout", ["averaged_model", "timm", "ema_pytorch"])
+@pytest.mark.parametrize("layout", ["averaged_model", "timm", "ema_pytorch", "mmengine", "dino", "plain"])
 def test_other_names(layout):
     ema, state = good(layout)
     values, _ = values_of(layout, state)
@@ -201,7 +325,7 @@ def test_unknown_and_ambiguous_layouts():
     refuses(ema, state, *LAYOUTS, "'swa'", layout="swa")
     refuses(ema, state, "the layout 'diffusers'", "optimization_step", "n_averaged", layout="diffusers")
     restore(ema, {**state, "state_dict_ema": {}}, "averaged_model")
-    with pytest.raises(ValueError, match="averaged_model, timm, diffusers, ema_pytorch, torch_ema, found 'swa'"):
+    with pytest.raises(ValueError, match=r"expected one of averaged_model, timm, .*, plain, found 'swa'"):
         export(ema, "swa")
 
 
@@ -226,8 +350,8 @@ def test_values_that_do_not_fit(layout, value, error):
     refuses(ema, state, error=error)
 
 
-@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "timm"])
-@pytest.mark.parametrize("count", [-1, 1.5, True, "7", [], torch.tensor([1, 2]), torch.tensor(0.5), torch.tensor(-3)])
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if BY_NAME[each].count])
+@pytest.mark.parametrize("count", [-2, 1.5, True, "7", [], torch.tensor([1, 2]), torch.tensor(0.5), torch.tensor(-3)])
 def test_invalid_counts(layout, count):
     ema, state = good(layout)
     key = BY_NAME[layout].count

@@ -43,7 +43,13 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize("inner", [net, Outer])
 def test_safetensors_of_a_wrapped_model(safetensors, inner, tmp_path):
-    for wrap in (nn.Module.eval, nn.DataParallel, torch.compile, lambda model: torch.compile(nn.DataParallel(model))):
+    def wrap_parts(model):
+        for name, child in [*model.named_children()]:
+            setattr(model, name, nn.DataParallel(torch.compile(child)))
+        return model
+
+    both = lambda model: torch.compile(nn.DataParallel(model))  # noqa: E731
+    for wrap in (nn.Module.eval, nn.DataParallel, torch.compile, both, wrap_parts):
         save_safetensors(tmp_path / "x.safetensors", fused_ema.EMA(wrap(inner())))
         inner().load_state_dict(safetensors.load_file(tmp_path / "x.safetensors"), strict=True)
 

@@ -1158,6 +1158,14 @@ def test_distance_sees_what_stands_still(backend):
     assert (averages(ema)["0"] != 1).sum() == 50
 
 
+def test_distance_from_a_tensor_of_another_shape_is_refused(backend):
+    model = nn.Linear(2, 3)
+    ema = EMA(model, 0.9)
+    model.weight = nn.Parameter(torch.ones(1, 2))  # which would broadcast
+    with pytest.raises(ValueError, match=r"model\['weight'\]: expected shape \(3, 2\), .* found \(1, 2\)"):
+        ema.distance()
+
+
 def test_distance_of_a_model_of_zeros(backend):
     model = nn.ParameterList([torch.zeros(3)])
     assert math.isnan(EMA(model, 0.9).distance()["relative"])

@@ -310,10 +310,10 @@ def test_a_state_with_one_of_two_tied_names(backend, heard):
     saved = trained().state_dict()
     model = Net()
     model.twin = model.head.bias
-    ema = EMA(model)
+    ema = EMA(model, 0.5)
     ema.load_state_dict(saved, names="common")
     assert values(ema) == dict.fromkeys(values(ema), 0.5)
-    other = EMA(Net())
+    other = EMA(Net(), 0.5)
     other.load_state_dict(ema.state_dict(), names="common")
     assert values(other) == dict.fromkeys(values(other), 0.5)
     (warning,) = heard  # of the second: in the first nothing was left out

@@ -312,7 +312,10 @@ def check_refusals(folder):
     refused(ValueError, "sharded", lambda: fused_ema.EMA(model, device="cpu"))
     refused(ValueError, "not sharded", lambda: ema.copy_to(network()))
     state = ema.state_dict()
-    refused(ValueError, "not sharded", lambda: fused_ema.EMA(network()).load_state_dict(state))
+    one = fused_ema.EMA(network())
+    refused(ValueError, "call its full_tensor() on every rank", lambda: one.load_state_dict(state))
+    state["averages"] = [{name: whole(tensor) for name, tensor in each.items()} for each in state["averages"]]
+    one.load_state_dict(state)
 
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -526,6 +529,43 @@ def check_files(folder):
     other = fused_ema.EMA(fsdp(network()), decay=[0.9, 0.9])
     fused_ema.checkpoints.restore(other, exported)
     same(dict(other.averaged_state_dict()), dict(managers[1].averaged_state_dict()))
+
+
+def check_unsharded(folder):
+    """A sharded manager, or model, takes whole tensors; each rank cuts out its own part."""
+    for shard in (fsdp, parallel):
+        one = fused_ema.EMA(network(), decay=[0.9, 0.99])
+        for step in range(3):
+            train(one.model, step), one.update()
+        ema, other = (fused_ema.EMA(shard(network()), decay=[0.9, 0.99]) for _ in range(2))
+        no_communication(ema.load_state_dict, one.state_dict())
+        assert (ema.step, ema.decay) == (3, (0.9, 0.99))
+        no_communication(fused_ema.checkpoints.restore, other, one.averaged_state_dict(1))
+        for index in (0, 1):
+            same(ema.averaged_state_dict(index), one.averaged_state_dict(index))
+        same(other.averaged_state_dict(), one.averaged_state_dict(1))
+        train(one.model, 0), one.update(), ema.load_state_dict(one.state_dict())
+        no_communication(fused_ema.posthoc.load_into, ema.model, one.averaged_state_dict())
+        same(ema.model.state_dict(), one.averaged_state_dict())
+        no_communication(one.copy_to, other.model, 1)
+        same(other.model.state_dict(), one.averaged_state_dict(1))
+
+        state = one.state_dict()
+        state["averages"][1]["0.weight"] = torch.zeros(13, 8)
+        before = {name: whole(tensor).clone() for name, tensor in ema.averaged_state_dict(1).items()}
+        with pytest.raises(ValueError, match=re.escape("'0.weight': expected shape (13, 7), found (13, 8)")):
+            ema.load_state_dict(state)
+        same(ema.averaged_state_dict(1), before)
+
+        early = fused_ema.EMA(model := network(), decay=0.9)
+        train(shard(model), 1)
+        for call in (early.update, early.swapped().__enter__):
+            with pytest.raises(ValueError, match=re.escape("make the fused_ema.EMA after fully_shard, not before")):
+                call()
+        late = fused_ema.EMA(model, decay=0.9)
+        late.load_state_dict(early.state_dict())  # as the error says
+        same(late.averaged_state_dict(), network().state_dict())
+        late.update()
 
 
 def check_load(folder):

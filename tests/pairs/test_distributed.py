@@ -32,7 +32,10 @@ def run(ranks, folder, *checks):
 @pytest.mark.hazard(14, "good")
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded(ranks, tmp_path):
-    checks = "update manager training evaluation ddp refusals reselect stale layouts threads compiled files save load"
+    checks = (
+        "update manager training evaluation ddp refusals reselect stale layouts threads compiled files unsharded "
+        "save load"
+    )
     run(ranks, tmp_path, *checks.split())
 
 

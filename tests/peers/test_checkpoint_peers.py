@@ -1,6 +1,7 @@
 """Checkpoints of other packages: round trips through the packages themselves."""
 
 import argparse
+import types
 
 import pytest
 import torch
@@ -104,7 +105,44 @@ def torch_ema_constant(model):
     return Peer("torch_ema", constant(0.95), model, average, average.update)
 
 
-ALL = [averaged_model, timm, diffusers, diffusers_short, ema_pytorch, torch_ema, torch_ema_constant]
+def mmengine(model, **options):
+    library = pytest.importorskip("mmengine.model")
+    average = library.ExponentialMovingAverage(model, momentum=0.1, **options)
+    update = lambda: average.update_parameters(model)  # noqa: E731
+    return Peer("mmengine", constant(0.9), model, average, update, average.module, after=1)
+
+
+class LitEma(nn.Module):
+    """As latent-diffusion's, which is in no registry: the names of its buffers, and its arithmetic."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.named_parameters_of_model = model.named_parameters
+        self.register_buffer("decay", torch.tensor(0.95))
+        self.register_buffer("num_updates", torch.tensor(0, dtype=torch.int))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_buffer(name.replace(".", ""), parameter.detach().clone())
+
+    @torch.no_grad()
+    def update(self):
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for average, (_, parameter) in zip(self.shadow_params, self.named_parameters_of_model(), strict=True):
+            if average is not parameter:
+                average.sub_((1 - decay) * (average - parameter))
+
+    @property
+    def shadow_params(self):
+        return [self._buffers.get(name.replace(".", ""), p) for name, p in self.named_parameters_of_model()]
+
+
+def lit_ema(model):
+    average = LitEma(model)
+    return Peer("lit_ema", tf_warmup(0.95), model, average, average.update)
+
+
+ALL = [averaged_model, timm, diffusers, diffusers_short, ema_pytorch, torch_ema, torch_ema_constant, mmengine, lit_ema]
 
 
 def peers(*kinds):
@@ -169,6 +207,24 @@ def test_a_checkpoint_that_timm_loads(tmp_path):
     assert same(fresh.parameters(), ours(ema))
     (fresh := net(seed=5)).load_state_dict(load(tmp_path / "last.pth.tar")["state_dict_ema"])
     assert same(fresh.parameters(), ours(ema))
+
+
+def test_a_checkpoint_of_mmengines_hook():
+    """The hook exchanges the two states in its checkpoints."""
+    library = pytest.importorskip("mmengine.hooks")
+    runner = types.SimpleNamespace(model=net(), iter=0)
+    hook = library.EMAHook(momentum=0.1)
+    hook.before_run(runner)
+    for _ in range(4):
+        train(runner.model)
+        hook.after_train_iter(runner, 0)
+    average = [tensor.clone() for tensor in hook.ema_model.module.parameters()]
+    checkpoint = {"state_dict": runner.model.state_dict()}
+    hook.before_save_checkpoint(runner, checkpoint)
+    ema = fused_ema.EMA(net(seed=3), 0.9, update_after_step=1)
+    restore(ema, checkpoint)
+    assert same(ours(ema), average)
+    assert ema.step == 4
 
 
 @peers()
@@ -245,17 +301,18 @@ def test_some_parameters_only(kind, monkeypatch):
     ids=["module", "_orig_mod", "both"],
 )
 def test_wrapped_models(kind, wrap):
+    kept = slice(1 if kind is lit_ema else 0, None)  # it leaves the frozen parameter, the first, to the model
     peer = kind(net()).train()
     ema = fused_ema.EMA(wrap(net(seed=3)), peer.schedule)
     restore(ema, peer.state())
-    assert same(ours(ema), peer.averages())
+    assert same(ours(ema)[kept], peer.averages()[kept])
     state = export(ema, peer.layout)
-    wrapped = kind(net(seed=4) if kind is timm else wrap(net(seed=4)))
+    wrapped = kind(net(seed=4) if kind in (timm, lit_ema) else wrap(net(seed=4)))  # their names are the innermost's
     wrapped.take(state)  # load_state_dict is strict about names
-    assert same(ours(ema), wrapped.averages())
+    assert same(ours(ema)[kept], wrapped.averages()[kept])
     plain = fused_ema.EMA(net(seed=5))
     restore(plain, {"state_dict_ema": wrap(wrapped.module).state_dict()} if kind is timm else wrapped.state())
-    assert same(ours(ema), ours(plain))
+    assert same(ours(ema)[kept], ours(plain)[kept])
 
 
 # Whether each of the two packages with a schedule goes on with our decays from update 10 on, or with our latest one.
