@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pairs.checks import Action
 from ..pairs.memory import nth_average
-from .base import Call, Job, Tensors, Watch
+from .base import Call, Job, Tensors, Watch, skips_nonfinite
 from .exchange import Exchange
 from .groups import alike, borrow, give_back, groups, scratch_bytes
 from .in_python import PreparedInPython, getter
@@ -83,11 +83,14 @@ class PreparedForeach(PreparedInPython):
             nth = ema if k <= 0 else self._nth(ema, k)
             if call.op == "copy":
                 _copy(self._pick_all, nth, model)
-            elif call.device_decays is None:
-                self._update(nth, model, call.decays[position], call.keys[position] if call.keys else None)
-            else:
-                decay = call.device_decays.reshape(-1)[max(k, 0)]
-                self._update_on_device(nth, model, decay, call.keys[position] if call.keys else None)
+                continue
+            key = call.keys[position] if call.keys else None
+            if call.device_decays is None and not skips_nonfinite(call.op):
+                self._update(nth, model, call.decays[position], key)
+                continue
+            on_device = call.device_decays
+            decay = call.decays[position] if on_device is None else on_device.reshape(-1)[max(k, 0)]
+            self._update_one_by_one(nth, model, decay, key, finite=skips_nonfinite(call.op))
 
     def _nth(self, ema: Tensors, k: int) -> Tensors:
         nth = [*ema]
@@ -112,11 +115,13 @@ class PreparedForeach(PreparedInPython):
         for memory in scratch.values():
             give_back(memory)
 
-    def _update_on_device(self, ema: Tensors, model: Tensors, decay: Tensor, key: int | None) -> None:
+    def _update_one_by_one(
+        self, ema: Tensors, model: Tensors, decay: float | Tensor, key: int | None, finite: bool
+    ) -> None:
         for group in self._groups:
             for i in group.pairs:
                 random = None if key is None else (key, self._numbers[i])
-                update_(ema[i], model[i], decay, average=True, random=random)
+                update_(ema[i], model[i], decay, average=True, random=random, finite=finite)
         for i in self._copied:
             update_(ema[i], model[i], decay, average=False)
 

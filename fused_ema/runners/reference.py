@@ -34,18 +34,27 @@ def finish(run: Callable[[list[object]], None]) -> None:
 
 @torch.no_grad()
 def update_(
-    ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool, random: tuple[int, int] | None = None
+    ema: Tensor,
+    model: Tensor,
+    decay: float | Tensor,
+    *,
+    average: bool,
+    random: tuple[int, int] | None = None,
+    finite: bool = False,
 ) -> None:
     """ema ← decay * ema + (1 - decay) * model, or the copy that goes with it, in place; decay in [0, 1].
 
     `random`: the key and the first number of the random bits, where 16-bit averages are rounded stochastically.
+    `finite`: an average stays as it is where the model is not finite.
     """
     if not isinstance(decay, Tensor):
         if decay == 1:
             return
-        if decay == 0 or not average:
+        if (decay == 0 and not finite) or not average:
             ema.copy_(model)
             return
+        if decay == 0:
+            decay = torch.zeros((), device=ema.device)  # chosen element by element
     block = _BLOCK_CPU if ema.device.type == "cpu" else _BLOCK_DEVICE
     e, p = reals(ema.data), reals(model.data)  # autograd would count a change for each block
     if random:  # the numbers follow the average's memory
@@ -63,6 +72,8 @@ def update_(
             if random and average and old.element_size() == 2:
                 rounded = round_stochastically(moved.float(), old.dtype, random[0], numbers[position])
                 moved = rounded if not isinstance(decay, Tensor) else torch.where(decay == 0, moved, rounded)
+            if finite and average:
+                moved = torch.where(new.isfinite(), moved, old)
             done.extend(map(old.copy_, [moved]))
 
     finish(run)
