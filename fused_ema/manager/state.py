@@ -40,6 +40,7 @@ class State:
             "update_after_step": table.update_after_step,
             "rounding": table.rounding,
             "seed": table.seed,
+            "nonfinite": table.nonfinite,
             "decays": list(self.decays),
             "schedules": [schedules.to_state(schedule) for schedule in table.schedules],
             "averages": [dict(each) for each in self.averages],
@@ -57,6 +58,7 @@ def parse(saved: Any, own: State) -> State:
     version = saved.get("version", VERSION)
     if not isinstance(version, int) or version != VERSION:  # a tensor would compare its elements
         raise ValueError(f"state: expected version {VERSION}, found {shown(version)}")
+    saved = {"nonfinite": "propagate", **saved}  # earlier versions had no other way
     if saved.keys() != expected.keys():
         raise ValueError(f"state: expected the keys {list(expected)}, found {list(saved)}")
     rounding = saved["rounding"]
@@ -79,6 +81,7 @@ def parse(saved: Any, own: State) -> State:
         numbers["update_after_step"],
         own.timetable.rounding,
         numbers["seed"],
+        saved["nonfinite"],
     )
     averages = [
         _fitting(k, ours, theirs) for k, (ours, theirs) in enumerate(zip(own.averages, saved["averages"], strict=True))
