@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from ..pairs.checks import check_tensor, dtype_name, storage_refusal
 from ..pairs.pairing import first_few
 from ..pairs.shards import local
 from ..runners import reference
-from ..runners.pieces import reals
 from .averages import Averages
 from .timetable import Nonfinite, Timetable
 
@@ -48,24 +46,15 @@ def summary(about: dict[str, Any], model: str) -> str:
     )
 
 
-@torch.no_grad()
 def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]]) -> None:
-    """Warns of averages, by name, that hold NaN or infinity. It reads each of them once, and then waits once for each
-    device and type."""
-    ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    names: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
-    for name, tensor in (item for each in averages for item in each.items()):
-        values = reals(local(tensor))
-        if values.numel() and storage_refusal(name, values) is None:
-            ends[values.device, values.dtype] += torch.aminmax(values)  # either is NaN where an element is
-            names[values.device, values.dtype] += [name] * 2
-    bad: dict[str, None] = {}
-    for kind, each in ends.items():
-        finite = torch.stack(each).isfinite().tolist()
-        bad |= {name: None for name, fine in zip(names[kind], finite, strict=True) if not fine}
+    """Warns of averages, by name, that hold NaN or infinity."""
+    named = [(name, local(tensor)) for each in averages for name, tensor in each.items()]
+    named = [(name, tensor) for name, tensor in named if storage_refusal(name, tensor) is None]
+    finite = reference.are_finite([tensor for _, tensor in named])
+    bad = list(dict.fromkeys(name for (name, _), fine in zip(named, finite, strict=True) if not fine))
     if bad:
         warn(
-            f"fused_ema: averages hold NaN or infinity, which stay in them for good: {first_few(list(bad), ', ')}. "
+            f"fused_ema: averages hold NaN or infinity, which stay in them for good: {first_few(bad, ', ')}. "
             "EMA.distance() counts such elements. Go on from an earlier state, and pass nonfinite='skip' to EMA, so "
             "that elements of the model that are not finite leave their averages as they are"
         )

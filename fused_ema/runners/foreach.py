@@ -19,7 +19,7 @@ from .base import Call, Job, Tensors, Watch, skips_nonfinite
 from .exchange import Exchange
 from .groups import alike, borrow, give_back, groups, scratch_bytes
 from .in_python import PreparedInPython, getter
-from .reference import update_
+from .reference import are_finite, update_
 
 
 class Foreach:
@@ -78,6 +78,7 @@ class PreparedForeach(PreparedInPython):
         ema, model = tensors[:half], tensors[half:]
         if call.op in ("swap", "restore"):
             return self._exchange.run(call, ema, model)
+        skips = skips_nonfinite(call.op) and not self._known_finite(model)
         averages = range(len(call.decays)) if call.average < 0 else [call.average]
         for position, k in enumerate(averages):
             nth = ema if k <= 0 else self._nth(ema, k)
@@ -85,12 +86,17 @@ class PreparedForeach(PreparedInPython):
                 _copy(self._pick_all, nth, model)
                 continue
             key = call.keys[position] if call.keys else None
-            if call.device_decays is None and not skips_nonfinite(call.op):
+            if call.device_decays is None and not skips:
                 self._update(nth, model, call.decays[position], key)
                 continue
             on_device = call.device_decays
             decay = call.decays[position] if on_device is None else on_device.reshape(-1)[max(k, 0)]
-            self._update_one_by_one(nth, model, decay, key, finite=skips_nonfinite(call.op))
+            self._update_one_by_one(nth, model, decay, key, skips)
+
+    def _known_finite(self, model: Tensors) -> bool:
+        """Whether what is averaged is finite. A device is not looked at, since that would wait for it."""
+        averaged = [model[i] for group in self._groups for i in group.pairs]
+        return all(each.device.type == "cpu" for each in averaged) and all(are_finite(averaged))
 
     def _nth(self, ema: Tensors, k: int) -> Tensors:
         nth = [*ema]

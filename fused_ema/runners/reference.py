@@ -7,11 +7,13 @@ that may have no float64, such as MPS and XPU, compute in float32 what has 32 bi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..pairs.memory import extent
 from .pieces import pieces, reals
 
 # Elements computed at a time: few enough for the CPU's caches; on a device, enough to hide a launch.
@@ -30,6 +32,25 @@ def finish(run: Callable[[list[object]], None]) -> None:
     except KeyboardInterrupt:
         run(done)
         raise
+
+
+@torch.no_grad()
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each has finite elements alone. It reads each once, and waits once for each device and type."""
+    ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        values = reals(tensor)
+        if extent(values) == values.numel():
+            values = values.as_strided((values.numel(),), (1,))  # the order in memory, else it would be copied
+        if values.numel():
+            ends[values.device, values.dtype] += torch.aminmax(values)  # both are NaN where an element is
+            places[values.device, values.dtype] += [place] * 2
+    found = [True] * len(tensors)
+    for kind, each in ends.items():
+        for place, finite in zip(places[kind], torch.stack(each).isfinite().tolist(), strict=True):
+            found[place] &= finite
+    return found
 
 
 @torch.no_grad()
