@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ._warning import warn
 from .pairs import shards
@@ -65,6 +66,7 @@ class Plan:
     ) -> None:
         checked = check(pairs, buffers, free_types=free_types)
         self.lasts = lasts
+        self._requires_grad = any(ema.requires_grad for ema in pairs.ema)  # autocast keeps copies of no others
         self._sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
@@ -99,8 +101,8 @@ class Plan:
             if device_decays is not None and device_decays.device.type == "cpu":
                 call = call._replace(decays=(decay_number(device_decays.item()),), device_decays=None)
         writes_model = op in ("swap", "restore")
-        if writes_model:
-            torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
+        if writes_model or self._requires_grad or parametrize._cache:
+            forget_values()
         if (
             self._coarse
             and op in ("update", "update_finite")
@@ -139,6 +141,13 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)
+
+
+def forget_values() -> None:
+    """Drops what PyTorch has computed of tensors that are about to be written: autocast's 16-bit copies, and what
+    `torch.nn.utils.parametrize.cached()` keeps."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _describe(active: list[tuple[Tensor, Tensor, Action]], averages: int) -> dict[str, Any]:

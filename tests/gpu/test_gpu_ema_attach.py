@@ -108,7 +108,6 @@ def test_nothing_waits_but_the_next_step(where):
 
 LOOKS = {
     "step": lambda ema, other: ema.step,
-    "update": lambda ema, other: ema.update(),
     "swapped": lambda ema, other: ema.swapped(1).__enter__(),
     "copy_to": lambda ema, other: ema.copy_to(other),
     "remove": lambda ema, other: ema._attachment.remove(),
@@ -148,8 +147,6 @@ def test_remove(overlap, where):
     assert all(map(same_bits, averages(training.ema), before))
     training.handle.remove()
     training.handle = training.ema.attach(training.optimizer, overlap=not overlap)
-    training.twin.update()
-    training.ema.update()
     training.step()
     training.check()
 
