@@ -209,6 +209,21 @@ class EMA:
                 self._decays = decays
             self._step = step
 
+    def begin(self) -> None:
+        """Begins again from the model as it is now, unless there was an update or the averages were loaded.
+
+        For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
+        ema.begin()``. It may be called at any time, and does nothing once the averages have a history.
+
+        Raises:
+            RuntimeError: inside `swapped()`.
+        """
+        with one_at_a_time():
+            self.wait()
+            self._refuse_swapped("EMA.begin()")
+            if self._fresh and self._step == 0:
+                self._run(Call("copy", (0.0,) * len(self.schedules)))
+
     # ---- Evaluating
 
     @contextlib.contextmanager

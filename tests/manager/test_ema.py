@@ -1039,6 +1039,31 @@ def test_averaged_state_dict(backend):
 # ---- Looking
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_begin_follows_the_model_until_there_is_a_history(backend, dtype):
+    model = net()
+    ema = EMA(model, [0.5, 0.9], dtype=dtype)
+    places = [tensor.data_ptr() for k in (0, 1) for tensor in averages(ema, k).values()]
+    for _ in range(2):
+        nudge(model)
+        ema.begin()
+        for k in (0, 1):
+            assert equal(averages(ema, k), {n: p.to(dtype) for n, p in parameters(model).items()})
+    assert places == [tensor.data_ptr() for k in (0, 1) for tensor in averages(ema, k).values()]
+    assert ema.step == 0
+    loaded = EMA(model, [0.5, 0.9], dtype=dtype)
+    loaded.load_state_dict(copy.deepcopy(ema.state_dict()))  # of step 0
+    ema.update()
+    nudge(model)
+    for each in (ema, loaded, copy.deepcopy(loaded)):
+        before = [clones(averages(each, k)) for k in (0, 1)]
+        each.begin()
+        assert equal(before[0], averages(each, 0))
+        assert equal(before[1], averages(each, 1))
+        with each.swapped(), pytest.raises(RuntimeError, match=r"EMA\.begin\(\) was called inside swapped\(\)"):
+            each.begin()
+
+
 def test_describe(backend):
     model = net().bfloat16()
     ema = EMA(model, [0.9, tf_warmup(0.99)], update_every=2)
