@@ -144,11 +144,25 @@ clean:  ## remove everything built except the environment
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
+# Without a GPU, PyTorch's build for the CPU does as well, and is a tenth of the download. Registries have it as a version
+# "+cpu", if they have it.
+NO_CUDA_HERE = [ "$$(uname)" = Linux -a '$(FUSED_EMA_CUDA)' != 1 -a ! -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null
 $(TORCH_STAMP):
-	@echo "$(VENV): installing $(TORCH) and build tools"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.torch-*
-	@$(PY) -m pip install -q --disable-pip-version-check --upgrade '$(TORCH)' ninja 'setuptools>=77'
+	@torch='$(TORCH)'; \
+	if [ '$(origin TORCH)' = file ] && $(NO_CUDA_HERE); then \
+	    cpu=$$($(PY) -m pip index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | head -n 1); \
+	    if [ "$$cpu" ]; then \
+	        torch="torch==$$cpu"; \
+	        echo "No NVIDIA GPU here, so this takes a build of PyTorch for the CPU; TORCH=torch takes the newest of all."; \
+	    else \
+	        echo "No NVIDIA GPU here, but this PyTorch may be a build for CUDA, of gigabytes. For one for the CPU, stop"; \
+	        echo "this, and type it again after PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
+	    fi; \
+	fi; \
+	echo "$(VENV): installing $$torch and build tools"; \
+	$(PY) -m pip install -q --disable-pip-version-check --upgrade "$$torch" ninja 'setuptools>=77'
 	@touch $@
 
 # A failed compilation is an error, unless there is no compiler or the environment says otherwise.

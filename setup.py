@@ -8,8 +8,11 @@ import sys
 import types
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+if int(__version__.partition(".")[0]) < 77:  # its own error about pyproject.toml is 91 lines long
+    sys.exit(f'fused_ema: expected setuptools 77 or newer, found {__version__}; run pip install "setuptools>=77"')
 
 ROOT = Path(__file__).resolve().parent
 

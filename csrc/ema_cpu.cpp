@@ -11,6 +11,7 @@
 #endif
 
 #include <atomic>
+#include <chrono>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FUSED_EMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -22,6 +23,13 @@ namespace fused_ema {
 namespace {
 
 std::atomic<int64_t> grain{int64_t(1) << 17};  // elements; fewer are not worth waking a second thread
+// Where other programs keep the cores busy, the threads of a parallel loop wait for one another, spinning: 10 to 40 ms,
+// even for a loop of 0.3 ms (OMP_WAIT_POLICY=PASSIVE avoids that). After such a delay small loops stay on one thread
+// for some calls.
+std::atomic<int> calls_alone{0};
+constexpr int kCallsAlone = 32;
+constexpr int64_t kSmall = int64_t(1) << 22;  // elements, which one thread updates in about 1 to 4 ms
+constexpr std::chrono::milliseconds kDelay{8};
 constexpr int64_t kPiece = 1024;  // elements of the model, few enough to stay in the L1 cache for all averages
 
 #define FUSED_EMA_LERP_LOOP(E, P)                                                                               \
@@ -219,7 +227,7 @@ class KeepSubnormals {
 int64_t set_grain(int64_t elements) { return grain.exchange(elements); }
 
 void run_cpu(Op op, const Tables& tables, const Call& call) {
-  at::parallel_for(0, tables.elements, grain.load(std::memory_order_relaxed), [&](int64_t begin, int64_t end) {
+  const auto run_part = [&](int64_t begin, int64_t end) {
     const KeepSubnormals keep;
     auto row = std::upper_bound(tables.rows.begin(), tables.rows.end(), begin,
                                 [](int64_t element, const Row& r) { return element < r.first; }) -
@@ -232,7 +240,18 @@ void run_cpu(Op op, const Tables& tables, const Call& call) {
       const int64_t low = std::max<int64_t>(begin - row->first, 0), high = std::min(end - row->first, row->numel);
       run_row(op, tables, *row, call, low, high);
     }
-  });
+  };
+  const int64_t least = grain.load(std::memory_order_relaxed), work = tables.elements * (call.last - call.first);
+  if (tables.elements <= least || work > kSmall) {
+    at::parallel_for(0, tables.elements, least, run_part);
+  } else if (calls_alone.load(std::memory_order_relaxed) > 0) {
+    calls_alone.fetch_sub(1, std::memory_order_relaxed);
+    run_part(0, tables.elements);
+  } else {
+    const auto start = std::chrono::steady_clock::now();
+    at::parallel_for(0, tables.elements, least, run_part);
+    if (std::chrono::steady_clock::now() - start > kDelay) calls_alone.store(kCallsAlone, std::memory_order_relaxed);
+  }
 }
 
 }  // namespace fused_ema

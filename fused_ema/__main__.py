@@ -93,7 +93,7 @@ def _table(device: str) -> tuple[list[str], str | None]:
         row(f"float32 on {device}, now", f"{tensors} of {elements}", f"1 of {large / 1e6:.1f}M", ""),
         measured(f"fused_ema ({active})", *cost.fused),
         measured("torch._foreach_lerp_", *cost.foreach),
-        measured("torch.add (the memory's speed)", None, cost.stream),
+        measured("a.add_(b), the same bytes", None, cost.stream),
     ]
     if active == "foreach" or (cost.share > 0.7 and cost.fused[0] < cost.foreach[0]):
         return lines, None
@@ -151,7 +151,7 @@ def _runs_on(built: str, architecture: str) -> bool:
 
 def info() -> int:
     lines = [
-        ("fused_ema", fused_ema.__version__),
+        ("fused_ema", f"{fused_ema.__version__} in {PACKAGE}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("python", platform.python_version()),
         ("nvcc", _nvcc()),
@@ -250,6 +250,7 @@ def _about_build() -> str:
 def main() -> int:
     os.environ["FUSED_EMA_QUIET"] = "1"  # what is slow is said at the end
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_ema {fused_ema.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{build}")
     command = commands.add_parser(
         "build", help="compile the extension, or the CUDA kernels", description=_about_build()
@@ -276,4 +277,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `| head` leaves it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
+        code = 1
+    sys.exit(code)

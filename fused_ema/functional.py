@@ -35,7 +35,7 @@ def update(ema: Source, model: Source, decay: float | Tensor, *, buffers: Buffer
             `_fsdp_wrapped_module.` ignored; sequences by position. Of sharded tensors (DTensor: FSDP2, tensor
             parallelism) each rank averages what lies on it; both sides have one mesh and the same placements.
         decay: a float in [0, 1], or a 0-d float32 or float64 tensor on the averages' device, which is read there,
-            without waiting for it. 1 writes nothing at all, 0 copies.
+            without waiting for it: on a GPU its value is not checked. 1 writes nothing at all, 0 copies.
         buffers: what to do with a module's floating buffers: "copy" (as torch's AveragedModel does), "average" or
             "ignore". Integer and bool tensors are copied, or ignored with the buffers. A mapping or a sequence does
             not distinguish buffers from parameters: all its floating tensors are averaged.

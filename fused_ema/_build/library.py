@@ -42,7 +42,7 @@ def _refusal(library: Path, record: Record | None, cached: bool) -> str | None:
     size = library.stat().st_size
     if record.get("size") != size:
         return f"{library} is damaged ({size} bytes instead of {record.get('size')}); {REBUILD}"
-    if cached and record.get("sources") != sources_digest():
+    if library.parent != PACKAGE and record.get("sources") != sources_digest():
         return f"{library} was built from other sources than those of this fused_ema; {BUILD}"
     return None
 
@@ -62,16 +62,18 @@ def _find() -> _Found:
         return _Found(why_not="FUSED_EMA_EXT=0 switches the extension off; unset it")
     reasons: list[str] = []
     usable: list[tuple[Path, Record]] = []
-    folders = [PACKAGE]
+    cache: Path | None = None
     with contextlib.suppress(RuntimeError):  # no home folder
-        folders.append(cache_folder(str(torch.__version__)))
-    for folder in folders:
+        cache = cache_folder(str(torch.__version__))
+    # A checkout in the working directory shadows the package that was installed from it, with its extension.
+    installed = (Path(each, PACKAGE.name).resolve() for each in sys.path)
+    for folder in dict.fromkeys([PACKAGE, *([cache] if cache else []), *installed]):
         library = folder / LIBRARY
         try:
             if not library.is_file():
                 continue
             record = read_record(folder)
-            if reason := _refusal(library, record, cached=folder != PACKAGE):
+            if reason := _refusal(library, record, cached=folder == cache):
                 reasons.append(reason)
             else:
                 usable.append((library, record or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,9 +22,8 @@ def export(
 ) -> dict[str, Any]:
     """Returns the average as the state of another package: what its `load_state_dict` takes, in tensors and numbers.
 
-    Averages keep their dtype. They are copies where the manager has several averages, and while it is swapped. What is
-    not averaged comes from the model. Names are those of `model.state_dict()`; for timm, the prefixes of DDP and
-    torch.compile are removed.
+    Averages keep their dtype, and all tensors are copies. What is not averaged comes from the model. Names are those of
+    `model.state_dict()`; for timm, the prefixes of DDP and torch.compile are removed.
 
     The states of diffusers and torch_ema can describe some schedules: diffusers continues with the decays of
     `constant`, `half_life`, `inverse_power` and `tf_warmup`, torch_ema with those of `constant`, `half_life` and
@@ -50,5 +50,5 @@ def export(
                 "export: the model's own weights are not in the model inside swapped(); leave the block first, or pass "
                 "include_online=False"
             )
-        state |= {kind.online + key: value for key, value in ema.model.state_dict().items()}
+        state |= {kind.online + key: value for key, value in copy.deepcopy(ema.model.state_dict()).items()}
     return state

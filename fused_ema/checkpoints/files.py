@@ -24,7 +24,9 @@ def safetensors() -> Any:
         library = importlib.import_module("safetensors")
         importlib.import_module("safetensors.torch")
     except ImportError as error:
-        raise ImportError(".safetensors files need two packages; run pip install safetensors numpy") from error
+        raise ImportError(
+            '.safetensors files need two packages; run pip install "fused-ema[files]", or pip install safetensors numpy'
+        ) from error
     return library
 
 

@@ -140,7 +140,7 @@ class Positional(Layout):
         state = ema.averaged_state_dict(index)
         values = {id(tensor): state[key] for key, tensor in ema.model.state_dict(keep_vars=True).items()}
         places = self.places(ema.model, parameters).values()
-        return {"shadow_params": [values[id(each)] if id(each) in values else each.detach() for each in places]}
+        return {"shadow_params": [values[id(each)] if id(each) in values else each.detach().clone() for each in places]}
 
 
 class Diffusers(Positional):

@@ -32,7 +32,7 @@ def save_safetensors(path: PathLike, ema: EMA, index: int = 0, *, dtype: torch.d
     safetensors()
     check_floating(dtype or torch.float32)
     tensors: dict[str, Tensor | None] = {}
-    for key, value in unwrapped(ema.model, ema.averaged_state_dict(index)).items():
+    for key, value in unwrapped(ema.model, ema.averaged_state_dict(index, copy=False)).items():
         if isinstance(value, Tensor):
             if value.dtype == torch.complex128:
                 raise ValueError(f"ema[{key!r}]: expected a type that safetensors has, found complex128")

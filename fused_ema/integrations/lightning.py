@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:  # the package's older name
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+except ImportError:
+    try:  # the package's older name
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    except ImportError as error:
+        raise ImportError(
+            'this callback needs Lightning; run pip install "fused-ema[lightning]", or pip install lightning'
+        ) from error
 
 import torch
 
 from .. import checkpoints, schedules
 from .._warning import warn
 from ..manager.ema import EMA
+from ..manager.state import Whose, check_whose
 from ..manager.timetable import schedules_of
 from ..pairs import shards
 from ..schedules import Schedule
@@ -46,6 +52,7 @@ class EMACallback(Callback):
         optimizer: the position in `trainer.optimizers` of the optimizer whose steps the updates follow. Where the
             trainer gets other optimizers during a fit, the updates follow the one that is at this position then.
         index: which average is used, if `decay` is a sequence.
+        schedules: whose decays and options hold after resuming: see `EMA.load_state_dict`.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `fit` on. A fit that starts at step 0, or from a checkpoint without
@@ -72,6 +79,7 @@ class EMACallback(Callback):
         save: Literal["model", "average"] = "model",
         optimizer: int = -1,
         index: int = 0,
+        schedules: Whose = "saved",
         **options: Unpack[Options],
     ) -> None:
         check_options(decay, index, options, evaluate=evaluate)
@@ -80,7 +88,8 @@ class EMACallback(Callback):
         if not isinstance(optimizer, int):
             raise TypeError(f"optimizer: expected a position in trainer.optimizers, found {type(optimizer).__name__}")
         self.decay, self.evaluate, self.save, self.optimizer, self.index = decay, evaluate, save, optimizer, index
-        self.options = options
+        check_whose(schedules)
+        self.schedules, self.options = schedules, options
         self._state: Mapping[str, Any] | None = None
         self._of_lightning: dict[str, Any] | None = None  # the state that Lightning's own callback saved
         self._restored = False  # in this fit
@@ -145,7 +154,7 @@ class EMACallback(Callback):
             self.ema = None  # frees its memory first
             self.ema, self._begun = EMA(pl_module, self.decay, **self.options), False
         if self._state is not None:
-            self.ema.load_state_dict(self._state)
+            self.ema.load_state_dict(self._state, schedules=self.schedules)
             self._state, self._restored = None, True
         elif self._of_lightning is not None:
             checkpoints.restore(self.ema, self._of_lightning)
@@ -203,7 +212,7 @@ class EMACallback(Callback):
             return
         else:  # the average of that checkpoint is wanted, not the latest one
             manager = EMA(pl_module, self.decay, **self.options)
-            manager.load_state_dict(self._state)
+            manager.load_state_dict(self._state, schedules="mine")  # there are no updates
         self._inside.enter_context(manager.swapped(self.index))
         self._evaluating = True
 
@@ -240,7 +249,7 @@ class EMACallback(Callback):
 
     def _averaged(self, trainer: Trainer, ema: EMA) -> dict[str, Any]:
         try:
-            return ema.averaged_state_dict(self.index)
+            return ema.averaged_state_dict(self.index, copy=False)
         except (RuntimeError, TypeError):  # the module's state_dict() is its own, and leaves some parameters out
             with ema.swapped(self.index):
                 return copy.deepcopy(trainer.strategy.lightning_module_state_dict())

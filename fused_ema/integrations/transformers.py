@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+try:
+    from accelerate.utils import gather_object
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(
+        'this callback needs transformers; run pip install "fused-ema[transformers]", or pip install transformers '
+        "accelerate"
+    ) from error
 
 from .._warning import warn
 from ..checkpoints.files import replacing
 from ..manager.ema import EMA
+from ..manager.state import Whose, check_whose
 from ..pairs.shards import is_sharded
 from ..schedules import Schedule
 from .options import Options, check_options
@@ -42,6 +50,7 @@ class EMACallback(TrainerCallback):
             model), and a file `ema.pt`, from which `train(resume_from_checkpoint=...)` resumes. With save=False no file
             is looked for either.
         index: which average is used, if `decay` is a sequence.
+        schedules: whose decays and options hold after resuming: see `EMA.load_state_dict`.
         options: further arguments of `fused_ema.EMA`.
 
     `callback.ema` is the manager, from the start of `train` on. Each run has a new one. It starts with the weights that
@@ -63,10 +72,13 @@ class EMACallback(TrainerCallback):
         evaluate: bool = True,
         save: bool = True,
         index: int = 0,
+        schedules: Whose = "saved",
         **options: Unpack[Options],
     ) -> None:
+        check_whose(schedules)
         check_options(decay, index, options, evaluate=evaluate, save=save)
         self.decay, self.evaluate, self.save, self.index, self.options = decay, evaluate, save, index, options
+        self.schedules = schedules
         self._inside = contextlib.ExitStack()
         self._begun = False  # the first step of this run
         self._evaluated: list[tuple[int, int]] = []  # what the model was when the average had been put into it
@@ -196,7 +208,8 @@ class EMACallback(TrainerCallback):
 
     def _load(self, path: Path) -> None:
         assert self.ema
-        self.ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.ema.load_state_dict(state, schedules=self.schedules)
 
     def _leave_interrupted(self) -> None:
         """Takes the average out of the model if an exception ended the last run during an evaluation. Weights that were
@@ -218,9 +231,11 @@ def _export(ema: EMA, index: int, model: Any, folder: Path) -> None:
     learned_prompts = any(getattr(config, "is_prompt_learning", False) for config in adapters.values())
     if not hasattr(model, "save_pretrained"):
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(ema.averaged_state_dict(index), folder / "pytorch_model.bin")
+        torch.save(ema.averaged_state_dict(index, copy=False), folder / "pytorch_model.bin")
     elif isinstance(model, PreTrainedModel) or (adapters and not learned_prompts):
-        model.save_pretrained(folder / ADAPTER if adapters else folder, state_dict=ema.averaged_state_dict(index))
+        model.save_pretrained(
+            folder / ADAPTER if adapters else folder, state_dict=ema.averaged_state_dict(index, copy=False)
+        )
     else:  # it saves what the model holds, whatever state it is given
         with ema.swapped(index):
             model.save_pretrained(folder / ADAPTER if adapters else folder)

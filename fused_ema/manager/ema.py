@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into, extra_states
-from .selection import Select, Selection, fleeting_buffers, tensors_of
-from .state import State, parse
+from .selection import Select, Selection, as_module, fleeting_buffers, tensors_of
+from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
 
@@ -33,7 +34,8 @@ class EMA:
 
     Args:
         model: the module that is trained. Its tensors are found by name at each call, and it is never copied, so
-            parametrized, wrapped and compiled modules work.
+            parametrized, wrapped and compiled modules work. Or a dict of names to tensors, such as the float32 master
+            weights of an optimizer: `EMA.model` is then a module whose parameters are that dict.
         decay: a number in [0, 1]; a schedule (`fused_ema.schedules`, or any function from the number of the step after
             `update_after_step`, counted from 1, to a decay); or a sequence of up to 8 of them, for as many averages,
             which read each parameter once.
@@ -87,7 +89,7 @@ class EMA:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
@@ -100,8 +102,7 @@ class EMA:
         seed: int = 0,
         nonfinite: Nonfinite = "propagate",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+        model = as_module(model)
         check_floating(dtype)
         self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed, nonfinite)
         if rounding == "stochastic" and dtype.itemsize != 2:
@@ -176,10 +177,22 @@ class EMA:
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """The decay of the latest update, or of the first before there was any; one for each of several averages."""
+        """The decay of the latest update, or of the next before there was any; one for each of several averages.
+
+        It can be set, to what `EMA` takes as `decay`: the averages follow that from the next update on.
+        """
         self.wait()
-        decays = self._decays or self._timetable.decays_at(self._timetable.step_of(1))
+        decays = self._decays or self._timetable.decays_at(self._timetable.step_of(self.updates + 1))
         return decays[0] if len(decays) == 1 else decays
+
+    @decay.setter
+    def decay(self, decay: float | Schedule | Sequence[float | Schedule]) -> None:
+        schedules = schedules_of(decay)
+        if len(schedules) != len(self.schedules):
+            raise ValueError(f"decay: expected one for each of {len(self.schedules)} averages, found {len(schedules)}")
+        with one_at_a_time():
+            self.wait()
+            self._timetable, self._decays = replace(self._timetable, schedules=schedules), ()
 
     def update(self) -> None:
         """One step: counts it, asks the schedules, and moves all averages in one kernel launch per device.
@@ -236,6 +249,9 @@ class EMA:
         parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
         names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
         to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
+        Clone what is taken out of the block: a `state_dict()` of the model, or a program traced or exported from it,
+        shares the model's memory and has its own weights again afterwards. `copy.deepcopy(model)`, inside, is a model
+        with the averages that stays.
         Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
 
         Raises:
@@ -289,7 +305,7 @@ class EMA:
                 if swap.replaced:
                     self._plan = None  # it still counts the model as swapped
 
-    def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
+    def copy_to(self, model: nn.Module | Mapping[str, Tensor] | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
 
         Another model gets everything: what is not averaged, and what modules have as `get_extra_state`, comes from the
@@ -300,15 +316,14 @@ class EMA:
                 Nothing is written.
             RuntimeError: into the averaged model inside `swapped()`.
         """
-        if not isinstance(model, nn.Module | None):
-            raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+        model = self._model if model is None or model is self._model._parameters else as_module(model)
         with one_at_a_time():
             self.wait()
             self._expect_steps()
             index = self._check_index(index)
             values = {name: self._average(name, index) for name in self._averages}
             self._current()  # raises where the model's names have changed
-            if model is None or model is self.model:
+            if model is self.model:
                 self._refuse_swapped("EMA.copy_to()")
                 shards.reshard(self.model)
                 copy_into(values, tensors_of(self.model), self._averages)
@@ -322,12 +337,17 @@ class EMA:
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
             copy_into(values, into, self._averages, extra_states(self.model, model))
 
-    def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
+    def averaged_state_dict(self, index: int = 0, *, copy: bool = True) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages keep their own dtype. They are copies only where the manager has several, or inside `swapped()`. Tied
-        tensors are tied here too. Everything else is the model's. A warning names averages that hold NaN or infinity,
-        as in `state_dict`.
+        Averages keep their own dtype, everything else is the model's, and tied tensors are tied here too. A warning
+        names averages that hold NaN or infinity, as in `state_dict`.
+
+        Args:
+            index: which average.
+            copy: True: all tensors are copies, which later steps and `swapped()` leave alone. False: where they can,
+                they share the memory of the averages and of the model, which saves memory for a file that is written
+                at once: later steps change them, and inside a later `swapped()` they hold the model's own values.
 
         Raises:
             RuntimeError: the model's state_dict has no place for some averages.
@@ -336,24 +356,26 @@ class EMA:
         self._expect_steps()
         index = self._check_index(index)
         found = self.model.state_dict(keep_vars=True)  # it may return new tensors for sharded ones
-        averages = self._by_tensor(index)
+        values = self._by_tensor(index, copy)
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+        report.warn_of_nonfinite([{key: values[id(value)] for key, value in tensors.items() if id(value) in values}])
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
-                found[key] = averages.get(id(value), value.detach())
-        report.warn_of_nonfinite([{key: found[key] for key, value in tensors.items() if id(value) in averages}])
+                if id(value) not in values:
+                    values[id(value)] = value.detach().clone() if copy else value.detach()
+                found[key] = values[id(value)]
         return found
 
-    def _by_tensor(self, index: int) -> dict[int, Tensor]:
+    def _by_tensor(self, index: int, copy: bool) -> dict[int, Tensor]:
         """The average of each of the model's tensors, by the tensor's id, in a storage without other averages."""
         averages: dict[int, Tensor] = {}
         for name, tensor in self._current().items():
             if id(tensor) not in averages:
                 average, own = self._shard(name, index), self._averages.get(name, index)
-                shared = self._averages.count > 1 and average.data_ptr() == own.data_ptr()
+                shared = (copy or self._averages.count > 1) and average.data_ptr() == own.data_ptr()
                 averages[id(tensor)] = self._averages.as_sharded(name, average.clone() if shared else average)
         return averages
 
@@ -363,7 +385,7 @@ class EMA:
         """Averages, step, schedules and options: tensors, numbers and strings, which load with `weights_only=True`.
 
         The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
-        the true average. To return to a state later without a file, `copy.deepcopy` it.
+        the true average. Take it where you save it; to return to a state later without a file, `copy.deepcopy` it.
 
         A warning names averages that hold NaN or infinity; it is no error, since a training must not die of a save. For
         that, every average is read once, and on a device waited for.
@@ -374,29 +396,31 @@ class EMA:
         report.warn_of_nonfinite(state.averages)
         return state.to_dict()
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved") -> None:
         """Loads averages, step, schedules and options; later updates give the same bits as in the run that was saved.
 
-        Schedules of `fused_ema.schedules` replace the manager's; a schedule of your own, which a state can't hold, must
-        be the manager's already. To go on with other decays, put them into the state first:
-        ``saved["schedules"] = ema.state_dict()["schedules"]``.
+        Args:
+            saved: what `state_dict()` returned.
+            schedules: whose schedules, `update_every`, `update_after_step`, `seed` and `nonfinite` hold from now on.
+                "saved": the state's; a warning names those that differ from the manager's. A schedule of your own,
+                which a state can't hold, must be the manager's already. "mine": the manager's.
 
         Raises:
-            ValueError: the state was saved with a schedule of your own that the manager lacks; or names, shapes, types
-                or the number of averages differ. Nothing is changed.
+            ValueError: the state was saved with a schedule of your own that the manager lacks, or with another
+                rounding; or names, shapes, types or the number of averages differ. Nothing is changed.
             RuntimeError: inside `swapped()`.
         """
         with one_at_a_time():
-            self._take(self._parse(saved))
+            self._take(self._parse(saved, schedules))
 
     def _state(self) -> State:
         averages = [{name: self._average(name, k) for name in self._averages} for k in range(self._averages.count)]
         return State(self._step, self._decays, self._timetable, tuple(averages))
 
-    def _parse(self, saved: Any) -> State:
+    def _parse(self, saved: Any, schedules: Whose) -> State:
         self._refuse_swapped("EMA.load_state_dict()")
         self.wait()
-        return parse(saved, self._state())
+        return parse(saved, self._state(), schedules)
 
     @torch.no_grad()
     def _take(self, state: State) -> None:
@@ -440,7 +464,14 @@ class EMA:
 
     # ---- Hands-free
 
-    def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        overlap: bool = False,
+        save: bool = False,
+        *,
+        schedules: Whose = "saved",
+    ) -> Attachment:
         """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
 
         `first_step()` and `second_step()` of sharpness-aware optimizers (SAM) are one step together. Where no step was
@@ -457,6 +488,7 @@ class EMA:
                 it. Attach before you load: an optimizer by itself ignores that part. A state without it gives a
                 warning, one that does not fit raises what `load_state_dict` does. Not with
                 `torch.distributed.checkpoint.state_dict`, which drops that part.
+            schedules: with `save`, whose schedules and options hold after loading: see `load_state_dict`.
 
         Returns:
             A handle, whose `remove()` ends it.
@@ -467,6 +499,7 @@ class EMA:
         """
         if self._attachment:
             raise RuntimeError("EMA.attach: expected no attached optimizer, found one; call remove() on its handle")
+        check_whose(schedules)
         manager = Manager(
             model=self._model,
             on_host=self._averages.on_host,
@@ -476,7 +509,7 @@ class EMA:
             progress=lambda: (self._step, self._decays),
             rewind=self._rewind,
             state_dict=self.state_dict,
-            parse=self._parse,
+            parse=lambda saved: self._parse(saved, schedules),
             take=self._take,
             detached=self._detached,
         )
@@ -516,10 +549,12 @@ class EMA:
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
         `dtype`, `rounding`, `nonfinite`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the
-        index of the average in the model, or None) and `not_averaged` (names); `problem`, where the model no longer
-        fits."""
+        index of the average in the model, or None) and `not_averaged` (the names of all that is the model's own:
+        parameters that `select` turned down, and buffers); `problem`, where the model no longer fits."""
+        others: list[str] = []
         try:
             plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
+            others = [name for name in tensors_of(self.model) if name not in self._averages]
         except (ValueError, TypeError, RuntimeError) as problem:
             plan = {"problem": str(problem)}
         return report.describe(
@@ -530,7 +565,7 @@ class EMA:
             step=self.step,
             updates=self.updates,
             swapped=self.swapped_index,
-            not_averaged=self._selection.left_out(),
+            not_averaged=others,
         )
 
     def __repr__(self) -> str:

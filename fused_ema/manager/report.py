@@ -37,7 +37,7 @@ def summary(about: dict[str, Any], model: str) -> str:
     """One line, from what `describe` returns."""
     if "problem" in about:
         return f"EMA({model}: {about['problem']})"
-    left = f" ({len(about['not_averaged'])} left out)" if about["not_averaged"] else ""
+    left = f" ({len(about['not_averaged'])} not averaged)" if about["not_averaged"] else ""
     return (
         f"EMA({model}: {about['tensors']} tensors{left}, {about['elements']:,} elements, "
         f"{about['averages']} x {about['dtype']}, backend {about['backend']!r}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +33,12 @@ class Selection:
             if (tensor.is_floating_point() or tensor.is_complex()) and (select is None or bool(select(name, tensor)))
         }
         self._known = {name: id(tensor) in taken for name, tensor in candidates.items()}
-        if self._known and not taken:
+        if not taken and (select is None or not candidates):
+            raise ValueError(
+                f"model: expected parameters to average, found none that are real or complex in {type(model).__name__};"
+                " make the manager once the model has its layers"
+            )
+        if not taken:
             names = f"{list(self._known)[:5]} ..."
             raise ValueError(
                 f"select: expected some of the model's {len(self._known)} tensors, found none chosen: {names}"
@@ -48,10 +53,6 @@ class Selection:
                 "make a new fused_ema.EMA, and load the state of this one if it fits"
             )
         return {name: tensor for name, tensor in candidates.items() if self._known[name]}
-
-    def left_out(self) -> list[str]:
-        """The names that are not averaged."""
-        return [name for name, taken in self._known.items() if not taken]
 
     def to_plain(self) -> dict[str, Any]:
         """What a pickle of a manager holds."""
@@ -69,6 +70,24 @@ class Selection:
             return {name: tensor for name, (tensor, parameter) in found.items() if parameter}
         fleeting = fleeting_buffers(model)
         return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
+
+
+def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
+    """A module as it is; a dict of tensors as a module whose parameters are that very dict, as it is at each call."""
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, dict):
+        hint = "; wrap it in dict()" if isinstance(model, Mapping) else ""
+        raise TypeError(
+            f"model: expected a torch.nn.Module or a dict of names to tensors, found {type(model).__name__}{hint}"
+        )
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            found = f"{type(name).__name__} and {type(tensor).__name__}"
+            raise TypeError(f"model[{name!r}]: expected a name (str) and a tensor, found {found}")
+    module = nn.Module()
+    module._parameters = model
+    return module
 
 
 def fleeting_buffers(model: nn.Module) -> set[int]:

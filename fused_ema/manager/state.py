@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import schedules
+from .._warning import warn
 from ..pairs import shards
 from ..pairs.arguments import shown, whole_number
 from ..pairs.checks import WIDTH, check_tensor, dtype_name, equal_values, storage_refusal
@@ -18,6 +19,8 @@ from ..pairs.pairing import difference, first_few
 from .timetable import Timetable
 
 VERSION = 1
+Whose = Literal["saved", "mine"]
+MINE = 'schedules="mine", an argument of load_state_dict, attach and the callbacks'
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class State:
         }
 
 
-def parse(saved: Any, own: State) -> State:
-    """The state that a dict describes. Raises where it doesn't fit a manager whose state is `own` now.
+def parse(saved: Any, own: State, whose: Whose) -> State:
+    """The state that a dict describes, with the manager's own timetable if `whose` is "mine". Raises where it doesn't
+    fit a manager whose state is `own` now.
 
     The averages are the dict's tensors, or copies of those that lie in the manager's own memory.
     """
+    check_whose(whose)
     expected = own.to_dict()
     if not isinstance(saved, Mapping):
         raise ValueError(f"state: expected the keys {list(expected)}, found {type(saved).__name__}")
@@ -62,8 +67,11 @@ def parse(saved: Any, own: State) -> State:
     if saved.keys() != expected.keys():
         raise ValueError(f"state: expected the keys {list(expected)}, found {list(saved)}")
     rounding = saved["rounding"]
-    if not isinstance(rounding, str) or rounding != own.timetable.rounding:
-        raise ValueError(f"state: expected rounding {own.timetable.rounding!r}, found {shown(rounding)}")
+    if not isinstance(rounding, str) or (whose == "saved" and rounding != own.timetable.rounding):
+        raise ValueError(
+            f"state: expected rounding {own.timetable.rounding!r}, as the manager's, found {shown(rounding)}; make the "
+            f"manager with the saved rounding, or load with {MINE}"
+        )
     least = {"step": 0, "updates": 0, "update_after_step": 0, "seed": 0, "update_every": 1}
     numbers = {key: whole_number(f"state[{key!r}]", saved[key], at_least) for key, at_least in least.items()}
     count = len(own.averages)
@@ -75,14 +83,16 @@ def parse(saved: Any, own: State) -> State:
     for decay in saved["decays"]:
         if not isinstance(decay, float) or not 0.0 <= decay <= 1.0:
             raise ValueError(f"state: expected decays in [0, 1], found {shown(decay)}")
-    timetable = Timetable(
-        tuple(map(_schedule, saved["schedules"], own.timetable.schedules)),
-        numbers["update_every"],
-        numbers["update_after_step"],
-        own.timetable.rounding,
-        numbers["seed"],
-        saved["nonfinite"],
-    )
+    timetable = own.timetable
+    if whose == "saved":
+        timetable = Timetable(
+            tuple(map(_schedule, saved["schedules"], own.timetable.schedules)),
+            numbers["update_every"],
+            numbers["update_after_step"],
+            own.timetable.rounding,
+            numbers["seed"],
+            saved["nonfinite"],
+        )
     averages = [
         _fitting(k, ours, theirs) for k, (ours, theirs) in enumerate(zip(own.averages, saved["averages"], strict=True))
     ]
@@ -91,7 +101,33 @@ def parse(saved: Any, own: State) -> State:
         {name: each.clone() if storage(shards.local(each)) in ours else each for name, each in average.items()}
         for average in averages
     )
-    return State(numbers["step"], tuple(saved["decays"]), timetable, tuple(copied))
+    state = State(numbers["step"], tuple(saved["decays"]), timetable, tuple(copied))
+    _warn_of_other_options(own.timetable, timetable)
+    return state
+
+
+def check_whose(schedules: str) -> None:
+    if schedules not in ("saved", "mine"):
+        raise ValueError(f"schedules: expected 'saved' or 'mine', found {shown(schedules)}")
+
+
+def _warn_of_other_options(own: Timetable, saved: Timetable) -> None:
+    options = ["decay", "update_every", "update_after_step", "nonfinite"] + ["seed"] * (own.rounding == "stochastic")
+    theirs, ours = ({name: _option(each, name) for name in options} for each in (saved, own))
+    if differ := [name for name in options if theirs[name] != ours[name]]:
+        was, has = (", ".join(f"{name}={each[name]}" for name in differ) for each in (theirs, ours))
+        warn(
+            f"EMA: the state was saved with {was}, and the manager that loads it has {has}; the saved options are used "
+            f"from now on. To go on with the manager's own, load with {MINE}"
+        )
+
+
+def _option(table: Timetable, name: str) -> str:
+    """The value of an argument of `fused_ema.EMA`, as one would write it."""
+    if name != "decay":
+        return str(getattr(table, name))
+    each = [str(one.D) if isinstance(one, schedules.constant) else repr(one) for one in table.schedules]
+    return each[0] if len(each) == 1 else f"[{', '.join(each)}]"
 
 
 def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
@@ -100,7 +136,10 @@ def _schedule(saved: Any, own: schedules.Schedule) -> schedules.Schedule:
     if not isinstance(saved, str):
         raise ValueError(f"state: expected each schedule by name, found {shown(saved)}")
     if not isinstance(ours := schedules.to_state(own), str):
-        raise ValueError(f"state: expected a manager with the schedule it was saved with, {saved}, found {ours}")
+        raise ValueError(
+            f"state: expected a manager with the schedule it was saved with, {saved}, found {ours}; make the manager "
+            f"with that schedule, or load with {MINE}"
+        )
     return own
 
 

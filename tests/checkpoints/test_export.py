@@ -32,7 +32,7 @@ def test_positions():
     for layout in ("diffusers", "torch_ema"):
         shadows = export(ema, layout)["shadow_params"]
         tensors = {**dict(model.named_parameters()), **ema.state_dict()["averages"][0]}
-        assert [tensor.data_ptr() for tensor in shadows] == [tensors[name].data_ptr() for name in PARAMETERS]
+        assert all(torch.equal(shadow, tensors[name]) for shadow, name in zip(shadows, PARAMETERS, strict=True))
         assert not any(tensor.requires_grad for tensor in shadows)
 
 

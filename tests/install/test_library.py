@@ -81,6 +81,24 @@ def test_a_cache_from_other_sources(folders):
     assert "was built from other sources" in why_not()
 
 
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The package in a folder of sys.path, shadowed by the one that runs."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path, str(tmp_path / "site")])
+    return tmp_path / "site" / "package"
+
+
+def test_the_extension_of_an_installed_package_that_a_checkout_shadows(folders, installed, monkeypatch):
+    install(installed, sources=library.sources_digest())
+    monkeypatch.setattr(library, "_import", lambda path: SimpleNamespace())
+    assert library._find().path == installed / cache.LIBRARY
+    install(folders["package"])
+    assert library._find().path == folders["package"] / cache.LIBRARY
+    install(installed, sources="other")
+    (folders["package"] / cache.LIBRARY).unlink()
+    assert f"{installed / cache.LIBRARY} was built from other sources" in why_not()
+
+
 def test_all_reasons_are_given(folders):
     install(folders["package"], torch="1.0.0")
     install(folders["cache"])

@@ -2,15 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from build_fakes import install
+from build_fakes import install, script
 
 import fused_ema
 from fused_ema import __main__ as fused_ema_main
@@ -168,6 +170,53 @@ def test_info_says_when_it_is_slower_than_it_should_be(monkeypatch, fused, strea
     assert (slow is not None) == complains
 
 
+def test_measurements_alternate_and_the_best_counts(monkeypatch):
+    took = {"fast": iter([9.0, 0.3, 0.2, *[0.4] * 9]), "slow": iter([9.0, 0.5, 2.0, *[0.6] * 9])}
+    clock, order = [0.0], []
+
+    def call(name):
+        order.append(name)
+        clock[0] += next(took[name])
+
+    monkeypatch.setattr(_cost.time, "perf_counter", lambda: clock[0])
+    best = _cost._best(torch.device("cpu"), *(partial(call, name) for name in took))
+    assert best == pytest.approx([0.2, 0.5])
+    assert order == ["fast", "slow"] * (1 + _cost.ROUNDS)
+
+
+def test_the_stream_has_the_bytes_of_the_update(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        _cost, "_best", lambda device, *calls: sizes.append([each.args for each in calls]) or [1.0] * len(calls)
+    )
+    monkeypatch.setattr(_cost, "LARGE", (1, 100))
+    _cost.measure(torch.device("cpu"))
+    _update, (ema, model, _), (added,) = sizes[1]
+    assert added is model[0]
+    assert ema[0].shape == model[0].shape == (100,)
+    table, _ = fused_ema_main._table("cpu")
+    assert "a.add_(b), the same bytes" in table[3]
+    assert "memory's speed" not in "".join(table)
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fused_ema", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        fused_ema_main.main()
+    assert capsys.readouterr().out == f"fused_ema {fused_ema.__version__}\n"
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    code = "import os, sys; os.dup2(int(sys.argv.pop(1)), 1); import runpy, fused_ema._cost as cost; "
+    code += "cost.SECONDS = 0; runpy.run_module('fused_ema', {}, '__main__')"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", code, str(write)]
+    done = subprocess.run(command, pass_fds=[write], stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_info_survives_a_device_without_memory(monkeypatch):
     def measure(device):
         raise torch.OutOfMemoryError("no room\nlong traceback")
@@ -275,6 +324,57 @@ def test_setup_where_nothing_compiles(checkout, required):
     ) in output
     assert (code == 0) is not required
     assert not list((checkout / "fused_ema").glob("_C*.so"))
+
+
+def test_an_old_setuptools_gets_a_sentence(tmp_path):
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    (tmp_path / "setuptools" / "__init__.py").write_text(
+        "__version__ = '65.5.0'\nExtension = find_packages = setup = None"
+    )
+    (tmp_path / "setuptools" / "command" / "build_ext.py").write_text("build_ext = object")
+    code, output = python("setup.py", "-q", "bdist_wheel", PYTHONPATH=str(tmp_path))
+    expected = 'expected setuptools 77 or newer, found 65.5.0; run pip install "setuptools>=77"'
+    assert (code, output) == (1, f"fused_ema: {expected}\n")
+
+
+@pytest.fixture
+def make_torch(tmp_path):
+    """make_torch(offered, ...): what make says and installs where pip finds these versions."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("make", "bash", "uname", "grep", "head", "rm", "touch", "cksum"):
+        (tools / name).symlink_to(shutil.which(name, path="/usr/bin:/bin"))
+
+    def run(offered, *arguments, programs=()):
+        for name in programs:
+            script(tools / name, "")
+        number = subprocess.check_output([str(tools / "cksum")], input=b"torch\n").split()[0].decode()
+        installed = tmp_path / "installed"
+        answer = f'*"index versions torch"*) echo "Available versions: {offered}";;'
+        script(tmp_path / "venv" / "bin" / "python", f'case "$*" in {answer} *) echo "$@" >{installed};; esac')
+        stamp = f"{tmp_path}/venv/.torch-{number}"
+        command = ["make", "-s", f"VENV={tmp_path}/venv", *arguments, stamp]
+        done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=True)
+        os.remove(stamp)
+        return done.stdout, installed.read_text()
+
+    return run
+
+
+@pytest.mark.skipif(
+    Path("/dev/nvidiactl").exists() or sys.platform != "linux", reason="the choice is for Linux without GPU"
+)
+def test_make_takes_a_build_for_the_cpu_where_there_is_no_gpu(make_torch):
+    said, installed = make_torch("2.14.1, 2.14.0, 2.13.0+cpu, 2.13.0, 2.12.0+cpu")
+    assert " torch==2.13.0+cpu ninja" in installed
+    assert "No NVIDIA GPU here, so this takes a build of PyTorch for the CPU" in said
+    said, installed = make_torch("2.14.1, 2.14.0")
+    assert " torch ninja" in installed
+    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in said
+    for arguments, programs in ((["TORCH=torch"], []), (["FUSED_EMA_CUDA=1"], []), ([], ["nvidia-smi"])):
+        said, installed = make_torch("2.14.1, 2.13.0+cpu", *arguments, programs=programs)
+        assert " torch ninja" in installed
+        assert "No NVIDIA GPU" not in said
 
 
 def test_what_setup_imports_needs_no_torch():

@@ -139,6 +139,24 @@ def test_resumed_training_has_the_same_bits(tmp_path, save):
     assert callback.ema.step == 12
 
 
+@pytest.mark.parametrize("whose", ["saved", "mine"])
+def test_another_decay_on_resume(tmp_path, whose):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, EMACallback(0.9), saving).fit(Module(), data())
+    callback = EMACallback(0.5, update_every=2, schedules=whose)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callback, max_epochs=3).fit(Module(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    texts = [str(each.message) for each in caught if "the state was saved" in str(each.message)]
+    assert len(texts) == (whose == "saved")
+    assert all("decay=0.9, update_every=1," in text and "decay=0.5, update_every=2;" in text for text in texts)
+    assert callback.ema.schedules == (fused_ema.schedules.constant(0.9 if whose == "saved" else 0.5),)
+    assert callback.ema.update_every == (1 if whose == "saved" else 2)
+    with warnings.catch_warnings():  # to test an average, no decay matters
+        warnings.filterwarnings("error", message="EMA:")
+        trainer(tmp_path, EMACallback(0.3)).test(Module(), data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+
+
 def test_an_exception_in_validation_restores_the_model(tmp_path):
     class Breaks(Module):
         def validation_step(self, batch, _):

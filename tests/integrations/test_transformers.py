@@ -118,6 +118,19 @@ def test_resumed_training_has_the_same_bits(tmp_path):
     assert callback.ema.step == 6
 
 
+@pytest.mark.parametrize("whose", ["mine", pytest.param("saved", marks=pytest.mark.slow)])
+def test_another_decay_on_resume(tmp_path, whose):
+    trainer(tmp_path, EMACallback(0.9)).train()
+    callback = EMACallback(0.5, schedules=whose)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callback).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    texts = [str(each.message) for each in caught if "the state was saved" in str(each.message)]
+    assert len(texts) == (whose == "saved")
+    assert all("saved with decay=0.9, and the manager that loads it has decay=0.5;" in text for text in texts)
+    assert (callback.ema.step, callback.ema.decay) == (6, 0.9 if whose == "saved" else 0.5)
+
+
 @pytest.mark.parametrize("path_type", [str, Path])
 def test_training_goes_on_from_a_folder_elsewhere(tmp_path, path_type):
     """Although the output folder has a checkpoint of that number from another training."""

@@ -289,13 +289,33 @@ def test_tied_averages_are_tied_in_the_state(backend):
         assert state["alias"].data_ptr() == state["up.weight"].data_ptr()
 
 
-def test_model_without_parameters(backend):
-    ema = EMA(nn.Sequential(nn.ReLU()), 0.9)
-    ema.update()
-    with ema.swapped():
-        pass
-    assert (ema.step, averages(ema)) == (1, {})
-    assert "0 tensors" in repr(ema)
+@pytest.mark.parametrize("options", [{}, {"buffers": "average"}, {"select": lambda name, tensor: True}])
+def test_models_without_anything_to_average_are_refused(options):
+    counts = nn.Module()
+    counts.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    counts.index = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    for model in (
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(),
+        nn.BatchNorm1d(3, affine=False, track_running_stats=False),
+    ):
+        with pytest.raises(ValueError, match=f"model: expected parameters .* found none .* in {type(model).__name__};"):
+            EMA(model, **options)
+    text = "select: expected some" if "select" in options else "found none that are real or complex in Module;"
+    with pytest.raises(ValueError, match=text):
+        EMA(counts, **options)
+    EMA(nn.ParameterList([torch.zeros(0)]), **options).update()  # an empty tensor is something
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ignore", "average"])
+def test_buffers_that_follow_the_model_are_not_averaged(buffers):
+    model = net()
+    model.register_buffer("mask", torch.ones(2), persistent=False)
+    ema = EMA(model, buffers=buffers, select=lambda name, _: name != "0.bias")
+    running = [] if buffers == "average" else ["1.running_mean", "1.running_var"]
+    expected = ["mask", "0.bias", *running, "1.num_batches_tracked"]
+    assert sorted(ema.describe()["not_averaged"]) == sorted(expected)
+    assert f"({len(expected)} not averaged)" in repr(ema)
 
 
 # ---- Modules that are more than their parameters
@@ -480,7 +500,7 @@ def test_select(backend):
     about = ema.describe()
     assert about["average_bytes"] == 2 * 2 * 64 * 2 * 4
     assert sorted(about["not_averaged"]) == ["base.bias", "base.weight"]
-    assert "(2 left out)" in repr(ema)
+    assert "(2 not averaged)" in repr(ema)
     nudge(model)
     check_update(ema, {n: parameters(model)[n] for n in averages(ema)}, [0.9, 0.99], bitwise=backend != "torch")
     base = clones(parameters(model.base))
@@ -1014,8 +1034,8 @@ def test_copy_to_of_what_can_not_be_copied(backend, source):
     nudge(model)
     error = ValueError if source == "meta" else TypeError
     refused(error, lambda: ema.copy_to(target), target, names=["2.last"])
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, found dict"):
-        ema.copy_to({})
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module or a dict .*, found list"):
+        ema.copy_to([])
 
 
 def test_averaged_state_dict(backend):
@@ -1086,7 +1106,7 @@ def test_describe(backend):
         "step": 2,
         "updates": 1,
         "swapped": None,
-        "not_averaged": [],
+        "not_averaged": ["1.running_mean", "1.running_var", "1.num_batches_tracked"],
     }
     assert {key: about[key] for key in expected} == expected
     assert about["average_bytes"] >= 2 * 4 * elements

@@ -417,7 +417,9 @@ def test_put_in_the_block_where_another_one_is(backend, dtype):
 @pytest.mark.parametrize("which", ["averaged_state_dict", "state_dict"])
 def test_the_averages_themselves_put_into_the_model(backend, dtype, early, which):
     def state():
-        return ema.averaged_state_dict() if which == "averaged_state_dict" else ema.state_dict()["averages"][0]
+        return (
+            ema.averaged_state_dict(copy=False) if which == "averaged_state_dict" else ema.state_dict()["averages"][0]
+        )
 
     ema = trained(square(dtype))
     whole, taken = Whole(ema), state()
@@ -527,7 +529,7 @@ def test_interrupted_while_it_waits_for_another_thread(backend):
 
 def test_averages_that_are_averaged_count_as_swapped(backend):
     ema, target = trained(square(torch.float32)), square(torch.float32)
-    target.load_state_dict(ema.averaged_state_dict(), assign=True)
+    target.load_state_dict(ema.averaged_state_dict(copy=False), assign=True)
     second = EMA(target)
     with ema.swapped(), pytest.raises(RuntimeError, match="another manager's swapped"):
         second.update()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -185,3 +186,24 @@ def test_a_forked_child_updates_where_another_thread_was_updating(backend):
     assert os.waitstatus_to_exitcode(status) == 0
     fused_ema.update([ema], [model], 0.5)  # the parent still has its own lock
     assert ema.tolist() == [0.25] * 3
+
+
+CROWDED = """
+import os, sys, torch, fused_ema
+torch.set_num_threads(2)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # for the threads of OpenMP too, which begin later
+ema, model = ([torch.full((2**16 + 5,), value) for _ in range(5)] for value in (0.0, 1.0))
+handle = fused_ema.bind(ema, model)
+for _ in range(20):
+    handle.update(0.5)
+sys.exit(not all((tensor == 1 - 0.5**20).all() for tensor in ema))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets threads be crowded on one core")
+def test_threads_that_delay_each_other_on_one_core():
+    """Each parallel loop would take a time slice or more; after the first, one thread does the next ones."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "ACTIVE"}
+    environment["OMP_NUM_THREADS"] = "2"
+    subprocess.run([sys.executable, "-c", CROWDED], check=True, timeout=120, env=environment)
