@@ -157,7 +157,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("copy", Op::copy)
       .value("swap", Op::swap)
       .value("restore", Op::restore)
-      .value("update_stochastic", Op::update_stochastic);
+      .value("update_stochastic", Op::update_stochastic)
+      .value("update_finite", Op::update_finite)
+      .value("update_stochastic_finite", Op::update_stochastic_finite);
   py::class_<CompiledWatch, std::shared_ptr<CompiledWatch>>(m, "CompiledWatch")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>(), py::arg("modules"),
            py::arg("containers"))

@@ -61,6 +61,19 @@ FUSED_EMA_NARROW_PAIRS(FUSED_EMA_STOCHASTIC_LOOP)
 FUSED_EMA_CAST_PAIRS(FUSED_EMA_CAST_LOOP)
 #undef FUSED_EMA_CAST_LOOP
 
+// Whether all of n elements are finite: the exponent of NaN and of infinity is the largest there is.
+#define FUSED_EMA_FINITE_LOOP(T, Bits, exponent)                                                            \
+  FUSED_EMA_CLONES bool all_finite_##T(const T* model, int64_t n) {                                         \
+    Bits largest = 0;                                                                                       \
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, Bits(bit_cast<Bits>(model[i]) & exponent)); \
+    return largest != exponent;                                                                             \
+  }
+FUSED_EMA_FINITE_LOOP(f32, uint32_t, 0x7f800000u)
+FUSED_EMA_FINITE_LOOP(f64, uint64_t, 0x7ff0000000000000u)
+FUSED_EMA_FINITE_LOOP(bf16, uint16_t, 0x7f80u)
+FUSED_EMA_FINITE_LOOP(f16, uint16_t, 0x7c00u)
+#undef FUSED_EMA_FINITE_LOOP
+
 // The address of one element of an array of T.
 template <class T>
 T* at(void* base, int64_t element) {
@@ -123,11 +136,43 @@ void flat_exchange(Op op, const Row& row, const Step& step, int64_t begin, int64
 void flat(Op op, const Row& row, const Step& step, int64_t begin, int64_t end) {
   if (writes_model(op)) return flat_exchange(op, row, step, begin, end);
   if (is_update(op) && row.average && step.decay != 0.0) {
-    if (op == Op::update_stochastic && is_narrow(row.ema_type)) return flat_stochastic(row, step, begin, end);
+    if (is_stochastic(op) && is_narrow(row.ema_type)) return flat_stochastic(row, step, begin, end);
     return flat_lerp(row, step, begin, end);
   }
   flat_cast(row.ema_type, at<char>(row.ema, (step.shift + begin) * size_of(row.ema_type)), row.model_type,
             at<char>(row.model, begin * size_of(row.model_type)), end - begin);
+}
+
+bool all_finite(const Row& row, int64_t begin, int64_t end) {
+  switch (row.model_type) {
+    case Type::f32: return all_finite_f32(at<f32>(row.model, begin), end - begin);
+    case Type::f64: return all_finite_f64(at<f64>(row.model, begin), end - begin);
+    case Type::bf16: return all_finite_bf16(at<bf16>(row.model, begin), end - begin);
+    case Type::f16: return all_finite_f16(at<f16>(row.model, begin), end - begin);
+    default: return true;
+  }
+}
+
+// Restores the averages whose elements of the model are not finite.
+template <class E, class P>
+void put_back(E* ema, const E* old, const P* model, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!is_finite(cast<Compute<E, P>>(model[i]))) ema[i] = old[i];
+}
+
+// Runs at most kPiece elements, some of which are not finite in the model.
+void flat_finite(Op op, const Row& row, const Step& step, int64_t begin, int64_t end) {
+  alignas(kVectorBytes) char old[kPiece * sizeof(double)];
+  const int64_t size = size_of(row.ema_type), n = end - begin;
+  std::memcpy(old, at<char>(row.ema, (step.shift + begin) * size), size_t(n * size));
+  flat(op, row, step, begin, end);
+  switch (pair_of(row.ema_type, row.model_type)) {
+#define FUSED_EMA_CASE(E, P)      \
+  case pair_of(Type::E, Type::P): \
+    return put_back(at<E>(row.ema, step.shift + begin), at<E>(old, 0), at<P>(row.model, begin), n);
+    FUSED_EMA_LERP_PAIRS(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
 }
 
 // Runs one average of a strided row, with the code of the tiles.
@@ -138,19 +183,25 @@ void strided(Op op, const Row& row, const Step& step, const StridedRun& run) {
     case Op::swap: return run_step<Op::swap>(row, step, run);
     case Op::restore: return run_step<Op::restore>(row, step, run);
     case Op::update_stochastic: return run_step<Op::update_stochastic>(row, step, run);
+    case Op::update_finite: return run_step<Op::update_finite>(row, step, run);
+    case Op::update_stochastic_finite: return run_step<Op::update_stochastic_finite>(row, step, run);
   }
 }
 
 // Runs elements [begin, end) of a row for all averages that take part, piece by piece, so that the model is read from
 // memory only once.
 void run_row(Op op, const Tables& tables, const Row& row, const Call& call, int64_t begin, int64_t end) {
-  const int64_t piece = call.last - call.first > 1 ? kPiece : end - begin;
+  const bool skips = skips_nonfinite(op) && row.average;
+  const int64_t piece = skips || call.last - call.first > 1 ? kPiece : end - begin;
   for (; begin < end; begin += piece) {
     const int64_t stop = std::min(begin + piece, end);
+    const bool patched = skips && row.layout < 0 && !all_finite(row, begin, stop);
     for (int average = call.first; average < call.last; ++average) {
       const Step step = step_of(call, row, average);
       if (is_update(op) && step.decay == 1.0) continue;
-      if (row.layout < 0) {
+      if (patched) {
+        flat_finite(op, row, step, begin, stop);
+      } else if (row.layout < 0) {
         flat(op, row, step, begin, stop);
       } else {
         strided(op, row, step, StridedRun{tables.layouts[size_t(row.layout)], begin, stop, 1, step.shift});

@@ -180,6 +180,10 @@ FUSED_EMA_HD double fused_multiply_add(double a, double b, double c) {
 #endif
 }
 
+// Whether x is neither infinite nor NaN.
+FUSED_EMA_HD bool is_finite(float x) { return x >= -3.4028234663852886e38f && x <= 3.4028234663852886e38f; }
+FUSED_EMA_HD bool is_finite(double x) { return x >= -1.7976931348623157e308 && x <= 1.7976931348623157e308; }
+
 // The smaller of the two weights, with the sign that lerp() below needs: 1 - decay, or -decay. 1 - decay is computed in
 // double and rounded once: 1 - float(decay) has a relative error of 1.7e-4 at decay 0.9999.
 template <class T>

@@ -57,6 +57,26 @@ struct Copy {
   }
 };
 
+// One of the three above; but where the model's element is not finite, the average's stays as it is.
+template <template <class, class> class F>
+struct Finite {
+  template <class E, class P>
+  struct Of {
+    using C = Compute<E, P>;
+    static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = false;
+    static constexpr bool vectors = F<E, P>::vectors && sizeof(P) <= sizeof(E);
+    F<E, P> f;
+    FUSED_EMA_HD Of(const Row& row, const Step& step) : f(row, step) {}
+    template <int N>
+    FUSED_EMA_HD void operator()(Vector<E, N>& e, Vector<P, N>& p, int64_t at) const {
+      const Vector<E, N> old = e;
+      f(e, p, at);
+      FUSED_EMA_UNROLL_LOOP
+      for (int i = 0; i < N; ++i) e.lane[i] = is_finite(cast<C>(p.lane[i])) ? e.lane[i] : old.lane[i];
+    }
+  };
+};
+
 template <class E, class P>
 struct Swap {
   static constexpr bool reads_ema = true, writes_ema = true, reads_model = true, writes_model = true;

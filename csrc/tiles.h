@@ -185,8 +185,16 @@ FUSED_EMA_HD void run_step(const Row& row, const Step& step, const Run& run) {
   const bool same = row.ema_type == row.model_type;
   if (kOp == Op::swap) return same ? with_raw<Swap>(row, step, run) : with_cast<SaveModel>(row, step, run);
   if (kOp == Op::restore) return same ? with_raw<Swap>(row, step, run) : with_cast<RestoreModel>(row, step, run);
-  if (is_update(kOp) && row.average && step.decay != 0.0) {
-    if (kOp == Op::update_stochastic && is_narrow(row.ema_type)) return with_narrow<LerpStochastic>(row, step, run);
+  if constexpr (skips_nonfinite(kOp)) {
+    if (row.average) {
+      if (step.decay == 0.0) return with_lerp<Finite<Copy>::Of>(row, step, run);
+      if (is_stochastic(kOp) && is_narrow(row.ema_type)) {
+        return with_narrow<Finite<LerpStochastic>::Of>(row, step, run);
+      }
+      return with_lerp<Finite<Lerp>::Of>(row, step, run);
+    }
+  } else if (is_update(kOp) && row.average && step.decay != 0.0) {
+    if (is_stochastic(kOp) && is_narrow(row.ema_type)) return with_narrow<LerpStochastic>(row, step, run);
     return with_lerp<Lerp>(row, step, run);
   }
   return same ? with_raw<Copy>(row, step, run) : with_cast<Copy>(row, step, run);

@@ -16,13 +16,19 @@ FUSED_EMA_HD constexpr int size_of(Type type) {
 FUSED_EMA_HD constexpr bool is_narrow(Type type) { return type == Type::bf16 || type == Type::f16; }
 
 enum class Op : uint8_t {
-  update,             // ema <- lerp, rounded to nearest
-  copy,               // ema <- model
-  swap,               // ema <-> model; between two types: scratch <- model, model <- ema
-  restore,            // undoes swap; between two types: model <- scratch
-  update_stochastic,  // ema <- lerp, rounded stochastically where the average has 16 bits
+  update,                    // ema <- lerp, rounded to nearest
+  copy,                      // ema <- model
+  swap,                      // ema <-> model; between two types: scratch <- model, model <- ema
+  restore,                   // undoes swap; between two types: model <- scratch
+  update_stochastic,         // ema <- lerp, rounded stochastically where the average has 16 bits
+  update_finite,             // update; but where the model is not finite, an average stays as it is
+  update_stochastic_finite,  // update_stochastic; but where the model is not finite, an average stays as it is
 };
-FUSED_EMA_HD constexpr bool is_update(Op op) { return op == Op::update || op == Op::update_stochastic; }
+FUSED_EMA_HD constexpr bool skips_nonfinite(Op op) { return op >= Op::update_finite; }
+FUSED_EMA_HD constexpr bool is_stochastic(Op op) {
+  return op == Op::update_stochastic || op == Op::update_stochastic_finite;
+}
+FUSED_EMA_HD constexpr bool is_update(Op op) { return op == Op::update || is_stochastic(op) || skips_nonfinite(op); }
 FUSED_EMA_HD constexpr bool writes_model(Op op) { return op == Op::swap || op == Op::restore; }
 
 // The pairs of types, as F(average, model): all that can be averaged; those that a copy has to cast; and those whose

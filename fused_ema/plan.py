@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .pairs.arguments import decay_number
 from .pairs.checks import Action, check, dtype_name
 from .pairs.pairing import Pairs
 from .runners import choose, prepare, slower
-from .runners.base import Call, Job, OpName, Watch
+from .runners.base import Call, Job, OpName, Watch, is_update
 
 
 def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any, pairs: Pairs | None = None) -> Plan:
@@ -66,7 +66,7 @@ class Plan:
         self._sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
-            self._refusals |= {"update": checked.no_update, "update_stochastic": checked.no_update}
+            self._refusals |= {op: checked.no_update for op in get_args(OpName) if is_update(op)}
         if checked.no_swap:
             self._refusals |= {"swap": checked.no_swap, "restore": checked.no_swap}
         active = [each for each in zip(*checked.pairs[1:3], checked.actions, strict=True) if each[2] is not Action.NONE]
@@ -99,7 +99,11 @@ class Plan:
         writes_model = op in ("swap", "restore")
         if writes_model or self._requires_grad or parametrize._cache:
             forget_values()
-        if self._coarse and op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
+        if (
+            self._coarse
+            and op in ("update", "update_finite")
+            and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays)
+        ):
             # The averages may have been cast since.
             if not (self.prepared.current() if pairs is None else any(ema.element_size() == 2 for ema in pairs.ema)):
                 return False

@@ -20,7 +20,8 @@ import torch
 from .compile import BuildError, source_folder
 from .toolkit import no_cuda_in
 
-OPS = ("update", "copy", "swap", "restore", "update_stochastic")  # of `enum class Op` in csrc/types.h
+# Of `enum class Op` in csrc/types.h.
+OPS = ("update", "copy", "swap", "restore", "update_stochastic", "update_finite", "update_stochastic_finite")
 OPTIONS = ("-std=c++17", "-fmad=false")  # as nvcc_flags() in compile.py; line numbers would triple the image
 PROGRAM = '#include "nvrtc.h"\n#include "kernel.h"\n'
 STAND_INS = ("cstdint", "cstring", "type_traits", "cuda_fp16.h", "cuda_bf16.h")  # empty: nvrtc.h has what they declare

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..manager.ema import EMA
 from ..manager.selection import Select
-from ..manager.timetable import Rounding
+from ..manager.timetable import Nonfinite, Rounding
 from ..pairs.arguments import Buffers, average_index
 
 
@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     update_after_step: int
     rounding: Rounding
     seed: int
+    nonfinite: Nonfinite
 
 
 def check_options(decay: Any, index: int, options: Options, **flags: bool) -> None:

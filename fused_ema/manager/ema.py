@@ -26,7 +26,7 @@ from .copying import copy_into, extra_states, placed
 from .selection import Select, Selection, as_module, fleeting_buffers, fleeting_names, tensors_of
 from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
-from .timetable import Rounding, Timetable, schedules_of
+from .timetable import Nonfinite, Rounding, Timetable, schedules_of
 
 
 class EMA:
@@ -60,6 +60,10 @@ class EMA:
             goes up or down at random, so that the mean is right. It is reproducible: the random bits depend on `seed`,
             the step and the element alone.
         seed: of stochastic rounding.
+        nonfinite: "propagate" or "skip". With "skip", an element of the model that is NaN or infinite leaves its
+            average as it is, in the same launch and whatever the decay, so that one bad step does not last. The two
+            parts of a complex number are two elements. An average that holds NaN or infinity already is not mended,
+            except by a decay of 0. `distance()` counts what is not finite.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument or a tensor can't be used. The text names it, and says what was
@@ -98,10 +102,11 @@ class EMA:
         update_after_step: int = 0,
         rounding: Rounding = "nearest",
         seed: int = 0,
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         model = as_module(model)
         check_floating(dtype)
-        self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed)
+        self._timetable = Timetable(schedules_of(decay), update_every, update_after_step, rounding, seed, nonfinite)
         if rounding == "stochastic" and dtype.itemsize != 2:
             raise ValueError(f"rounding: expected 'nearest' for averages in {dtype}; 'stochastic' is for 16 bits")
         check_buffers(buffers)
@@ -153,6 +158,11 @@ class EMA:
     def seed(self) -> int:
         """The seed of stochastic rounding."""
         return self._timetable.seed
+
+    @property
+    def nonfinite(self) -> Nonfinite:
+        """What elements of the model that are not finite do to their averages: "propagate" or "skip"."""
+        return self._timetable.nonfinite
 
     # ---- Updating
 
@@ -210,7 +220,7 @@ class EMA:
             if self._timetable.moves_at(step):
                 decays, keys = self._timetable.decays_at(step), self._timetable.keys_at(step)
                 on_device = None if skipped is None else _unless(skipped, decays)
-                self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
+                self._run(Call(self._timetable.op, decays, on_device, keys))
                 self._decays = decays
             self._step = step
 
@@ -388,7 +398,8 @@ class EMA:
     def averaged_state_dict(self, index: int = 0, *, copy: bool = True) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
 
-        Averages keep their own dtype, everything else is the model's, and tied tensors are tied here too.
+        Averages keep their own dtype, everything else is the model's, and tied tensors are tied here too. A warning
+        names averages that hold NaN or infinity, as in `state_dict`.
 
         Args:
             index: which average.
@@ -408,6 +419,7 @@ class EMA:
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+        report.warn_of_nonfinite([{key: values[id(value)] for key, value in tensors.items() if id(value) in values}])
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
                 if id(value) not in values:
@@ -432,20 +444,25 @@ class EMA:
 
         The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
         the true average. Take it where you save it; to return to a state later without a file, `copy.deepcopy` it.
+
+        A warning names averages that hold NaN or infinity; it is no error, since a training must not die of a save. For
+        that, every average is read once, and on a device waited for.
         """
         self.wait()
         self._expect_steps()
         self._selection.look(self.model)
-        return self._state().to_dict()
+        state = self._state()
+        report.warn_of_nonfinite(state.averages)
+        return state.to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved", names: Names = "equal") -> None:
         """Loads averages, step, schedules and options; later updates give the same bits as in the run that was saved.
 
         Args:
             saved: what `state_dict()` returned.
-            schedules: whose schedules, `update_every`, `update_after_step` and `seed` hold from now on. "saved": the
-                state's; a warning names those that differ from the manager's. A schedule of your own, which a state
-                can't hold, must be the manager's already. "mine": the manager's.
+            schedules: whose schedules, `update_every`, `update_after_step`, `seed` and `nonfinite` hold from now on.
+                "saved": the state's; a warning names those that differ from the manager's. A schedule of your own,
+                which a state can't hold, must be the manager's already. "mine": the manager's.
             names: "equal": the state has the averages that the manager has. "common": averages whose name or shape
                 only one of them has stay as they are, and a warning names them once.
 
@@ -596,9 +613,9 @@ class EMA:
 
     def describe(self) -> dict[str, Any]:
         """What an update does (see `Binding.describe`), and `averages` (how many), `average_bytes` (that they take),
-        `dtype`, `rounding`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the index of the
-        average in the model, or None) and `not_averaged` (the names of all that is the model's own: parameters that
-        `select` turned down, and buffers); `problem`, where the model no longer fits."""
+        `dtype`, `rounding`, `nonfinite`, `schedules`, `decay` (of the latest update), `step`, `updates`, `swapped` (the
+        index of the average in the model, or None) and `not_averaged` (the names of all that is the model's own:
+        parameters that `select` turned down, and buffers); `problem`, where the model no longer fits."""
         others: list[str] = []
         try:
             plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
@@ -620,12 +637,15 @@ class EMA:
         return report.summary(self.describe(), type(self.model).__name__)
 
     def distance(self, index: int = 0) -> dict[str, float]:
-        """How far the average is from the model, and whether it still moves; computed now, in float64.
+        """How far the average is from the model, whether it still moves, and what is not finite; computed now, in
+        float64.
 
         Returns:
-            `relative`: ‖average - model‖ / ‖model‖ over all that is averaged (nan where the model is 0);
+            `relative`: ‖average - model‖ / ‖model‖ over all that is averaged (nan where the model is 0, or where
+            something is not finite);
             `still`: the share of elements that differ from the model's and that an update with the latest decay,
-            rounded to nearest, would leave as they are.
+            rounded to nearest, would leave as they are;
+            `nonfinite_model`, `nonfinite_average`: how many elements are NaN or infinite.
 
         Raises:
             RuntimeError: inside `swapped()`.
@@ -636,7 +656,7 @@ class EMA:
         decays = self.decay
         current = self._current()
         pairs = ((name, self._shard(name, index), current[name]) for name in self._averages.untied())
-        return report.distance(pairs, decays[index] if isinstance(decays, tuple) else decays)
+        return report.distance(pairs, decays[index] if isinstance(decays, tuple) else decays, self.nonfinite)
 
     # ---- Inside
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._warning import warn
 from ..pairs.checks import check_tensor, dtype_name, storage_refusal
+from ..pairs.pairing import first_few
 from ..pairs.shards import local
 from ..runners import reference
 from .averages import Averages
-from .timetable import Timetable
+from .timetable import Nonfinite, Timetable
 
 
 def describe(plan: dict[str, Any], averages: Averages, timetable: Timetable, **more: Any) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def describe(plan: dict[str, Any], averages: Averages, timetable: Timetable, **m
         "average_bytes": sum(tensor.untyped_storage().nbytes() for tensor in untied),
         "dtype": ", ".join(sorted({dtype_name(tensor) for tensor in untied})),
         "rounding": timetable.rounding,
+        "nonfinite": timetable.nonfinite,
         "schedules": [repr(schedule) for schedule in timetable.schedules],
         **more,
     }
@@ -43,10 +46,25 @@ def summary(about: dict[str, Any], model: str) -> str:
     )
 
 
+def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]]) -> None:
+    """Warns of averages, by name, that hold NaN or infinity."""
+    named = [(name, local(tensor)) for each in averages for name, tensor in each.items()]
+    named = [(name, tensor) for name, tensor in named if storage_refusal(name, tensor) is None]
+    finite = reference.are_finite([tensor for _, tensor in named])
+    bad = list(dict.fromkeys(name for (name, _), fine in zip(named, finite, strict=True) if not fine))
+    if bad:
+        warn(
+            f"fused_ema: averages hold NaN or infinity, which stay in them for good: {first_few(bad, ', ')}. "
+            "EMA.distance() counts such elements. Go on from an earlier state, and pass nonfinite='skip' to EMA, so "
+            "that elements of the model that are not finite leave their averages as they are"
+        )
+
+
 @torch.no_grad()
-def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float) -> dict[str, float]:
+def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float, nonfinite: Nonfinite) -> dict[str, float]:
     """See `EMA.distance`. `pairs`: a name, its average and its tensor in the model; of sharded ones, shards."""
     gap = size = still = elements = 0.0
+    bad = {"model": 0, "average": 0}
     for name, average, tensor in pairs:
         if refusal := storage_refusal(f"the average of {name!r}", average):
             raise refusal
@@ -59,10 +77,14 @@ def distance(pairs: Iterable[tuple[str, Tensor, Tensor]], decay: float) -> dict[
         gap += (average.to(wide) - parameter.to(wide)).abs().square().sum().item()
         size += parameter.to(wide).abs().square().sum().item()
         moved = average.clone()
-        reference.update_(moved, parameter, decay, average=True)
+        reference.update_(moved, parameter, decay, average=True, finite=nonfinite == "skip")
         still += ((moved == average) & (average != parameter)).sum().item()
         elements += average.numel()
+        for side, values in (("model", parameter), ("average", average)):
+            bad[side] += values.numel() - int(values.isfinite().sum())
     return {
         "relative": math.sqrt(gap / size) if size else math.nan,
         "still": still / elements if elements else 0.0,
+        "nonfinite_model": bad["model"],
+        "nonfinite_average": bad["average"],
     }

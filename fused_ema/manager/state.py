@@ -47,6 +47,7 @@ class State:
             "update_after_step": table.update_after_step,
             "rounding": table.rounding,
             "seed": table.seed,
+            "nonfinite": table.nonfinite,
             "decays": list(self.decays),
             "schedules": [schedules.to_state(schedule) for schedule in table.schedules],
             "averages": [dict(each) for each in self.averages],
@@ -67,8 +68,10 @@ def parse(saved: Any, own: State, whose: Whose, names: Names = "equal") -> State
     version = saved.get("version", VERSION)
     if not isinstance(version, int) or version != VERSION:  # a tensor would compare its elements
         raise ValueError(f"state: expected version {VERSION}, found {shown(version)}")
+    saved = {"nonfinite": "propagate", **saved}  # earlier versions had no other way
     if saved.keys() != expected.keys():
-        inside = [key for key, value in saved.items() if isinstance(value, Mapping) and value.keys() == expected.keys()]
+        kinds = (expected.keys(), expected.keys() - {"nonfinite"})
+        inside = [key for key, value in saved.items() if isinstance(value, Mapping) and value.keys() in kinds]
         hint = f"; such a state is in it under {inside[0]!r}" if inside else ""
         if not inside and "averages" not in saved:
             hint = (
@@ -102,6 +105,7 @@ def parse(saved: Any, own: State, whose: Whose, names: Names = "equal") -> State
             numbers["update_after_step"],
             own.timetable.rounding,
             numbers["seed"],
+            saved["nonfinite"],
         )
     averages = [
         _fitting(k, ours, theirs, names)
@@ -123,7 +127,7 @@ def check_whose(schedules: str) -> None:
 
 
 def _warn_of_other_options(own: Timetable, saved: Timetable) -> None:
-    options = ["decay", "update_every", "update_after_step"] + ["seed"] * (own.rounding == "stochastic")
+    options = ["decay", "update_every", "update_after_step", "nonfinite"] + ["seed"] * (own.rounding == "stochastic")
     theirs, ours = ({name: _option(each, name) for name in options} for each in (saved, own))
     if differ := [name for name in options if theirs[name] != ours[name]]:
         was, has = (", ".join(f"{name}={each[name]}" for name in differ) for each in (theirs, ours))

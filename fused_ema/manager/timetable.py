@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from .. import schedules
 from ..pairs.arguments import decay_number, whole_number
+from ..runners.base import OpName
 from ..schedules import Schedule
 
 Rounding = Literal["nearest", "stochastic"]
+Nonfinite = Literal["propagate", "skip"]
 MAX_AVERAGES = 8
 
 
@@ -27,12 +29,22 @@ class Timetable:
     update_after_step: int = 0
     rounding: Rounding = "nearest"
     seed: int = 0
+    nonfinite: Nonfinite = "propagate"
 
     def __post_init__(self) -> None:
         for name, least in (("update_every", 1), ("update_after_step", 0), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding: expected 'nearest' or 'stochastic', found {self.rounding!r}")
+        if self.nonfinite not in ("propagate", "skip"):
+            raise ValueError(f"nonfinite: expected 'propagate' or 'skip', found {self.nonfinite!r}")
+
+    @property
+    def op(self) -> OpName:
+        """What an update does, in the words of the runners."""
+        if self.rounding == "nearest":
+            return "update" if self.nonfinite == "propagate" else "update_finite"
+        return "update_stochastic" if self.nonfinite == "propagate" else "update_stochastic_finite"
 
     def moves_at(self, step: int) -> bool:
         """Whether the averages move at this step."""

@@ -23,11 +23,14 @@ from torch import Tensor
 from ..pairs.checks import Action
 
 Tensors: TypeAlias = Sequence[Tensor]
-OpName = Literal["update", "copy", "swap", "restore", "update_stochastic"]
+OpName = Literal["update", "copy", "swap", "restore", "update_stochastic", "update_finite", "update_stochastic_finite"]
 """What a call does with each pair:
 
 - "update": averages, or copies where the pair's action is COPY; rounds to nearest.
 - "update_stochastic": the same, but 16-bit averages are rounded stochastically.
+- "update_finite", "update_stochastic_finite": like these two, but where an element of the model is NaN or infinite, its
+  average stays as it is, whatever the decay. The two parts of a complex number are two elements. Pairs whose action is
+  COPY are copied as they are.
 - "copy": the average becomes the model's value.
 - "swap": the two exchange values. Where their types differ, the model's values go to the call's scratch memory, the
   model gets the average, and the average stays as it is.
@@ -52,9 +55,17 @@ class Call(NamedTuple):
     op: OpName
     decays: tuple[float, ...] = (0.0,)  # in [0, 1]: 1 leaves the average alone, 0 copies
     device_decays: Tensor | None = None  # replaces `decays`: float32 or float64, on the device, never read on the host
-    keys: tuple[int, ...] = ()  # 64 random bits each, for "update_stochastic"
+    keys: tuple[int, ...] = ()  # 64 random bits each, for stochastic rounding
     average: int = -1  # the only average that takes part; -1: all of them
     scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes on each device, as `Prepared.scratch` asks
+
+
+def is_update(op: OpName) -> bool:
+    return op.startswith("update")
+
+
+def skips_nonfinite(op: OpName) -> bool:
+    return op.endswith("_finite")
 
 
 class Watch(Protocol):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..pairs.checks import Action
 from ..pairs.memory import nth_average
-from .base import Call, Job, Tensors, Watch
+from .base import Call, Job, Tensors, Watch, skips_nonfinite
 from .exchange import Exchange
 from .groups import alike, borrow, give_back, groups, scratch_bytes
 from .in_python import PreparedInPython, getter
-from .reference import update_
+from .reference import are_finite, update_
 
 
 class Foreach:
@@ -78,16 +78,25 @@ class PreparedForeach(PreparedInPython):
         ema, model = tensors[:half], tensors[half:]
         if call.op in ("swap", "restore"):
             return self._exchange.run(call, ema, model)
+        skips = skips_nonfinite(call.op) and not self._known_finite(model)
         averages = range(len(call.decays)) if call.average < 0 else [call.average]
         for position, k in enumerate(averages):
             nth = ema if k <= 0 else self._nth(ema, k)
             if call.op == "copy":
                 _copy(self._pick_all, nth, model)
-            elif call.device_decays is None:
-                self._update(nth, model, call.decays[position], call.keys[position] if call.keys else None)
-            else:
-                decay = call.device_decays.reshape(-1)[max(k, 0)]
-                self._update_on_device(nth, model, decay, call.keys[position] if call.keys else None)
+                continue
+            key = call.keys[position] if call.keys else None
+            if call.device_decays is None and not skips:
+                self._update(nth, model, call.decays[position], key)
+                continue
+            on_device = call.device_decays
+            decay = call.decays[position] if on_device is None else on_device.reshape(-1)[max(k, 0)]
+            self._update_one_by_one(nth, model, decay, key, skips)
+
+    def _known_finite(self, model: Tensors) -> bool:
+        """Whether what is averaged is finite. A device is not looked at, since that would wait for it."""
+        averaged = [model[i] for group in self._groups for i in group.pairs]
+        return all(each.device.type == "cpu" for each in averaged) and all(are_finite(averaged))
 
     def _nth(self, ema: Tensors, k: int) -> Tensors:
         nth = [*ema]
@@ -112,11 +121,13 @@ class PreparedForeach(PreparedInPython):
         for memory in scratch.values():
             give_back(memory)
 
-    def _update_on_device(self, ema: Tensors, model: Tensors, decay: Tensor, key: int | None) -> None:
+    def _update_one_by_one(
+        self, ema: Tensors, model: Tensors, decay: float | Tensor, key: int | None, finite: bool
+    ) -> None:
         for group in self._groups:
             for i in group.pairs:
                 random = None if key is None else (key, self._numbers[i])
-                update_(ema[i], model[i], decay, average=True, random=random)
+                update_(ema[i], model[i], decay, average=True, random=random, finite=finite)
         for i in self._copied:
             update_(ema[i], model[i], decay, average=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._build import nvrtc
 from ..pairs.checks import Action
 from . import driver
-from .base import Call, Job, Tensors, Watch
+from .base import Call, Job, Tensors, Watch, is_update
 from .in_python import PreparedInPython
 from .tables import MAX_AVERAGES, VECTOR_BYTES, Tables, launch
 
@@ -104,8 +104,7 @@ class PreparedNvrtc(PreparedInPython):
         first = max(call.average, 0)
         averages = range(first, self._averages if call.average < 0 else first + 1)
         self._check(call, averages)
-        update = call.op in ("update", "update_stochastic")
-        if update and call.device_decays is None and all(decay == 1 for decay in call.decays):
+        if is_update(call.op) and call.device_decays is None and all(decay == 1 for decay in call.decays):
             return
         devices = [each for each in self._devices if call.op != "restore" or each.exchanged()]
         scratch = {memory.device: memory.data_ptr() for memory in call.scratch}

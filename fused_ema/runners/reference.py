@@ -7,11 +7,13 @@ that may have no float64, such as MPS and XPU, compute in float32 what has 32 bi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..pairs.memory import extent
 from .pieces import pieces, reals
 
 # Elements computed at a time: few enough for the CPU's caches; on a device, enough to hide a launch.
@@ -33,19 +35,47 @@ def finish(run: Callable[[list[object]], None]) -> None:
 
 
 @torch.no_grad()
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each has finite elements alone. It reads each once, and waits once for each device and type."""
+    ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        values = reals(tensor)
+        if extent(values) == values.numel():
+            values = values.as_strided((values.numel(),), (1,))  # the order in memory, else it would be copied
+        if values.numel():
+            ends[values.device, values.dtype] += torch.aminmax(values)  # both are NaN where an element is
+            places[values.device, values.dtype] += [place] * 2
+    found = [True] * len(tensors)
+    for kind, each in ends.items():
+        for place, finite in zip(places[kind], torch.stack(each).isfinite().tolist(), strict=True):
+            found[place] &= finite
+    return found
+
+
+@torch.no_grad()
 def update_(
-    ema: Tensor, model: Tensor, decay: float | Tensor, *, average: bool, random: tuple[int, int] | None = None
+    ema: Tensor,
+    model: Tensor,
+    decay: float | Tensor,
+    *,
+    average: bool,
+    random: tuple[int, int] | None = None,
+    finite: bool = False,
 ) -> None:
     """ema ← decay * ema + (1 - decay) * model, or the copy that goes with it, in place; decay in [0, 1].
 
     `random`: the key and the first number of the random bits, where 16-bit averages are rounded stochastically.
+    `finite`: an average stays as it is where the model is not finite.
     """
     if not isinstance(decay, Tensor):
         if decay == 1:
             return
-        if decay == 0 or not average:
+        if (decay == 0 and not finite) or not average:
             ema.copy_(model)
             return
+        if decay == 0:
+            decay = torch.zeros((), device=ema.device)  # chosen element by element
     block = _BLOCK_CPU if ema.device.type == "cpu" else _BLOCK_DEVICE
     e, p = reals(ema.data), reals(model.data)  # autograd would count a change for each block
     if random:  # the numbers follow the average's memory
@@ -63,6 +93,8 @@ def update_(
             if random and average and old.element_size() == 2:
                 rounded = round_stochastically(moved.float(), old.dtype, random[0], numbers[position])
                 moved = rounded if not isinstance(decay, Tensor) else torch.where(decay == 0, moved, rounded)
+            if finite and average:
+                moved = torch.where(new.isfinite(), moved, old)
             done.extend(map(old.copy_, [moved]))
 
     finish(run)

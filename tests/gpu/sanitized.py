@@ -41,7 +41,9 @@ def main():
     check_batches("cuda", batches=4, count=500)
     for dtype, rounding in [(FLOATS[0], "nearest"), *((dtype, "stochastic") for dtype in HALF)]:
         for model_dtype in (torch.float32, torch.bfloat16):
-            check_same_as_cpu("cuda", SEVERAL, model_dtype, dtype=dtype, rounding=rounding, seed=7)
+            for nonfinite in ("propagate", "skip"):
+                options = {"dtype": dtype, "rounding": rounding, "nonfinite": nonfinite}
+                check_same_as_cpu("cuda", SEVERAL, model_dtype, **options, seed=7)
     torch.cuda.synchronize()
     print("all cases hold")
 

@@ -37,11 +37,14 @@ def make_model(dtype, device, seed=0):
 
 
 @torch.no_grad()
-def shake(model, seed):
-    """New values, the same on each device."""
+def shake(model, seed, spoil=False):
+    """New values, the same on each device; with `spoil`, some that are not finite."""
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
         parameter.copy_(values(parameter.dtype, parameter.numel(), rng, 10).view(parameter.shape))
+        if spoil:
+            drawn = torch.from_numpy(rng.random(tuple(parameter.shape))).to(parameter.device)
+            parameter.masked_fill_(drawn < 0.05, torch.nan).masked_fill_(drawn > 0.95, -torch.inf)
 
 
 def averages(ema):
@@ -57,13 +60,15 @@ def assert_same(one, other):
 
 
 def check_same_as_cpu(on_device, decays, model_dtype, **options):
+    skips = options.get("nonfinite") == "skip"
     here, there = (make_model(model_dtype, on) for on in ("cpu", on_device))
     emas = [EMA(model, decays, **options) for model in (here, there)]
     for step in range(5):
         for model, ema in zip((here, there), emas, strict=True):
-            shake(model, step)
+            shake(model, step, spoil=skips)
             ema.update()
     assert_same(*emas)
+    assert all(value.isfinite().all() for value in averages(emas[1]).values())
     moved = emas[0].averaged_state_dict(0)
     assert not any(same_bits(moved[key], parameter) for key, parameter in here.named_parameters())
     for k in range(len(decays)):
@@ -82,6 +87,13 @@ def check_same_as_cpu(on_device, decays, model_dtype, **options):
 @pytest.mark.parametrize(("dtype", "rounding"), ROUNDINGS, ids=name)
 def test_same_bits_as_the_cpu(decays, model_dtype, dtype, rounding):
     check_same_as_cpu(DEVICE, decays, model_dtype, dtype=dtype, rounding=rounding, seed=7)
+
+
+@DECAYS
+@pytest.mark.parametrize("model_dtype", FLOATS, ids=name)
+@pytest.mark.parametrize(("dtype", "rounding"), ROUNDINGS, ids=name)
+def test_same_bits_as_the_cpu_where_the_model_is_not_finite(decays, model_dtype, dtype, rounding):
+    check_same_as_cpu(DEVICE, decays, model_dtype, dtype=dtype, rounding=rounding, seed=7, nonfinite="skip")
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), ROUNDINGS, ids=name)
@@ -118,8 +130,10 @@ def test_goes_on_elsewhere():
 @DECAYS
 @pytest.mark.parametrize("where", [None, "cpu"])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")], ids=name)
-def test_one_kernel_for_all_averages(decays, where, dtype, rounding, idle_calls):
-    ema = EMA(make_model(torch.bfloat16, DEVICE), decays, dtype=dtype, rounding=rounding, device=where)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_one_kernel_for_all_averages(decays, where, dtype, rounding, nonfinite, idle_calls):
+    options = {"dtype": dtype, "rounding": rounding, "nonfinite": nonfinite}
+    ema = EMA(make_model(torch.bfloat16, DEVICE), decays, **options, device=where)
     assert ema.describe()["backend"] == "cuda"
     assert ema.describe()["launches_per_update"] == 1
     check_steady(ema.update, idle_calls)

@@ -39,18 +39,25 @@ class Kind(NamedTuple):
     letters: str = ""  # what its arithmetic instructions start with: F for float32, D for float64
 
 
+UPDATES, FINITE = ("update", "update_stochastic"), ("update_finite", "update_stochastic_finite")
 KINDS = [Kind("exchange", kernel, 1, 0, 128, 0, 1) for kernel in ("swap", "restore")]
-for kernel in ("update", "update_stochastic"):
+for kernel in (*UPDATES, *FINITE):
     KINDS += [
         Kind("float32 <- float32", kernel, 1, 1, 128, 4, 1, "F"),
         Kind("float32 <- 16-bit", kernel, 1, 1, 64, 4, 2, "F"),
         Kind("float64 <- float64", kernel, 1, 1, 128, 2, 1, "D"),
         Kind("float64 <- float32", kernel, 1, 1, 64, 2, 1, "D"),
         Kind("float64 <- 16-bit", kernel, 1, 1, 32, 2, 2, "D"),
-        # The stochastic kernel never runs these, and may leave them out.
-        Kind("16-bit <- 16-bit", kernel, 1, 1, 128, 8, 4 if kernel == "update" else 0, "F"),
+        # The stochastic kernels never run these, and may leave them out.
+        Kind("16-bit <- 16-bit", kernel, 1, 1, 128, 8, 0 if "stochastic" in kernel else 4, "F"),
     ]
-for kernel in ("update", "update_stochastic", "copy"):  # equal copies may share code, so one of each is enough
+for kernel in FINITE:  # a copy reads the average, which stays where the model is not finite
+    KINDS += [
+        Kind("finite copy, equal sizes", kernel, 1, 1, 128, 0, 6),
+        Kind("finite copy, from half the size", kernel, 1, 1, 64, 0, 3),
+        Kind("finite copy, from a quarter", kernel, 1, 1, 32, 0, 2),
+    ]
+for kernel in (*UPDATES, *FINITE, "copy"):  # equal copies may share code, so one of each is enough
     KINDS += [
         Kind("copy, equal sizes", kernel, 0, 1, 128, 0, 1),
         Kind("copy, from half the size", kernel, 0, 1, 64, 0, 1),

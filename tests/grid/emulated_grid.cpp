@@ -119,6 +119,8 @@ void grid_run(const Tables* tables, int op, const Call* call, const Tile* tiles,
     case Op::swap: return run_threads<Op::swap>(launch, order);
     case Op::restore: return run_threads<Op::restore>(launch, order);
     case Op::update_stochastic: return run_threads<Op::update_stochastic>(launch, order);
+    case Op::update_finite: return run_threads<Op::update_finite>(launch, order);
+    case Op::update_stochastic_finite: return run_threads<Op::update_stochastic_finite>(launch, order);
   }
 }
 

@@ -18,10 +18,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from sass import KERNELS
 
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *INTEGERS]  # in the order of enum Type
-OPS = ["update", "copy", "swap", "restore", "update_stochastic"]  # in the order of enum Op
+OPS = [*KERNELS.values()]  # in the order of enum Op
 MAX_AVERAGES = 8
 
 UPDATE_PAIRS = [pair for pair in oracle.PAIRS if not pair[0].is_complex]  # that fused_ema.update takes

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # By Op, the template argument in the mangled name.
-KERNELS = {"0": "update", "1": "copy", "2": "swap", "3": "restore", "4": "update_stochastic"}
+OPS = ("update", "copy", "swap", "restore", "update_stochastic", "update_finite", "update_stochastic_finite")
+KERNELS = {str(number): op for number, op in enumerate(OPS)}
 LOADS, STORES = ("LDG", "LD"), ("STG", "ST")
 LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:(@!?U?P\w+)\s+)?([A-Z]\w*)(\S*)\s*([^;]*);")
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}

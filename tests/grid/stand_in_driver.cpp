@@ -92,6 +92,8 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
     case Op::swap: return run<Op::swap>(launch, grid_x), 0;
     case Op::restore: return run<Op::restore>(launch, grid_x), 0;
     case Op::update_stochastic: return run<Op::update_stochastic>(launch, grid_x), 0;
+    case Op::update_finite: return run<Op::update_finite>(launch, grid_x), 0;
+    case Op::update_stochastic_finite: return run<Op::update_stochastic_finite>(launch, grid_x), 0;
   }
   return kNotFound;
 }

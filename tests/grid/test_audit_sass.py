@@ -48,9 +48,13 @@ def sound():
     averages += main_path(1, 1, "128.CONSTANT", 8) * 4
     for model, count in [("128.CONSTANT", 1), ("64.CONSTANT", 1), ("CONSTANT", 2)]:
         averages += main_path(1, 1, model, 2, "DADD", "DFMA") * count
+    finite = []
+    for count, model in [(6, "128.CONSTANT"), (3, "64.CONSTANT"), (2, "CONSTANT")]:
+        finite += main_path(1, 1, model) * count
     exchange = main_path(2, 0, "")
-    updates = averages + copies
-    code = {"update": updates, "update_stochastic": updates, "copy": copies, "swap": exchange, "restore": exchange}
+    code = {"copy": copies, "swap": exchange, "restore": exchange}
+    code |= dict.fromkeys(audit_sass.UPDATES, averages + copies)
+    code |= dict.fromkeys(audit_sass.FINITE, averages + copies + finite)
     sass = "\tcode for sm_90\n" + "\n".join(listing(code[kernel], op) for kernel, op in OPS.items())
     used = "  REG:64 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
     usage = "arch = sm_90\nResource usage:\n" + "".join(f" Function {NAME.format(op)}:\n{used}" for op in OPS.values())
@@ -116,7 +120,7 @@ FAULTS = {
     ),
     "guarded store": (lambda s: s.replace("     STG.E.128", "@!P0 STG.E.128", 1), "has predicated loads or stores"),
     "missing architecture": (lambda s: s.replace("sm_90", "sm_80"), "sm_90, copy kernel: not in this file"),
-    "missing kernel": (lambda s: s.replace("OpE2E", "OpE7E"), "sm_90, swap kernel: not in this file"),
+    "missing kernel": (lambda s: s.replace("OpE2E", "OpE9E"), "sm_90, swap kernel: not in this file"),
     "empty": (lambda s: "", "sm_90, update kernel: not in this file"),
 }
 

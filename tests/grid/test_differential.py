@@ -32,6 +32,8 @@ SAME_PAIRS = [(dtype, dtype) for dtype in TYPES]
 OPS = {  # the types of those that are averaged, and of those that are not
     "update": (LERP_PAIRS, CAST_PAIRS + SAME_PAIRS),
     "update_stochastic": (STOCHASTIC_PAIRS, CAST_PAIRS + SAME_PAIRS),
+    "update_finite": (LERP_PAIRS, CAST_PAIRS + SAME_PAIRS),
+    "update_stochastic_finite": (STOCHASTIC_PAIRS, CAST_PAIRS + SAME_PAIRS),
     "copy": ([], CAST_PAIRS + SAME_PAIRS),
     "swap": ([], SAME_PAIRS),
 }
@@ -150,9 +152,9 @@ def test_all_runners_agree(grid, split, case):
     rng = np.random.default_rng(seed)
     memory, pairs, complex_ = placed(rng, grid, op, rows, len(decays))
     (other, others), (_, thirds) = in_copy(memory, pairs), in_copy(memory, pairs)
-    keys = tuple(int(key) for key in rng.integers(0, 2**63, len(decays))) if op == "update_stochastic" else ()
+    keys = tuple(int(key) for key in rng.integers(0, 2**63, len(decays))) if "stochastic" in op else ()
     run_on_cpu(others, complex_, ties, op, decays, keys)
-    if op != "update_stochastic":
+    if "stochastic" not in op:
         check_pure_pytorch(op, others, thirds, decays)
     launch(grid, memory, pairs, op, decays, keys=keys)
     assert_same(pairs, memory, others, other, len(decays))
@@ -180,14 +182,18 @@ def check_pure_pytorch(op, others, thirds, decays):
     for done, pair in zip(others, thirds, strict=True):
         for k, decay in enumerate(decays):
             ema, old = pair.nth(k), pair.nth(k).clone()
-            if op != "update":
+            if not op.startswith("update"):
                 ema.copy_(pair.model)
                 if op == "swap":
                     pair.model.copy_(old)
                 assert oracle.same_bits_but_nan(ema, done.nth(k))
                 assert oracle.same_bits_but_nan(pair.model, done.model)
                 continue
-            reference.update_(ema, pair.model, decay, average=pair.average)
+            skips = op == "update_finite"
+            reference.update_(ema, pair.model, decay, average=pair.average, finite=skips)
+            if pair.average and skips:
+                kept = ~pair.model.isfinite()
+                assert oracle.same_bits_but_nan(ema[kept], old[kept])
             if pair.average:
                 finite = done.nth(k).isfinite() & old.isfinite() & pair.model.isfinite()
                 oracle.check_step([old[finite]], [pair.model[finite]], [ema[finite]], decay, bitwise=False)

@@ -13,6 +13,7 @@ from grid_checks import launch, noise, place
 
 DECAYS = [0.999, 0.25]  # both branches of the contract: 1 - decay below one half, and not
 CALLS = [("update", decay, pair) for decay in DECAYS for pair in LERP_PAIRS]
+CALLS += [("update_finite", decay, pair) for decay in [0.999] for pair in LERP_PAIRS]
 CALLS += [("copy", 0.0, pair) for pair in CAST_PAIRS + RAW_PAIRS] + [("swap", 0.0, pair) for pair in RAW_PAIRS]
 sizes_of_tiles = pytest.mark.parametrize("grid", ["default", "small"], indirect=True)
 
@@ -42,7 +43,7 @@ def vector_stores(grid, op, pairs):
         if (model.data_ptr() - before * model.itemsize) % min(16, lanes * model.itemsize) == 0:
             end = len(ema) + before
             count = (end // tile - (before > 0 and end >= tile)) * tile // lanes
-            totals[op == "update" and average and model.itemsize > ema.itemsize] += count
+            totals[op.startswith("update") and average and model.itemsize > ema.itemsize] += count
     return [total * (2 if op == "swap" else 1) for total in totals]
 
 

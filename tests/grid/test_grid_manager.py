@@ -1,5 +1,7 @@
 """A manager's launches on the emulated grid: several averages in one pass, and averages narrower than the model."""
 
+import itertools
+
 import numpy as np
 import oracle
 import pytest
@@ -12,6 +14,7 @@ from test_grid_strided import random_strides
 DECAYS = [0.999, 0.25, 0.0, 1.0, 0.9999, 0.5, 0.75, 1 - 2.0**-30]
 KEYS = [0x0123456789ABCDEF, 1, 2**64 - 1, 5 << 32, 0xDEADBEEF, 0, 2**63, 77]
 OPS = ["update", "update_stochastic"]
+FINITE = ["update_finite", "update_stochastic_finite"]
 sizes_of_tiles = pytest.mark.parametrize("grid", ["default", "small"], indirect=True)
 ALL = [(pair, True) for pair in LERP_PAIRS] + [(pair, False) for pair in CAST_PAIRS + RAW_PAIRS]
 
@@ -29,8 +32,9 @@ def place_all(rng, grid, averages, kinds=ALL, number=0):
 
 
 @sizes_of_tiles
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("averages", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("op", "averages"), [*itertools.product(OPS, [1, 2, 3, 8]), *itertools.product(FINITE, [1, 8])]
+)
 def test_several_averages(grid, averages, op):
     """Each average follows the formula with its own decay and key; each element is written once, and nothing else."""
     rng = np.random.default_rng(1)
@@ -62,7 +66,7 @@ def test_some_of_four_averages(grid, first, count, op):
     launch(grid, memory, pairs, op, decays, first=first, keys=KEYS[:count])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *FINITE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_decays_on_the_device(grid, dtype, op):
     """The device has one for each average, counted from the first; the call's own decays are ignored."""
@@ -85,7 +89,10 @@ def test_stochastic_sizes_and_alignments(grid, pair):
         rows += [(pair, n, each, True) for each in offsets]
     for number in (0, 2**32 - tile, 2**40 + 5):  # over the edge of 32 bits, and far behind it
         memory, pairs = place(rng, rows, number=number)
-        launch(grid, memory, pairs, "update_stochastic", 0.99, keys=KEYS[:1])
+        start = memory.clone()
+        for op in ("update_stochastic", "update_stochastic_finite"):
+            memory.copy_(start)
+            launch(grid, memory, pairs, op, 0.99, keys=KEYS[:1])
 
 
 def place_strided(rng, kinds, averages, expand=True):
@@ -113,7 +120,7 @@ def place_strided(rng, kinds, averages, expand=True):
     return memory, views
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, FINITE[1]])
 def test_strided(grid, op):
     rng = np.random.default_rng(6)
     for trial in range(12):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated_grid import CAST_PAIRS, TYPES, Pair
 from grid_checks import in_copy, place
-from test_grid_manager import ALL, DECAYS, KEYS, place_strided
+from test_grid_manager import ALL, DECAYS, FINITE, KEYS, OPS, place_strided
 
 from fused_ema.pairs.checks import Action
 from fused_ema.runners import extension as _native
@@ -65,11 +65,11 @@ def assert_same(pairs, memory, others, other, averages):
     assert torch.equal(memory, other), "bytes between the tensors differ"
 
 
-@pytest.mark.parametrize("op", ["update", "update_stochastic", "copy"])
+@pytest.mark.parametrize("op", [*OPS, FINITE[1], "copy"])
 @pytest.mark.parametrize("averages", [1, 3])
 def test_updates(grid, threads, averages, op):
     rng = np.random.default_rng(1)
-    keys = KEYS[:averages] if op == "update_stochastic" else []
+    keys = KEYS[:averages] if "stochastic" in op else []
     for memory, pairs in place_large(rng, ALL, averages):
         other, others = in_copy(memory, pairs)
         for decays in (DECAYS[:averages], [0.75, 1.0, 0.999][-averages:]):
@@ -78,7 +78,7 @@ def test_updates(grid, threads, averages, op):
             assert_same(pairs, memory, others, other, averages)
 
 
-@pytest.mark.parametrize("op", ["update", "update_stochastic"])
+@pytest.mark.parametrize("op", [*OPS, FINITE[0]])
 def test_device_decays_and_one_of_several(grid, threads, op):
     rng = np.random.default_rng(2)
     [(memory, pairs), _] = place_large(rng, ALL, 4)

@@ -1132,7 +1132,7 @@ def test_distance(backend, dtype):
     model = nn.Sequential(nn.Linear(7, 5, dtype=dtype), nn.Linear(5, 7, dtype=dtype))
     model[1].alias = model[0].weight
     ema = EMA(model, [0.9, 0.5])
-    assert ema.distance() == {"relative": 0.0, "still": 0.0}
+    assert ema.distance() == {"relative": 0.0, "still": 0.0, "nonfinite_model": 0, "nonfinite_average": 0}
     nudge(model)
     ema.update()
     for index in range(2):

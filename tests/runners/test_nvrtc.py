@@ -25,7 +25,7 @@ from fused_ema.runners import driver, extension, nvrtc
 from fused_ema.runners.base import Call, Job
 from fused_ema.runners.watch import SlotWatch
 
-OPS = ("update", "copy", "swap", "restore", "update_stochastic")
+OPS = emulated_grid.OPS
 
 
 @pytest.fixture

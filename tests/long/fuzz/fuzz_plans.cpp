@@ -87,7 +87,7 @@ Tensors tensors(Choices& choose, Op op, int averages, int64_t number) {
 
 void run_one(const uint8_t* data, size_t size) {
   Choices choose(data, size);
-  const Op op = static_cast<Op>(choose.below(5));
+  const Op op = static_cast<Op>(choose.below(7));
   const int averages = static_cast<int>(writes_model(op) || choose.one_in(2) ? 1 : 1 + choose.below(kMaxAverages));
   Call call;
   call.last = averages;

@@ -33,6 +33,26 @@ MUTANTS = [
         "const uint32_t share = random >> 19;",
         "const uint32_t share = random >> 20;",
     ),
+    Mutant("infinity is finite", "csrc/lerp.h", "x <= 3.4028234663852886e38f;", "x == x;"),
+    Mutant(
+        "nothing skipped",
+        "csrc/ops.h",
+        "is_finite(cast<C>(p.lane[i])) ? e.lane[i] : old.lane[i]",
+        "is_finite(cast<C>(p.lane[i])) ? e.lane[i] : e.lane[i]",
+    ),
+    Mutant(
+        "copies skip nothing",
+        "csrc/tiles.h",
+        "      if (step.decay == 0.0) return with_lerp<Finite<Copy>::Of>(row, step, run);\n",
+        "      if (step.decay == 0.0) return with_lerp<Copy>(row, step, run);\n",
+    ),
+    Mutant("infinity is finite on the CPU", "csrc/ema_cpu.cpp", "return largest != exponent;", "return true;"),
+    Mutant(
+        "the first of several skips",
+        "csrc/ema_cpu.cpp",
+        "at<char>(row.ema, (step.shift + begin) * size), size_t(n * size));",
+        "at<char>(row.ema, begin * size), size_t(n * size));",
+    ),
     # ---- csrc: tables and tiles
     Mutant("int32 count", "csrc/table.h", "row.numel = numel;", "row.numel = static_cast<int32_t>(numel);"),
     Mutant(
@@ -283,11 +303,11 @@ MUTANTS = [
     Mutant(
         "steps counted before they are made",
         "fused_ema/manager/ema.py",
-        """                self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
+        """                self._run(Call(self._timetable.op, decays, on_device, keys))
 """,
         """                self._step = step
                 try:
-                    self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
+                    self._run(Call(self._timetable.op, decays, on_device, keys))
                 except Exception:
                     self._step = step - 1
                     raise
@@ -299,6 +319,13 @@ MUTANTS = [
         '        self._refuse_swapped("EMA()")\n',
         "",
     ),
+    Mutant(
+        "old states skip",
+        "fused_ema/manager/state.py",
+        'saved = {"nonfinite": "propagate", **saved}',
+        'saved = {"nonfinite": "skip", **saved}',
+    ),
+    Mutant("saved without a word", "fused_ema/manager/report.py", "    if bad:\n", "    if len(bad) > 1:\n"),
     Mutant(
         "moved, and written to where it was",
         "fused_ema/manager/ema.py",
@@ -457,6 +484,18 @@ MUTANTS = [
         "fused_ema/runners/reference.py",
         "difference.mul_(1 - decay).add_(old) if 1 - decay < 0.5",
         "difference.mul_(1 - decay).add_(old) if 1 - decay > 0.5",
+    ),
+    Mutant(
+        "nothing skipped by PyTorch",
+        "fused_ema/runners/reference.py",
+        "            if finite and average:\n",
+        "            if finite and not average:\n",
+    ),
+    Mutant(
+        "copies skip nothing by PyTorch",
+        "fused_ema/runners/reference.py",
+        "(decay == 0 and not finite) or not average",
+        "decay == 0 or not average",
     ),
     # ---- Runners in Python
     Mutant(

@@ -27,6 +27,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/lerp.h": "numerics grid_numerics grid_rounding ema_rounding",
     "csrc/table.h": "grid_coverage grid_strided grid_huge grid_vs_cpu",
     "csrc/launch.h": "grid_manager grid_manager_vs_cpu",
+    "csrc/ops.h": "grid_manager finite",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu numerics values ema_swap",
     "csrc/plan.cpp": "stale_sources kinds calls ema_rounding",
@@ -43,6 +44,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/pairs/memory.py": "overlaps memory",
     "fused_ema/manager/copying.py": "ema ema_swap",
     "fused_ema/manager/ema.py": "ema ema_rounding ema_swap ema_attach faults",
+    "fused_ema/manager/report.py": "nonfinite",
     "fused_ema/manager/swap.py": "ema_swap",
     "fused_ema/manager/timetable.py": "ema ema_rounding",
     "fused_ema/checkpoints/files.py": "files",
@@ -58,12 +60,12 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "fused_ema/runners/in_python.py": "foreach interface stale_sources",
     "fused_ema/runners/nvrtc.py": "nvrtc interface",
     "fused_ema/runners/pieces.py": "foreach",
-    "fused_ema/runners/reference.py": "numerics ema_rounding foreach",
+    "fused_ema/runners/reference.py": "numerics ema_rounding foreach finite",
     "fused_ema/runners/several.py": "several",
     "fused_ema/runners/tables.py": "tables",
     "fused_ema/runners/watch.py": "interface stale_sources lifetimes",
     "fused_ema/schedules.py": "schedules",
-    "fused_ema/manager/state.py": "ema_state",
+    "fused_ema/manager/state.py": "ema_state nonfinite",
 }
 THEN = "overlaps memory dtypes kinds names stale_sources numerics ema ema_state stale_plans differential"
 FITS = "--ignore-glob=*/test_mutants.py"  # that each fault still fits, which it does not once it is there
