@@ -125,7 +125,7 @@ class Binding:
         self._current_plan()
 
     def _current_plan(self) -> Plan:
-        if self._plan is None or not self._plan.prepared.current():
+        if self._plan is None or not self._plan.fits():
             return self._keep(_new_plan(*self._sources))
         return self._plan
 
@@ -227,14 +227,21 @@ def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
     _reshard(ema, model)
     watched = watch(ema, model)
     pairs = pair(ema, model, buffers)
-    return Plan(pairs, buffers, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
+    return Plan(
+        pairs,
+        buffers,
+        watched or watch(pairs.ema, pairs.model),
+        lasts=watched is not None,
+        by_name=buffers == "ignore",
+    )
 
 
-# The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed. The others hold
-# no tensors; the least recently used one goes when there are too many.
+# The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed. The others hold no
+# tensors, and go when the memory of their first average is freed; the least recently used one goes when all of them
+# together have too many pairs, each of which takes up to 700 bytes.
 _module_plans: dict[tuple[int, int, str], tuple[Plan, tuple[Any, ...]]] = {}
-_list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_MOST_LISTS = 16
+_list_plans: OrderedDict[tuple[Any, ...], tuple[Plan, Any]] = OrderedDict()
+_MOST_PAIRS = 1 << 18
 
 
 def _recorded() -> bool:
@@ -263,11 +270,19 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
 
 def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
     kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
-    first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
+    first: tuple[int, ...] = ()  # where both lists begin
+    if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) and has_address(pairs.model[0]):
+        first = pairs.ema[0].data_ptr(), pairs.model[0].data_ptr()
     key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
-    kept = _list_plans.pop(key, None)
-    _list_plans[key] = plans.run(kept, _call(op, decay), Plan, pairs, buffers, pairs=pairs)
-    while len(_list_plans) > _MOST_LISTS:
+    kept, end = _list_plans.pop(key, (None, None))
+    plan = plans.run(kept, _call(op, decay), Plan, pairs, buffers, pairs=pairs)
+    if plan is kept:
+        _list_plans[key] = plan, end
+        return
+    if first:
+        end = weakref.ref(pairs.ema[0].untyped_storage(), lambda _: _list_plans.pop(key, None))
+    _list_plans[key] = plan, end
+    while sum(count for count, *_ in list(_list_plans)) > _MOST_PAIRS and len(_list_plans) > 1:
         _list_plans.popitem(last=False)
 
 

@@ -551,6 +551,7 @@ class EMA:
             averages=self._averages.count,
             strides=self._averages.strides(),
             free_types=True,
+            by_name=True,
         )
 
     def _check_index(self, index: int) -> int:
