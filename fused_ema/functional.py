@@ -160,7 +160,7 @@ def bind(ema: Source, model: Source, *, buffers: Buffers = "copy") -> Binding:
     """Returns a handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
 
     Takes the arguments of `update` and raises the same errors. Each call still re-reads what the modules, dicts or
-    lists hold, and pairs them again where parameters were replaced, moved, cast, added, removed or tied.
+    lists hold, and follows where parameters were replaced, moved, cast, added, removed or tied.
     """
     return Binding(ema, model, buffers=buffers)
 
@@ -227,13 +227,7 @@ def _new_plan(ema: Source, model: Source, buffers: Buffers) -> Plan:
     _reshard(ema, model)
     watched = watch(ema, model)
     pairs = pair(ema, model, buffers)
-    return Plan(
-        pairs,
-        buffers,
-        watched or watch(pairs.ema, pairs.model),
-        lasts=watched is not None,
-        by_name=buffers == "ignore",
-    )
+    return Plan(pairs, buffers, watched or watch(pairs.ema, pairs.model), lasts=watched is not None)
 
 
 # The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed. The others hold no
@@ -269,21 +263,27 @@ def _run_cached(op: OpName, ema: Source, model: Source, decay: float | Tensor, b
 
 
 def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor, buffers: Buffers) -> None:
-    kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
-    first: tuple[int, ...] = ()  # where both lists begin
-    if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) and has_address(pairs.model[0]):
-        first = pairs.ema[0].data_ptr(), pairs.model[0].data_ptr()
-    key = (len(pairs.ema), first, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
+    kinds = frozenset([*map(type, pairs.ema), *map(type, pairs.model)])
+    begin = _begin(pairs) if pairs.ema and kinds <= PLAIN_TYPES else None
+    key = (len(pairs.ema), begin, kinds, buffers, tuple(pairs.parameter), pairs.labels[:1] == ["[0]"])
     kept, end = _list_plans.pop(key, (None, None))
     plan = plans.run(kept, _call(op, decay), Plan, pairs, buffers, pairs=pairs)
     if plan is kept:
         _list_plans[key] = plan, end
         return
-    if first:
+    if begin and has_address(pairs.ema[0]):
         end = weakref.ref(pairs.ema[0].untyped_storage(), lambda _: _list_plans.pop(key, None))
     _list_plans[key] = plan, end
     while sum(count for count, *_ in list(_list_plans)) > _MOST_PAIRS and len(_list_plans) > 1:
         _list_plans.popitem(last=False)
+
+
+def _begin(pairs: Pairs) -> tuple[int, int] | None:
+    """Where the memory of both lists begins; None where the first tensors have none."""
+    try:
+        return pairs.ema[0].data_ptr(), pairs.model[0].data_ptr()
+    except RuntimeError:
+        return None
 
 
 ops.implement(lambda pairs, decay, buffers: _run_lists("update", pairs, decay, buffers))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._warning import warn
 from .pairs import shards
@@ -30,6 +30,12 @@ def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any,
     """
     if kept is not None and (kept.try_run(call, pairs) or (kept.patch(pairs) and kept.try_run(call, pairs))):
         return kept
+    if kept is not None and kept.sharded:
+        for source in sources:
+            if isinstance(source, nn.Module):
+                shards.reshard(source)  # puts the shards back where a forward pass left whole parameters
+        if kept.try_run(call, pairs):
+            return kept
     plan = make(*sources)
     if refusal := plan.refusal(call):
         raise refusal
@@ -70,7 +76,7 @@ class Plan:
         self.lasts = lasts
         self._options = buffers, free_types, by_name
         self._labels, self._parameter, self._actions = pairs.labels, pairs.parameter, checked.actions
-        self._sharded = checked.sharded
+        self.sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
             self._refusals |= {"update": checked.no_update, "update_stochastic": checked.no_update}
@@ -124,7 +130,7 @@ class Plan:
             _warn_of_standstill(call.decays)
         if pairs is None:
             return self.prepared.run(call)
-        if self._sharded:
+        if self.sharded:
             if any(map(shards.refusal, *pairs[:3])):
                 return False
             here = shards.localized(pairs)

@@ -525,7 +525,7 @@ class EMA:
         return self._swap.true_average(name, k, average) if self._swap else average
 
     def _run(self, call: Call) -> None:
-        self._keep(plans.run(self._plan, call, self._new_plan))
+        self._keep(plans.run(self._plan, call, lambda _: self._new_plan(), self.model))
 
     def _keep(self, plan: Plan) -> None:
         self._plan = plan if plan.lasts else None
