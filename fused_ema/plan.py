@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._warning import warn
 from .pairs import shards
@@ -76,6 +77,7 @@ class Plan:
         self.lasts = lasts
         self._options = buffers, free_types, by_name
         self._labels, self._parameter, self._actions = pairs.labels, pairs.parameter, checked.actions
+        self._requires_grad = any(ema.requires_grad for ema in pairs.ema)  # autocast keeps copies of no others
         self.sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
@@ -120,8 +122,8 @@ class Plan:
             if device_decays is not None and device_decays.device.type == "cpu":
                 call = call._replace(decays=(decay_number(device_decays.item()),), device_decays=None)
         writes_model = op in ("swap", "restore")
-        if writes_model:
-            torch.clear_autocast_cache()  # it holds 16-bit copies of the old values
+        if writes_model or self._requires_grad or parametrize._cache:
+            forget_values()
         if self._coarse and op == "update" and any(0.0 < 1.0 - decay < self._coarse for decay in call.decays):
             # The averages may have been cast since.
             if not (self.prepared.current() if pairs is None else any(ema.element_size() == 2 for ema in pairs.ema)):
@@ -178,6 +180,7 @@ class Plan:
         new = apart.replaced(
             {2 * self._alone[i] + side: checked.spans[k][side] for k, i in enumerate(numbers) for side in (0, 1)}
         )
+        self._requires_grad |= any(ema.requires_grad for ema in changed.ema)
         return new if new and self.prepared.patch(changed) else None
 
     def refusal(self, call: Call) -> Exception | None:
@@ -196,6 +199,13 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)
+
+
+def forget_values() -> None:
+    """Drops what PyTorch has computed of tensors that are about to be written: autocast's 16-bit copies, and what
+    `torch.nn.utils.parametrize.cached()` keeps."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _describe(active: list[tuple[Tensor, Tensor, Action]], averages: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .cache import cache_root, distrust, locked, make_trusted
 from .compile import PACKAGE, BuildError, Record, say
-from .nvrtc import OPS, Image, Nvrtc, kernel_digest, nvrtc
+from .nvrtc import OPS, Compiler, Image, kernel_digest, nvrtc
 
 _images: dict[tuple[str, int], Image] = {}  # of this process, for its further GPUs
 _said_not_kept = False
@@ -66,7 +66,7 @@ def _missing(path: Path, record: Record, force: bool, cached: bool) -> bool:
     return force or not isinstance(_read(path, record, cached), Image)
 
 
-def _find(compiler: Nvrtc, op: str, arch: int) -> Image:
+def _find(compiler: Compiler, op: str, arch: int) -> Image:
     record = _record(compiler, op, arch)
     name = _file_name(record)
     with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def _find(compiler: Nvrtc, op: str, arch: int) -> Image:
         return compiled
 
 
-def _compile(compiler: Nvrtc, op: str, arch: int, folder: Path | None) -> Image:
+def _compile(compiler: Compiler, op: str, arch: int, folder: Path | None) -> Image:
     kept = f"keeping it in {folder}" if folder else "for this process alone"
     say(f"compiling the CUDA kernel {op!r} for sm_{arch} with NVRTC {compiler.version}, {kept}")
     return compiler.compile(op, arch)
@@ -113,7 +113,7 @@ def _say_not_kept(error: Exception) -> None:
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def _record(compiler: Nvrtc, op: str, arch: int) -> Record:
+def _record(compiler: Compiler, op: str, arch: int) -> Record:
     return {"op": op, "arch": arch, "nvrtc": compiler.version, "sources": kernel_digest()}
 
 

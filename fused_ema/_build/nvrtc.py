@@ -31,7 +31,7 @@ class Image(NamedTuple):
     code: bytes  # a cubin, or the text of PTX
 
 
-class Nvrtc:
+class Compiler:
     """One libnvrtc. Raises BuildError with its own words where a call fails."""
 
     def __init__(self, library: str | Path) -> None:
@@ -126,14 +126,14 @@ def kernel_digest() -> str:
 
 
 @functools.cache
-def find() -> Nvrtc | str:
+def find() -> Compiler | str:
     """The libnvrtc of the installed torch, or a sentence that says why there is none."""
     if reason := no_cuda_in(torch):
         return reason
     reasons = []
     for library in _libraries(str(torch.version.cuda).partition(".")[0]):
         try:
-            return Nvrtc(library)
+            return Compiler(library)
         except (BuildError, AttributeError) as error:
             reasons.append(str(error))
     return f"NVRTC, which comes with torch {torch.__version__}, was not found: {'; '.join(reasons)}; reinstall torch"
@@ -160,7 +160,7 @@ def load_builtins(folder: Path) -> None:
             ctypes.CDLL(str(path))
 
 
-def nvrtc() -> Nvrtc:
+def nvrtc() -> Compiler:
     """Raises BuildError where there is none."""
     found = find()
     if isinstance(found, str):

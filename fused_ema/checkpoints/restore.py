@@ -11,7 +11,7 @@ from ..manager.ema import EMA
 from ..manager.selection import tensors_of
 from ..pairs.arguments import average_index, whole_number
 from ..pairs.checks import check_tensor, equal_values
-from ..pairs.pairing import by_plain_name, first_few, mismatch, plain_name
+from ..pairs.pairing import by_plain_name, first_few, mismatch
 from .layouts import Layout, Positional, layout_of
 
 
@@ -90,7 +90,8 @@ def _matched(
         raise ValueError(f"model: expected the names it had when the manager was made; {differ}")
     wanted = {name: id(current[name]) for name in averages}
     averaged = set(wanted.values())
-    plain_places, plain_given = {plain_name(key): place for key, place in places.items()}, by_plain_name("state", given)
+    plain_places = {plain: places[key] for plain, key in by_plain_name("model", places).items()}
+    plain_given = by_plain_name("state", given)
     found: dict[int, Tensor] = {}  # for each tensor of the model, the first of its names that the state has
     problems = []
     for plain, place in plain_places.items():

@@ -6,18 +6,23 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._warning import warn
+from ..pairs.checks import equal_values
+from ..pairs.shards import local
 from ..runners.base import one_at_a_time
 from .state import State
 
 Undo = Callable[[], None]
 STATE = "fused_ema"  # the key of the averages in the state of an optimizer
+# The parts of a step of sharpness-aware optimizers; the last of those that there are ends the step.
+PHASES = ("first_step", "second_step", "third_step")
 
 
 class Manager(NamedTuple):
@@ -47,19 +52,20 @@ class _News(NamedTuple):
 class Attachment:
     """A manager that updates after each step of an optimizer, until `remove()`.
 
-    Where `optimizer` wraps another (in `.optimizer`, as accelerate's and Lookahead do), the innermost one knows which
-    steps were skipped; the update runs once the outermost has returned, which may write to the parameters last.
+    Where `optimizer` wraps another (as accelerate's, Lookahead and SAM do), the innermost one knows which steps were
+    skipped; the update runs once the outermost has returned, which may write to the parameters last.
     """
 
     def __init__(self, manager: Manager, optimizer: torch.optim.Optimizer, overlap: bool, save: bool) -> None:
-        layers = [optimizer]
-        while isinstance(inner := getattr(layers[-1], "optimizer", None), torch.optim.Optimizer):
-            layers.append(inner)
+        layers: list[Any] = [optimizer]
+        while (wrapped := _wrapped_by(layers[-1])) and wrapped not in layers:
+            layers.append(wrapped)
         inner = layers[-1]
         if not isinstance(inner, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(inner).__name__}")
         averaged = {id(tensor) for tensor in manager.model.parameters()}
-        stepped = (id(tensor) for each in layers for group in each.param_groups for tensor in group["params"])
+        groups = (group for each in layers for group in getattr(each, "param_groups", ()))
+        stepped = (id(tensor) for group in groups for tensor in group["params"])
         if averaged and not any(each in averaged for each in stepped):
             # Not an error: some optimizers step copies of the parameters in higher precision.
             warn(
@@ -73,30 +79,41 @@ class Attachment:
         self._news: _News | None = None
         self._loading: State | None = None  # in the state that the optimizer is loading
         self._rehearsed = False  # the running step trains nothing
-        self._running = 0  # calls of the outermost step()
+        self._running = 0  # calls of step() in layers, which may be nested
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update has yet to run
+        self._optimizer = type(optimizer).__name__
+        self._warned = False
         if not getattr(type(inner).step, "hooked", False):  # its __init__ did not call torch's
             inner._patch_step_function()
+        for name in torch.optim.Optimizer.__annotations__:
+            if name.endswith("_hooks"):
+                vars(inner).setdefault(name, OrderedDict())
         self._undo: list[Undo] = [
             inner.register_step_pre_hook(self._before_step).remove,
             inner.register_step_post_hook(self._after_step).remove,
         ]
-        if save:
-            hooks = inner._optimizer_state_dict_post_hooks.values()
+        if save:  # with each layer whose state torch makes, since not all pass the innermost one's on
+            keepers = [each for each in layers if "_optimizer_state_dict_post_hooks" in vars(each)]
+            hooks = [hook for each in keepers for hook in each._optimizer_state_dict_post_hooks.values()]
             if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
                 self.remove()
                 raise ValueError(
                     "EMA.attach: another manager already saves with this optimizer; only one can have save=True"
                 )
-            self._undo += [
-                inner.register_state_dict_post_hook(self._save).remove,
-                inner.register_load_state_dict_pre_hook(self._check_loaded).remove,
-                inner.register_load_state_dict_post_hook(self._load).remove,
-            ]
+            for each in keepers:
+                self._undo += [
+                    each.register_state_dict_post_hook(self._save).remove,
+                    each.register_load_state_dict_pre_hook(self._check_loaded).remove,
+                    each.register_load_state_dict_post_hook(self._load).remove,
+                ]
         # Where a class and its base both define step(), torch runs the hooks after each of the two.
         steps = [kind for kind in type(inner).__mro__ if "step" in vars(kind) and kind is not torch.optim.Optimizer]
-        if layers[0] is not inner or len(steps) > 1:
-            self._undo.append(_wrap_step(layers[0], self._around_step))
+        phases = [name for name in PHASES if hasattr(inner, name)]
+        for each in layers if phases or len(steps) > 1 else layers[:-1]:
+            for name in ("step", *PHASES):
+                if hasattr(each, name):
+                    ends = each is inner and name in phases[-1:]  # in which the hooked step() may not run
+                    self._undo.append(_wrap(each, name, self._around_end if ends else self._around_step))
 
     def remove(self) -> None:
         """Ends the attachment, after an update that may be running. A second call does nothing."""
@@ -118,6 +135,17 @@ class Attachment:
             torch.cuda.current_stream(device).wait_event(event)
         self._done = []
 
+    def expect_steps(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Warns once where parameters differ from the averages that were made of them and that never moved since."""
+        if not self._warned and any(not equal_values(own, local(p).detach().to(own)) for own, p in pairs):
+            self._warned = True
+            warn(
+                "EMA: the model's parameters have changed since the manager was made, but the attached "
+                f"{self._optimizer} was not seen to step, so the averages are still the first weights. If it trains "
+                "the model without a call of step(), call remove() on the handle that attach() returned, and "
+                "ema.update() after each training step; if the weights were loaded, make the manager after that."
+            )
+
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, STATE: self._manager.state_dict()}
 
@@ -138,6 +166,9 @@ class Attachment:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._manager.refuse_swapped("optimizer.step(), which would train the averages,")
         if self._overlap:
             self.join()
@@ -156,6 +187,7 @@ class Attachment:
     def _around_step(self) -> Iterator[None]:
         if not self._running:
             self._pending = None  # left by a call that raised
+            self._prepare()  # a wrapper may write to the parameters before the innermost step
         self._running += 1
         try:
             yield
@@ -164,6 +196,12 @@ class Attachment:
         if self._pending and not self._running:
             (found_inf,), self._pending = self._pending, None
             self._update(found_inf)
+
+    @contextlib.contextmanager
+    def _around_end(self) -> Iterator[None]:
+        with self._around_step():
+            yield
+            self._pending = self._pending or (None,)
 
     def _update(self, found_inf: Tensor | None) -> None:
         # A GradScaler does not call step() where gradients overflowed, except for optimizers that skip by themselves:
@@ -198,27 +236,34 @@ class Attachment:
                 self._done = [(device, self._streams[device].record_event()) for device in devices]
 
 
-def _wrap_step(optimizer: Any, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
-    """Runs every `optimizer.step()` within `around()`; returns a function that ends this."""
-    original, of_the_object = optimizer.step, "step" in vars(optimizer)
+def _wrapped_by(optimizer: Any) -> Any:
+    """The optimizer that this one holds, under whatever name; None where it holds none or several."""
+    values = [*getattr(optimizer, "__dict__", {}).values(), getattr(optimizer, "optimizer", None)]
+    held = {id(each): each for each in values if hasattr(each, "param_groups") and hasattr(each, "step")}
+    return held.popitem()[1] if len(held) == 1 else None
+
+
+def _wrap(optimizer: Any, name: str, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Undo:
+    """Runs every call of that method within `around()`; returns a function that ends this."""
+    original, of_the_object = getattr(optimizer, name), name in vars(optimizer)
     active = [True]
 
     @functools.wraps(original)
-    def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
         with around() if active else contextlib.nullcontext():
             return original(*args, **kwargs)
 
-    wrapped = types.MethodType(step, optimizer)  # a method, since learning-rate schedulers wrap it again
+    wrapped = types.MethodType(call, optimizer)  # a method, since learning-rate schedulers wrap step() again
 
     def undo() -> None:
         active.clear()
-        if vars(optimizer).get("step") is wrapped:  # else someone else's wrapper keeps it
+        if vars(optimizer).get(name) is wrapped:  # else someone else's wrapper keeps it
             if of_the_object:
-                optimizer.step = original
+                setattr(optimizer, name, original)
             else:
-                del optimizer.step
+                delattr(optimizer, name)
 
-    optimizer.step = wrapped
+    setattr(optimizer, name, wrapped)
     return undo
 
 

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import plan as plans
 from ..pairs import shards
 from ..pairs.checks import check_tensor, dtype_name, equal_values, write_refusal
 from ..pairs.memory import overlaps, place, span, storage
+from ..pairs.pairing import by_plain_name, difference
 from .averages import Averages
 
+ExtraStates = Iterable[tuple[nn.Module, Any]]
 
-def copy_into(values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages) -> None:
-    """Writes each value into the tensor of its name, with the cast that its dtype needs. If one can't be written, none
-    is."""
+
+def extra_states(source: nn.Module, target: nn.Module) -> ExtraStates:
+    """What modules of `source` save besides tensors (`get_extra_state`), and the modules of `target` that take it."""
+    ours, theirs = _with_extra_state(source), _with_extra_state(target)
+    if differ := difference(theirs, ours, "the model"):
+        raise ValueError(f"EMA.copy_to: expected the extra states of the model that is averaged; {differ}")
+    return [(theirs[name], copy.deepcopy(module.get_extra_state())) for name, module in ours.items()]
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    found = {
+        f"{path}._extra_state" if path else "_extra_state": module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    return {plain: found[name] for plain, name in by_plain_name("model", found).items()}
+
+
+def copy_into(
+    values: Mapping[str, Tensor], into: Mapping[str, Tensor], averages: Averages, extra: ExtraStates = ()
+) -> None:
+    """Writes each value into the tensor of its name, with the cast that its dtype needs, and sets extra states. If a
+    value can't be written, nothing is."""
     for name, value in values.items():
         _check_pair(name, value, into[name])
     _check_memory(values, into, averages)
-    torch.clear_autocast_cache()  # of 16-bit copies of what the model held before
+    for module, state in extra:
+        module.set_extra_state(state)
+    plans.forget_values()
     with torch.no_grad():
         for name, value in values.items():
             into[name].copy_(value)

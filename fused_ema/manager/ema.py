@@ -21,8 +21,8 @@ from ..schedules import Schedule
 from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
-from .copying import copy_into
-from .selection import Select, Selection, tensors_of
+from .copying import copy_into, extra_states
+from .selection import Select, Selection, fleeting_buffers, tensors_of
 from .state import State, parse
 from .swap import Exchange, holds_average
 from .timetable import Rounding, Timetable, schedules_of
@@ -105,6 +105,7 @@ class EMA:
         shards.reshard(model)
         self._model = model
         self._step = 0
+        self._fresh = True  # the averages are what the model was, if no step was made
         self._decays: tuple[float, ...] = ()  # of the latest update
         self._plan: Plan | None = None
         self._swap: Exchange | None = None
@@ -176,11 +177,14 @@ class EMA:
         Updates from several threads run one after the other.
 
         Raises:
-            RuntimeError: inside `swapped()`.
+            RuntimeError: inside `swapped()`, or while the manager is attached to an optimizer, whose steps update.
             ValueError, TypeError, RuntimeError: a tensor no longer fits its average. Nothing is written or counted.
         """
         if self._attachment:
-            self._attachment.join()
+            raise RuntimeError(
+                "EMA.update() was called by hand while the manager is attached to an optimizer, so that a step would "
+                "count twice; leave the call out, or call remove() on the handle that attach() returned"
+            )
         self._update(None)
 
     def _update(self, skipped: Tensor | None) -> None:
@@ -194,6 +198,21 @@ class EMA:
                 self._run(Call("update_stochastic" if keys else "update", decays, on_device, keys))
                 self._decays = decays
             self._step = step
+
+    def begin(self) -> None:
+        """Begins again from the model as it is now, unless there was an update or the averages were loaded.
+
+        For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
+        ema.begin()``. It may be called at any time, and does nothing once the averages have a history.
+
+        Raises:
+            RuntimeError: inside `swapped()`.
+        """
+        with one_at_a_time():
+            self.wait()
+            self._refuse_swapped("EMA.begin()")
+            if self._fresh and self._step == 0:
+                self._run(Call("copy", (0.0,) * len(self.schedules)))
 
     # ---- Evaluating
 
@@ -216,14 +235,15 @@ class EMA:
                 other averages and tensors are restored.
         """
         self.wait()
+        self._expect_steps()
         index = self._check_index(index)
         swap: Exchange | None = None
         try:
             with one_at_a_time():
                 self._refuse_swapped("EMA.swapped()")
                 current = self._current()
-                averaged = {id(tensor) for tensor in current.values()}
-                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in averaged}
+                known = {id(tensor) for tensor in current.values()} | fleeting_buffers(self.model)
+                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in known}
                 swap = Exchange(self._averages, index, current, others)
                 self._swap = swap
                 self._keep(swap.enter(self._plan, self._new_plan))
@@ -262,7 +282,8 @@ class EMA:
     def copy_to(self, model: nn.Module | None = None, index: int = 0) -> None:
         """Writes the average into `model` (default: the one that is averaged), with the casts the dtypes need.
 
-        Another model gets everything: what is not averaged comes from the averaged model, as it is now.
+        Another model gets everything: what is not averaged, and what modules have as `get_extra_state`, comes from the
+        averaged model, as it is now.
 
         Raises:
             ValueError, TypeError: names, shapes or types differ, or tensors that get different values share memory.
@@ -273,6 +294,7 @@ class EMA:
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         with one_at_a_time():
             self.wait()
+            self._expect_steps()
             index = self._check_index(index)
             values = {name: self._average(name, index) for name in self._averages}
             self._current()  # raises where the model's names have changed
@@ -288,7 +310,7 @@ class EMA:
                 raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
             if differ := difference(into, values, "the model"):
                 raise ValueError(f"EMA.copy_to: expected the names of the model that is averaged; {differ}")
-            copy_into(values, into, self._averages)
+            copy_into(values, into, self._averages, extra_states(self.model, model))
 
     def averaged_state_dict(self, index: int = 0) -> dict[str, Any]:
         """`model.state_dict()`, its keys in its order, with the averages in the place of what is averaged.
@@ -300,6 +322,7 @@ class EMA:
             RuntimeError: the model's state_dict has no place for some averages.
         """
         self.wait()
+        self._expect_steps()
         index = self._check_index(index)
         found = self.model.state_dict(keep_vars=True)  # it may return new tensors for sharded ones
         averages = self._by_tensor(index)
@@ -331,6 +354,7 @@ class EMA:
         the true average. To return to a state later without a file, `copy.deepcopy` it.
         """
         self.wait()
+        self._expect_steps()
         return self._state().to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -364,6 +388,7 @@ class EMA:
             for name, average in own.items():
                 average.copy_(saved[name])
         self._step, self._decays, self._timetable = state.step, state.decays, state.timetable
+        self._fresh = False
 
     def to(self, device: torch.device | str) -> EMA:
         """Moves the averages, in place, as `model.to(device)` moves the model; returns the manager."""
@@ -394,11 +419,15 @@ class EMA:
         self._selection = Selection.from_plain(state["selection"])
         self._averages = Averages.from_plain(state["averages"])
         self._plan = self._swap = self._attachment = None
+        self._fresh = False
 
     # ---- Hands-free
 
     def attach(self, optimizer: torch.optim.Optimizer, overlap: bool = False, save: bool = False) -> Attachment:
         """Updates after each `optimizer.step()`, except one that a GradScaler skipped.
+
+        `first_step()` and `second_step()` of sharpness-aware optimizers (SAM) are one step together. Where no step was
+        seen though the parameters have changed, the first look at the averages warns.
 
         Args:
             optimizer: the one that steps last, if there are several; the outermost, if one wraps another. One that has
@@ -443,6 +472,15 @@ class EMA:
     def _detached(self, attachment: Attachment) -> None:
         if self._attachment is attachment:
             self._attachment = None
+
+    def _expect_steps(self) -> None:
+        if not (self._attachment and self._fresh and self._step == 0 and not self._swap):
+            return
+        with contextlib.suppress(ValueError):  # the model's names have changed, which calls that need them say
+            current = self._current()
+            parameters = {id(tensor) for tensor in self.model.parameters()}
+            pairs = [(self._shard(name, 0), tensor) for name, tensor in current.items() if id(tensor) in parameters]
+            self._attachment.expect_steps(pairs)
 
     def wait(self) -> None:
         """Makes the current streams wait for the latest update, where that runs on a stream of its own.

@@ -67,10 +67,13 @@ class Selection:
         found = plain_tensors("model", model)
         if self._buffers != "average":
             return {name: tensor for name, (tensor, parameter) in found.items() if parameter}
-        fleeting = {
-            id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set
-        }
+        fleeting = fleeting_buffers(model)
         return {name: tensor for name, (tensor, parameter) in found.items() if parameter or id(tensor) not in fleeting}
+
+
+def fleeting_buffers(model: nn.Module) -> set[int]:
+    """The ids of the buffers that are not persistent."""
+    return {id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class Exchange:
     """
 
     def __init__(self, averages: Averages, index: int, current: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-        """`current`: the model's tensors that are averaged; `buffers`: its buffers that are not."""
+        """`current`: the model's tensors that are averaged; `buffers`: its persistent buffers that are not."""
         self.index = index
         self.over = False
         self.replaced = False  # the block put other tensors into the model

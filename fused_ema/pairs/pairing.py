@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -107,6 +108,14 @@ def plain_name(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
+def _with_modules(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the segments of wrappers but "module", of which only those that all begin with are left out."""
+    paths = {name: [each for each in str(name).split(".") if each not in WRAPPERS - {"module"}] for name in names}
+    while all(path[:1] == ["module"] for path in paths.values()):
+        paths = {name: path[1:] for name, path in paths.items()}
+    return {name: ".".join(path) for name, path in paths.items()}
+
+
 def unwrapped(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state of the model under the names of the innermost model: without the prefixes of DDP and torch.compile.
 
@@ -134,10 +143,18 @@ def _match(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str
 
 
 def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
-    """Each name under its plain name, without the segments of wrappers. Raises where two collide."""
+    """Each name under its plain name, without the segments of wrappers.
+
+    Where two would get one name, they keep their segments "module", which a module of the user's may be called too,
+    except those that every name begins with. Raises where they still collide.
+    """
     plain_names: dict[str, str] = {}
-    for name in names:
-        other = plain_names.setdefault(plain_name(name), name)
+    names = list(names)
+    plains = list(map(plain_name, names))
+    times = Counter(plains)
+    longer = _with_modules(names) if len(times) < len(names) else {}
+    for name, plain in zip(names, plains, strict=True):
+        other = plain_names.setdefault(longer[name] if times[plain] > 1 else plain, name)
         if other != name:
             raise ValueError(
                 f"{side}: expected names that differ without the segments of wrappers, found {other!r} and {name!r}"

@@ -28,6 +28,7 @@ ORDER = """
 LEVELS = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 ALSO = {  # room: further modules, or rooms, that it may import
     "__init__": {"schedules"},
+    "integrations": {"schedules"},
     "posthoc": {"checkpoints.files", "schedules"},
     "checkpoints": {"schedules"},
     "manager": {"schedules"},

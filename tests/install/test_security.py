@@ -11,6 +11,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 FILES = [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "setup.py"]
 ALLOWED = {  # exactly what is imported: think about what another module can do before you add it
     "__future__",
+    "accelerate",
     "argparse",
     "collections",
     "contextlib",
@@ -24,6 +25,7 @@ ALLOWED = {  # exactly what is imported: think about what another module can do 
     "fused_ema",
     "hashlib",
     "importlib",
+    "inspect",
     "itertools",
     "json",
     "lightning",
@@ -51,6 +53,7 @@ ALLOWED = {  # exactly what is imported: think about what another module can do 
     "transformers",
     "types",
     "typing",
+    "typing_extensions",
     "uuid",
     "warnings",
     "weakref",

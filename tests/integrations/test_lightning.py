@@ -1,6 +1,7 @@
 """The callback for Lightning, with its real trainer."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -152,20 +153,6 @@ def test_an_exception_in_validation_restores_the_model(tmp_path):
     same_values(values(module), values(expected))
 
 
-def test_a_checkpoint_that_would_have_the_wrong_copy_is_refused(tmp_path):
-    """Lightning calls no callback where only weights are saved."""
-    keeper = ModelCheckpoint(tmp_path, save_weights_only=True)
-    with pytest.raises(
-        ValueError,
-        match="found 'average' with a ModelCheckpoint that has save_weights_only=True",
-    ):
-        trainer(tmp_path, EMACallback(save="average"), keeper).fit(Module(), data(), data(1))
-    module = Module()
-    trainer(tmp_path, EMACallback(decay=0.9), keeper).fit(module, data(), data(1))
-    loaded = torch.load(keeper.best_model_path, weights_only=True)["state_dict"]
-    same_values({name: loaded[name] for name in values(module)}, values(module))
-
-
 def test_a_wrong_copy_is_refused():
     with pytest.raises(ValueError, match="save: expected 'model' or 'average', found 'ema'"):
         EMACallback(save="ema")
@@ -219,7 +206,7 @@ def test_a_checkpoint_without_averages_gives_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="has no averages; new ones start here"):
         trainer(tmp_path, EMACallback(), max_epochs=3).fit(Module(), data(), ckpt_path=tmp_path / "plain.ckpt")
     module = Module()
-    with pytest.warns(UserWarning, match="has no averages; its own weights"):
+    with pytest.warns(UserWarning, match="has no averages beside its weights, which are used"):
         trainer(tmp_path, EMACallback()).test(module, data(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
     same_values(module.tested[0], values(module))
 
@@ -246,7 +233,8 @@ def test_a_checkpoint_written_during_validation_has_the_trained_weights(tmp_path
             same_values({name: saved["state_dict"][name] for name in averages}, averages)
 
 
-def test_another_fit_after_an_exception(tmp_path):
+@pytest.mark.parametrize("again", [False, True])
+def test_another_fit_after_an_exception(tmp_path, again):
     class Failing(Module):
         fails = True
 
@@ -256,11 +244,12 @@ def test_another_fit_after_an_exception(tmp_path):
             return super().training_step(batch, index)
 
     callback, module = EMACallback(decay=0.9), Failing()
+    run = trainer(tmp_path, callback)
     with pytest.raises(KeyError):
-        trainer(tmp_path, callback).fit(module, data())
+        run.fit(module, data())
     module.fails = False
-    trainer(tmp_path, callback).fit(module, data())
-    assert callback.ema.step == 3 + 12
+    (run if again else trainer(tmp_path, callback)).fit(module, data())
+    assert callback.ema.step == (run.global_step if again else 12)
 
 
 def test_another_module_is_tested_as_it_is(tmp_path):
@@ -293,3 +282,436 @@ def test_a_strategy_that_restores_late_resumes_with_the_same_bits(tmp_path):
     run(resumed, 2, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.ema.step == 12
     same_values(resumed.ema.state_dict()["averages"][0], whole.ema.state_dict()["averages"][0])
+
+
+def averages_of(callback, k=0):
+    return copy.deepcopy(callback.ema.state_dict()["averages"][k])
+
+
+class Noting(lightning.Callback):
+    """Keeps an average of its own, after each batch, from the weights before the first."""
+
+    def __init__(self, decay=0.9):
+        self.decay, self.averages, self.steps = decay, {}, 0
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.averages = self.averages or values(module)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        fused_ema.update(self.averages, values(module), self.decay)
+        self.steps += 1
+
+
+class Exchanging(Module):
+    """Gets a new optimizer in the second epoch."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.hook = hook
+
+    def on_train_epoch_start(self):
+        if self.hook == "epoch" and self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_batch_start(self, batch, index):
+        if self.hook == "batch" and self.current_epoch == 1 and index == 2:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=0.01)]
+
+    def training_step(self, batch, index):
+        if self.hook == "step" and self.current_epoch == 1 and index == 2:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=0.01)]
+        return super().training_step(batch, index)
+
+
+@pytest.mark.parametrize("hook", ["epoch", "batch", "step"])
+def test_updates_follow_an_optimizer_that_is_exchanged(tmp_path, hook):
+    callback, noting = EMACallback(decay=0.9), Noting()
+    trainer(tmp_path, callback, noting).fit(Exchanging(hook), data())
+    assert callback.ema.step == noting.steps == 12
+    same_values(averages_of(callback), noting.averages)
+
+
+@pytest.mark.parametrize("position", [0, 1, -1])
+def test_the_optimizer_at_a_position_is_followed(tmp_path, position):
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization, self.steps = False, [0, 0]
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in (self.network[0], self.network[2])]
+
+        def training_step(self, batch, index):
+            if index == 3:
+                self.trainer.optimizers = self.configure_optimizers()
+            for i, optimizer in enumerate(self.optimizers()):
+                if i == 0 or index % 2:  # the second steps half as often
+                    self.manual_backward(super().training_step(batch, index))
+                    optimizer.step()
+                    self.steps[i] += 1
+
+    callback, module = EMACallback(decay=0.9, optimizer=position), Two()
+    trainer(tmp_path, callback).fit(module, data())
+    assert module.steps == [12, 6]
+    assert callback.ema.step == module.steps[position]
+
+
+def test_an_optimizer_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"expected optimizer= to be a position .* has 0: Adam; found 1; leave it out"):
+        trainer(tmp_path, EMACallback(optimizer=1)).fit(Module(), data())
+
+
+def test_a_module_that_is_exchanged_has_a_new_average(tmp_path):
+    other = Module()
+
+    class Exchange(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 3:
+                trainer.strategy.connect(other)
+                other.trainer = trainer
+                trainer.optimizers = [other.configure_optimizers()]
+
+    callback = EMACallback(decay=0.9)
+    with pytest.warns(UserWarning, match="goes on with another module; a new average starts here"):
+        trainer(tmp_path, callback, Exchange(), max_epochs=1).fit(Module(), data())
+    assert callback.ema.model is other
+    assert callback.ema.step == 3
+
+
+# ---- Several callbacks
+
+
+def test_two_callbacks_keep_and_resume_their_own_averages(tmp_path):
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    pair, module = [EMACallback(decay=0.9), EMACallback(decay=0.5, evaluate=False)], Module()
+    trainer(tmp_path, *pair, keeper, max_epochs=1).fit(module, data(), data(1))
+    first = [averages_of(callback) for callback in pair]
+    for decay, found in zip((0.9, 0.5), first, strict=True):
+        same_values(found, by_hand(1, decay=decay)[1])
+    same_values(module.validated[-1], first[0])
+    resumed = [EMACallback(decay=0.5, evaluate=False), EMACallback(decay=0.9)]
+    trainer(tmp_path, *resumed).fit(Module(), data(), ckpt_path=keeper.last_model_path)
+    for callback in resumed:
+        assert callback.ema.step == 12
+        same_values(averages_of(callback), by_hand(2, decay=callback.decay)[1])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_callbacks_and_a_checkpoint_during_validation(tmp_path, order):
+    class Saving(lightning.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    pair, module = [EMACallback(decay=0.9), EMACallback(decay=0.5, evaluate=False, save="average")], Module()
+    trainer(tmp_path, *pair[::order], Saving(), num_sanity_val_steps=0).fit(module, data(), data(1))
+    saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)
+    trained, averages = by_hand(2, decay=0.5)
+    same_values({name: saved["current_model_state"][name] for name in averages}, values(trained))
+    same_values({name: saved["state_dict"][name] for name in averages}, averages)
+    for callback in pair:
+        same_values(saved["callbacks"][callback.state_key]["averages"][0], by_hand(2, decay=callback.decay)[1])
+    same_values(module.validated[-1], by_hand(2)[1])
+
+
+def test_two_callbacks_that_would_both_be_evaluated_or_saved(tmp_path):
+    pair, module = [EMACallback(decay=0.9), EMACallback(decay=0.5)], Module()
+    with pytest.warns(UserWarning, match=r"2 callbacks have evaluate=True; .* first, .*0\.9.*; pass evaluate=False"):
+        trainer(tmp_path, *pair).fit(module, data(), data(1))
+    same_values(module.validated[-1], averages_of(pair[0]))
+    same_values(averages_of(pair[1]), by_hand(2, decay=0.5)[1])
+    pair = [EMACallback(decay=decay, save="average") for decay in (0.9, 0.5)]
+    with pytest.raises(ValueError, match="expected one callback with save='average', found 2"):
+        trainer(tmp_path, *pair).fit(Module(), data())
+
+
+def test_an_average_that_was_saved_with_other_options_is_found(tmp_path):
+    """Earlier versions had one key for all options."""
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    before = EMACallback(decay=0.9)
+    trainer(tmp_path, before, keeper, max_epochs=1).fit(Module(), data())
+    saved = torch.load(keeper.last_model_path, weights_only=True)
+    saved["callbacks"]["EMACallback"] = saved["callbacks"].pop(before.state_key)
+    torch.save(saved, tmp_path / "old.ckpt")
+    other, same = EMACallback(decay=0.5), EMACallback(decay=0.9, evaluate=False)
+    with pytest.warns(UserWarning, match=r"no averages under EMACallback\{.*0\.9.*; takes those under EMACallback$"):
+        trainer(tmp_path, other, same, max_epochs=2).fit(Module(), data(), ckpt_path=tmp_path / "old.ckpt")
+    assert (other.ema.step, same.ema.step) == (6, 12)
+    same_values(averages_of(same), by_hand(2)[1])
+    changed, module = EMACallback(decay=0.5), Module()
+    with pytest.warns(UserWarning, match="takes those under EMACallback{"):
+        trainer(tmp_path, changed).test(module, data(1), ckpt_path=keeper.last_model_path, verbose=False)
+    same_values(module.tested[0], by_hand(1)[1])
+
+
+def test_keys_are_the_same_in_every_process():
+    def chosen(name, tensor):
+        return True
+
+    callback = EMACallback(decay=[0.9, fused_ema.schedules.tf_warmup(0.5), lambda n: 0.5], select=chosen)
+    assert "'decay': [0.9, tf_warmup(D=0.5), 'test_keys" in callback.state_key
+    assert "chosen" in callback.state_key
+    assert " at 0x" not in callback.state_key
+
+
+# ---- Where the average begins
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_start", "training_step"])
+def test_an_average_begins_with_the_weights_that_the_module_loads(tmp_path, hook):
+    class Loading(Module):
+        def training_step(self, batch, index):
+            if hook == "training_step":
+                load()
+            return super().training_step(batch, index)
+
+    def load(*_):
+        with torch.no_grad():
+            module.network[2].weight.fill_(100.0)
+
+    callback, module = EMACallback(decay=1.0), Loading()
+    if hook != "training_step":
+        setattr(module, hook, load)
+    trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1).fit(module, data(), data(1))
+    assert callback.ema.step == 1
+    assert averages_of(callback)["network.2.weight"].eq(100).all()
+    if hook == "on_fit_start":
+        assert module.validated[0]["network.2.weight"].eq(100).all()  # by the sanity check
+
+
+def test_an_average_begins_before_a_step_that_asks_for_several_gradients(tmp_path):
+    class Searching(Module):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    callback, module = EMACallback(decay=1.0), Searching()
+    before = values(module)
+    trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1).fit(module, data())
+    same_values(averages_of(callback), before)
+
+
+def test_an_average_does_not_follow_weights_that_no_optimizer_moves(tmp_path):
+    """Else it would look as if it averaged."""
+
+    class ByHand(Module):
+        def training_step(self, batch, index):
+            with torch.no_grad():
+                self.network[2].weight.add_(1.0)
+
+    callback, module = EMACallback(decay=0.9), ByHand()
+    module.automatic_optimization = False
+    before = values(module)
+    trainer(tmp_path, callback, max_epochs=1).fit(module, data())
+    same_values(averages_of(callback), before)
+
+
+def test_an_average_that_the_user_loads_is_kept(tmp_path):
+    class Loading(Module):
+        def on_train_start(self):  # a state without a count of steps
+            callback.ema.load_state_dict(given)
+
+    given = fused_ema.EMA(Module(), 1.0).state_dict()
+    given["averages"][0]["network.2.weight"].fill_(7.0)
+    callback = EMACallback(decay=1.0)
+    trainer(tmp_path, callback, max_epochs=1).fit(Loading(), data())
+    assert averages_of(callback)["network.2.weight"].eq(7).all()
+
+
+def test_a_strategy_that_restores_late_begins_with_what_it_restored(tmp_path):
+    class Late(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    first = Module()
+    trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(first, data())
+    callback, module = EMACallback(decay=1.0), Module()
+    run = trainer(tmp_path, callback, max_epochs=2, strategy=Late(device="cpu"))
+    run.fit(module, data(), data(1), ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.ema.step == 6
+    for found in (averages_of(callback), module.validated[0], module.validated[-1]):
+        same_values(found, values(first))
+
+
+def test_one_callback_for_several_folds(tmp_path):
+    callback, module = EMACallback(decay=0.9), Module()
+    start = copy.deepcopy(module.state_dict())
+    for _ in range(2):
+        module.load_state_dict(start)
+        run = trainer(tmp_path, callback, max_epochs=1)
+        run.fit(module, data())
+        assert callback.ema.step == 6
+        same_values(averages_of(callback), by_hand(1)[1])
+    manager = callback.ema
+    run.fit_loop.max_epochs = 2  # the same fit goes on
+    run.fit(module, data())
+    assert callback.ema is manager
+    assert manager.step == 12
+
+
+def test_a_checkpoint_without_averages_begins_anew(tmp_path):
+    callback, module = EMACallback(decay=0.9), Module()
+    trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(module, data())
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module, data())
+    run.fit_loop.max_epochs = 2
+    run.fit(module, data(), ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.ema.step == 6
+
+
+def test_a_state_that_an_exception_left_is_not_loaded_later(tmp_path):
+    class Failing(SingleDeviceStrategy):
+        def setup(self, trainer):
+            raise KeyError("after the checkpoint was read, before the averages were loaded")
+
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, EMACallback(decay=0.9), keeper, max_epochs=1).fit(Module(), data())
+    callback = EMACallback(decay=0.9)
+    with pytest.raises(KeyError):
+        trainer(tmp_path, callback, strategy=Failing(device="cpu")).fit(
+            Module(), data(), ckpt_path=keeper.last_model_path
+        )
+    trainer(tmp_path, callback, max_epochs=1).fit(Module(), data())
+    assert callback.ema.step == 6
+
+
+# ---- Modules that save only a part
+
+
+class Partial(Module):
+    """Its first layer is not trained, and in no checkpoint; as Lightning's documentation shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network[0].requires_grad_(False)
+        self.strict_loading = False
+
+    def state_dict(self):
+        return {name: value for name, value in super().state_dict().items() if not name.startswith("network.0.")}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Renaming(Module):
+    """Its checkpoints have other names, and its first layer is filled in when they are loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.network[0].requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {f"saved.{name}": state[name] for name in state if not name.startswith("network.0.")}
+
+    def on_load_checkpoint(self, checkpoint):
+        state = {name.removeprefix("saved."): value for name, value in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {**self.state_dict(), **state}
+
+    configure_optimizers = Partial.configure_optimizers
+
+
+@pytest.mark.parametrize("select", [None, lambda name, tensor: tensor.requires_grad])
+@pytest.mark.parametrize("kind", [Partial, Renaming])
+def test_a_module_that_leaves_frozen_parts_out_of_its_checkpoints(tmp_path, kind, select):
+    def callback():
+        return EMACallback(decay=0.9, save="average", select=select)
+
+    keeper, noting, whole = ModelCheckpoint(tmp_path, save_last=True), Noting(), Noting()
+    trainer(tmp_path, callback(), noting, keeper, max_epochs=1).fit(module := kind(), data())
+    saved = torch.load(keeper.last_model_path, weights_only=True)
+    prefix = "saved." if kind is Renaming else ""
+    kept = [name for name, _ in module.named_parameters() if not name.startswith("network.0.")]
+    for key, expected in (("state_dict", noting.averages), ("current_model_state", values(module))):
+        assert not any("network.0." in name for name in saved[key])
+        same_values({name: saved[key][prefix + name] for name in kept}, {name: expected[name] for name in kept})
+    loaded = values(kind.load_from_checkpoint(keeper.last_model_path))
+    same_values({name: loaded[name] for name in kept}, {name: noting.averages[name] for name in kept})
+    trainer(tmp_path, whole).fit(expected := kind(), data())
+    resumed = callback()
+    trainer(tmp_path, resumed).fit(module := kind(), data(), ckpt_path=keeper.last_model_path)
+    same_values(values(module), values(expected))
+    assert resumed.ema.step == 12
+    same_values({n: averages_of(resumed)[n] for n in kept}, {n: whole.averages[n] for n in kept})
+
+
+# ---- What a file holds
+
+
+class Measured(Module):
+    def validation_step(self, batch, _):
+        self.log("loss", self.network(batch).square().mean())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_file_of_the_average_has_the_metric_that_chose_it(tmp_path, weights_only):
+    keeper = ModelCheckpoint(tmp_path, monitor="loss", save_weights_only=weights_only)
+    callback, module = EMACallback(decay=0.9, save="average"), Measured()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "EMACallback")
+        run = trainer(tmp_path, callback, keeper)
+        run.fit(module, data(), data(1))
+    loaded = Measured.load_from_checkpoint(keeper.best_model_path)
+    (found,) = trainer(tmp_path).validate(loaded, data(1), verbose=False)
+    assert found["loss"] == keeper.best_model_score.item()
+    run.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+    same_values(values(Measured.load_from_checkpoint(tmp_path / "end.ckpt")), averages_of(callback))
+    same_values(values(module), values(by_hand(2)[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "measures an average, but load_from_checkpoint will read the model's own weights .* by 'loss'; pass"),
+        ({"evaluate": False, "save": "average"}, "measures the model's own weights, but .* will read an average"),
+        ({"evaluate": False}, None),
+    ],
+)
+def test_a_file_of_other_weights_than_were_measured_gives_a_warning(tmp_path, options, text):
+    keeper = ModelCheckpoint(tmp_path, monitor="loss")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, EMACallback(decay=0.9, **options), keeper).fit(Measured(), data(), data(1))
+    ours = [str(each.message) for each in found if "EMACallback" in str(each.message)]
+    assert len(ours) == bool(text)
+    if text:
+        assert re.search(text, ours[0])
+
+
+@pytest.mark.parametrize("save", ["model", "average"])
+def test_weights_that_are_saved_during_validation_are_those_that_were_asked_for(tmp_path, save):
+    class Saving(lightning.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "inside.ckpt", weights_only=True)
+
+    callback, module = EMACallback(decay=0.9, save=save), Module()
+    trainer(tmp_path, callback, Saving(), num_sanity_val_steps=0).fit(module, data(), data(1))
+    trained, averages = by_hand(2)
+    expected = averages if save == "average" else values(trained)
+    same_values(values(Module.load_from_checkpoint(tmp_path / "inside.ckpt")), expected)
+    same_values(module.validated[-1], averages)
+
+
+def test_a_checkpoint_inside_a_block_of_the_users(tmp_path):
+    callback, module = EMACallback(decay=0.9), Module()
+    run = trainer(tmp_path, callback)
+    run.fit(module, data())
+    with callback.ema.swapped():
+        with pytest.raises(RuntimeError, match=r"saved inside callback\.ema\.swapped\(\).* weights_only=True"):
+            run.save_checkpoint(tmp_path / "end.ckpt")
+        run.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)  # as the error says
+    same_values(values(Module.load_from_checkpoint(tmp_path / "end.ckpt")), by_hand(2)[1])
+    same_values(values(module), values(by_hand(2)[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"decay": 90}, ValueError, r"decay: expected a value in \[0, 1\], found 90"),
+        ({"dtypo": 1}, TypeError, "expected those of fused_ema.EMA .*, found dtypo"),
+        ({"dtype": torch.int32}, ValueError, "dtype: expected float64"),
+        ({"index": 1}, IndexError, "index: expected one of 1 averages, found 1"),
+        ({"evaluate": "no"}, TypeError, "evaluate: expected True or False, found 'no'"),
+        ({"optimizer": "Adam"}, TypeError, "optimizer: expected a position in trainer.optimizers, found str"),
+    ],
+)
+def test_options_are_checked_when_the_callback_is_made(options, error, text):
+    with pytest.raises(error, match=text):
+        EMACallback(**options)

@@ -249,9 +249,9 @@ def test_names_that_are_one_without_wrappers():
     class Inner(nn.Linear):
         def __init__(self):
             super().__init__(2, 2)
-            self.module = nn.Linear(2, 2)
+            self._orig_mod = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match=r"expected names that differ .*, found 'weight' and 'module.weight'"):
+    with pytest.raises(ValueError, match=r"expected names that differ .*, found 'weight' and '_orig_mod.weight'"):
         EMA(Inner())
 
 
@@ -840,6 +840,83 @@ def test_copy_to_what_does_not_fit(backend, other, names):
     refused(ValueError, lambda: ema.copy_to(target), target := other(), ema.model, averages(ema), names=names)
 
 
+class Counting(nn.Linear):
+    """Saves more than tensors."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.seen = []
+
+    def get_extra_state(self):
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_copy_to_copies_extra_state(backend):
+    model = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+    ema = EMA(model, 0.9)
+    nudge(model)
+    model[0].seen = [torch.ones(1)]
+    for wrap in (lambda each: each, nn.DataParallel):
+        target = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+        ema.copy_to(wrap(target))
+        assert target[0].seen == [torch.ones(1)]
+        assert target[0].seen[0] is not model[0].seen[0], "it has to be a copy"
+        assert torch.equal(target[0].weight, averages(ema)["0.weight"])
+    ema.copy_to()
+    assert model[0].seen == [torch.ones(1)]
+
+
+def test_copy_to_of_extra_state_that_does_not_fit(backend):
+    plain, counting = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(Counting(3, 2))
+    for model, target, where in ((plain, counting, "unexpected in"), (counting, plain, "missing from")):
+        ema = EMA(model, 0.9)
+        nudge(model)
+        names = ["extra states", f"{where} the model: '0._extra_state'"]
+        refused(ValueError, lambda ema=ema, target=target: ema.copy_to(target), target, names=names)
+    smaller = nn.Sequential(Counting(2, 2))
+    counting[0].seen = [1]
+    refused(ValueError, lambda: EMA(counting, 0.9).copy_to(smaller), smaller, names=["0.weight"])
+    assert smaller[0].seen == []
+
+
+class WithModule(nn.Module):
+    """A child called as DDP calls what it wraps, beside a parameter of the same name as the child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3))
+        self.module = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x):
+        return self.module(x) + x @ self.weight.T
+
+
+@pytest.mark.parametrize("wrap", [lambda each: each, nn.DataParallel, torch.compile])
+def test_a_child_that_is_called_module(backend, wrap):
+    inner = WithModule()
+    model, expected = wrap(inner), clones(parameters(inner))
+    ema = EMA(model, 0.5)
+    assert averages(ema).keys() == {"weight", "module.weight"}
+    nudge(inner)
+    ema.update()
+    for name, parameter in inner.named_parameters():
+        expected[name].lerp_(parameter.detach(), 0.5)
+    assert equal(averages(ema), expected)
+    with ema.swapped():
+        assert equal(clones(parameters(inner)), expected)
+    target, resumed = WithModule(), EMA(WithModule(), 0.5)
+    ema.copy_to(target)
+    assert equal(parameters(target), expected)
+    resumed.load_state_dict(ema.state_dict())
+    assert equal(averages(resumed), expected)
+    other = EMA(WithModule(), 0.5)
+    fused_ema.checkpoints.restore(other, fused_ema.checkpoints.export(ema, "averaged_model"))
+    assert equal(averages(other), expected)
+
+
 @pytest.mark.hazard(19, "guarded")
 def test_lazy_tensors_are_refused_until_they_are_initialised(backend):
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
@@ -960,6 +1037,31 @@ def test_averaged_state_dict(backend):
 
 
 # ---- Looking
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_begin_follows_the_model_until_there_is_a_history(backend, dtype):
+    model = net()
+    ema = EMA(model, [0.5, 0.9], dtype=dtype)
+    places = [tensor.data_ptr() for k in (0, 1) for tensor in averages(ema, k).values()]
+    for _ in range(2):
+        nudge(model)
+        ema.begin()
+        for k in (0, 1):
+            assert equal(averages(ema, k), {n: p.to(dtype) for n, p in parameters(model).items()})
+    assert places == [tensor.data_ptr() for k in (0, 1) for tensor in averages(ema, k).values()]
+    assert ema.step == 0
+    loaded = EMA(model, [0.5, 0.9], dtype=dtype)
+    loaded.load_state_dict(copy.deepcopy(ema.state_dict()))  # of step 0
+    ema.update()
+    nudge(model)
+    for each in (ema, loaded, copy.deepcopy(loaded)):
+        before = [clones(averages(each, k)) for k in (0, 1)]
+        each.begin()
+        assert equal(before[0], averages(each, 0))
+        assert equal(before[1], averages(each, 1))
+        with each.swapped(), pytest.raises(RuntimeError, match=r"EMA\.begin\(\) was called inside swapped\(\)"):
+            each.begin()
 
 
 def test_describe(backend):

@@ -1,6 +1,7 @@
 """EMA.attach: one update for each step that an optimizer takes, none for those that were skipped, and nothing left."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -304,13 +305,17 @@ def test_refused_update_is_heard_and_not_counted(backend, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_updates_by_hand_count_too(backend, overlap):
+def test_an_update_by_hand_is_refused(backend, overlap):
     model = net()
     checked = Checked(model, torch.optim.SGD(model.parameters(), 0.1), overlap)
     backward(model)
     checked.optimizer.step()
+    checked.after(taken=True)
+    with pytest.raises(RuntimeError, match=r"a step would count twice; leave the call out, or call remove\(\)"):
+        checked.ema.update()
+    checked.after(taken=False)
+    checked.handle.remove()  # as the error says
     checked.ema.update()
-    checked.twin.update()
     checked.after(taken=True)
 
 
@@ -349,12 +354,16 @@ def test_a_step_that_calls_its_base_is_one_step(backend, base_first):
     handle.remove()
 
 
+@torch.no_grad()
+def shrink(optimizer):
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.mul_(0.9)
+
+
 def look_ahead(wrapper, closure):
     loss = wrapper.optimizer.step(closure)
-    with torch.no_grad():
-        for group in wrapper.param_groups:
-            for tensor in group["params"]:
-                tensor.mul_(0.9)
+    shrink(wrapper)
     return loss
 
 
@@ -379,6 +388,47 @@ class LookaheadWithoutHooks(torch.optim.Optimizer):
 
     def step(self, closure=None):
         return look_ahead(self, closure)
+
+
+class TimmLookahead(torch.optim.Optimizer):
+    """As timm's: the base's name is its own, it has hooks for step() alone, and its state is the base's."""
+
+    def __init__(self, base):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._base_optimizer = base
+        self.param_groups, self.defaults, self.state = base.param_groups, base.defaults, {}
+
+    def step(self, closure=None):
+        self._base_optimizer.step(closure)
+        shrink(self)
+
+    def state_dict(self):
+        return self._base_optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self._base_optimizer.load_state_dict(state)
+
+
+class ScheduleFree:
+    """As schedulefree's wrapper: no torch.optim.Optimizer, and it writes before the step of its base too."""
+
+    def __init__(self, base):
+        self.base = base
+
+    @property
+    def param_groups(self):
+        return self.base.param_groups
+
+    def step(self, closure=None):
+        shrink(self)
+        self.base.step(closure)
+        shrink(self)
+
+    def state_dict(self):
+        return self.base.state_dict()
+
+    def load_state_dict(self, state):
+        self.base.load_state_dict(state)
 
 
 @pytest.mark.parametrize("kind", [Lookahead, LookaheadWithoutHooks])
@@ -494,6 +544,306 @@ def test_a_step_while_swapped_is_refused_before_it_moves_anything(backend, dtype
     assert ema.step == 2
 
 
+# ---- Sharpness-aware optimizers, whose own methods step another one, or nothing
+
+
+class SAM(torch.optim.Optimizer):
+    """As github.com/davda54/sam has it."""
+
+    def __init__(self, params, base_optimizer=torch.optim.SGD, rho=0.05, **kwargs):
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+        self.defaults.update(self.base_optimizer.defaults)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=False):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([grad.norm(p=2) for grad in grads]).norm(p=2)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["old_p"] = p.data.clone()
+                    p.add_(p.grad * (group["rho"] / (norm + 1e-12)))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = self.state[p]["old_p"]
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        closure = torch.enable_grad()(closure)
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
+
+
+class DecoupledSAM(SAM):
+    """As WSAM of pytorch_optimizer: it writes to the parameters after the step of its base."""
+
+    def second_step(self, zero_grad=False):
+        super().second_step(zero_grad)
+        shrink(self)
+
+
+class SAMByItself(SAM):
+    """Without a base, so that no step() runs in its phases."""
+
+    def __init__(self, params, **kwargs):
+        super().__init__(params, **kwargs)
+        del self.base_optimizer
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["old_p"]).sub_(p.grad, alpha=0.1)
+
+
+class BayesianSAM(SAMByItself):
+    """As BSAM of pytorch_optimizer, whose third phase ends the step."""
+
+    def third_step(self):
+        shrink(self)
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.third_step()
+
+
+def in_phases(model, optimizer):
+    for phase in ("first_step", "second_step", "third_step"):
+        if hasattr(optimizer, phase):
+            optimizer.zero_grad()
+            backward(model)
+            getattr(optimizer, phase)()
+
+
+def by_closure(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        backward(model)
+
+    closure()
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("step", [in_phases, by_closure])
+@pytest.mark.parametrize("kind", [SAM, DecoupledSAM, SAMByItself, BayesianSAM])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_sharpness_aware_step_is_one_update(backend, kind, step, overlap):
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    attributes = set(vars(optimizer))
+    checked, copies = Checked(model, optimizer, overlap), EMA(model, 0.0)
+    handle = copies.attach(optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+        checked.after(taken=True)
+        assert equal(averages(copies), {name: p.detach() for name, p in model.named_parameters()})
+    handle.remove(), checked.handle.remove()
+    assert set(vars(optimizer)) == attributes
+    step(model, optimizer)
+    checked.after(taken=False)
+
+
+def test_a_first_step_is_no_update_and_is_refused_while_swapped(backend):
+    model = net().eval()
+    optimizer = SAM(model.parameters(), lr=0.1)
+    checked = Checked(model, optimizer)
+    in_phases(model, optimizer)
+    checked.after(taken=True)
+    raw = clones(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match=r"step\(\), which would train the averages"), checked.ema.swapped():
+        optimizer.first_step()
+    assert equal(dict(model.named_parameters()), raw)
+    optimizer.first_step()
+    checked.after(taken=False)
+    optimizer.second_step()
+    checked.after(taken=True)
+
+
+@pytest.mark.parametrize("kind", [SAM, TimmLookahead, ScheduleFree])
+def test_wrappers_save_and_load_the_averages(backend, kind):
+    def setup():
+        model = net()
+        ema = EMA(model, 0.5)
+        base = None if kind is SAM else torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = kind(base) if base else SAM(model.parameters(), lr=0.1)
+        ema.attach(optimizer, save=True)
+        return model, ema, optimizer
+
+    model, ema, optimizer = setup()
+    in_phases(model, optimizer) if kind is SAM else (backward(model), optimizer.step())
+    _, other, loaded = setup()
+    loaded.load_state_dict(optimizer.state_dict())
+    assert (ema.step, other.step) == (1, 1)
+    assert equal(averages(other), averages(ema))
+
+
+# ---- Further wrappers
+
+
+class ZeRO:
+    """As DeepSpeed's optimizers: no torch.optim.Optimizer. It steps its base once for each group of parameters."""
+
+    def __init__(self, base):
+        self.optimizer = base
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        groups = self.param_groups
+        for group in groups:
+            self.optimizer.param_groups = [group]
+            self.optimizer.step()
+        self.optimizer.param_groups = groups
+        shrink(self)
+
+
+class SteppedByAnEngine(Wrapper):
+    """As accelerate's wrapper for DeepSpeed, whose engine has stepped in backward()."""
+
+    def step(self, closure=None):
+        pass
+
+
+def wrapped_both_ways(base):
+    base.outer = Wrapper(base)
+    return base.outer
+
+
+WRAPS = {
+    "ScheduleFree": ScheduleFree,
+    "timm": TimmLookahead,
+    "ZeRO": ZeRO,
+    "of a wrapper": lambda base: Lookahead(ZeRO(base)),
+    "engine": lambda base: SteppedByAnEngine(ZeRO(base)),
+    "circle": wrapped_both_ways,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_wrappers_make_one_update_a_step(backend, wrap):
+    model = net()
+    groups = [{"params": layer.parameters()} for layer in model if list(layer.parameters())]
+    assert len(groups) > 1
+    optimizer = WRAPS[wrap](torch.optim.SGD(groups, 0.1))
+    checked, copies = Checked(model, optimizer), EMA(model, 0.0)
+    copies.attach(optimizer)
+    for _ in range(3):
+        backward(model)
+        if wrap == "engine":
+            optimizer.optimizer.step()
+            checked.after(taken=True)
+            optimizer.step()
+            checked.after(taken=False)
+        else:
+            optimizer.step()
+            checked.after(taken=True)
+        assert equal(averages(copies), {name: p.detach() for name, p in model.named_parameters()})
+
+
+def test_an_optimizer_that_holds_several_is_stepped_itself(backend):
+    class Both(torch.optim.Optimizer):
+        def __init__(self, params):
+            params = list(params)
+            super().__init__(params, {})
+            self.first, self.second = torch.optim.SGD(params[:1], 0.1), torch.optim.Adam(params[1:], 0.1)
+
+        def step(self, closure=None):
+            self.first.step(), self.second.step()
+
+    model = net()
+    checked = Checked(model, Both(model.parameters()))
+    for _ in range(2):
+        backward(model)
+        checked.optimizer.step()
+        checked.after(taken=True)
+
+
+# ---- No step was seen
+
+
+LOOKS = {
+    "swapped": lambda ema: ema.swapped().__enter__(),
+    "state_dict": EMA.state_dict,
+    "averaged_state_dict": EMA.averaged_state_dict,
+    "copy_to": lambda ema: ema.copy_to(net()),
+}
+
+
+def trained_without_a_step(dtype=torch.float32):
+    """By code of its own, as some optimizers do it, and past the version counters."""
+    model = net().to(dtype)
+    ema = EMA(model, 0.5)
+    handle = ema.attach(torch.optim.SGD(model.parameters(), 0.1))
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    return ema, handle
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_trained_model_without_a_step_is_warned_of_once(backend, look, recwarn):
+    ema, _ = trained_without_a_step()
+    with pytest.warns(
+        UserWarning, match=r"parameters have changed .* attached SGD was not seen to step, so the averages"
+    ):
+        LOOKS[look](ema)
+    if look == "swapped":
+        return
+    recwarn.clear()
+    for each in LOOKS:
+        LOOKS[each](ema)
+    assert not recwarn
+
+
+def test_the_warning_of_no_step_says_what_helps(backend, recwarn):
+    ema, handle = trained_without_a_step(torch.bfloat16)
+    handle.remove()
+    ema.update()
+    with ema.swapped():
+        pass
+    assert ema.step == 1
+    assert not recwarn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_warning_where_steps_are_to_come(backend, dtype, recwarn):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for options in ({}, {"buffers": "average"}, {"dtype": torch.bfloat16}):
+        ema = EMA(model, [0.5, 0.9], **options)
+        handle = ema.attach(optimizer)
+        model(torch.randn(4, 3, dtype=dtype)).sum().backward()  # moves BatchNorm's statistics
+        with ema.swapped():
+            ema.state_dict()
+        handle.remove()
+    saved = EMA(copy.deepcopy(model), [0.5, 0.9]).state_dict()  # averages that were loaded are the user's
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema = EMA(model, [0.5, 0.9])
+    ema.attach(optimizer)
+    ema.load_state_dict(saved)
+    with ema.swapped():
+        pass
+    assert not recwarn
+
+
 # ---- Saved with the optimizer
 
 
@@ -592,6 +942,7 @@ def test_averages_in_an_optimizers_state_are_checked(backend):
         optimizers[0].load_state_dict(optimizers[1].state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:EMA. the model's parameters have changed")
 def test_the_step_that_makes_the_state_of_an_optimizer_is_no_update(make_optimizer):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -611,6 +962,7 @@ def test_the_step_that_makes_the_state_of_an_optimizer_is_no_update(make_optimiz
     assert not equal(averages(ema), before)
 
 
+@pytest.mark.filterwarnings("ignore:EMA. the model's parameters have changed")
 def test_two_managers_do_not_save_under_one_name(make_optimizer):
     model = net()
     optimizer = make_optimizer(model.parameters())

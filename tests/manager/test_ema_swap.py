@@ -816,6 +816,26 @@ def test_statistics_measured_in_the_block_stay_with_a_warning(backend):
     torch.testing.assert_close(fresh[1].running_mean, fresh[0](data[0]).mean(0))
 
 
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_buffer_that_is_not_persistent_is_scratch(backend, buffers, recwarn):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("angles", torch.zeros(4), persistent=False)
+            self.register_buffer("unused", None, persistent=False)
+
+        def forward(self, x):
+            self.angles.copy_(torch.arange(4))
+            return self.linear(x) * self.angles[0]
+
+    ema = trained(Rotary(), buffers=buffers)
+    with torch.no_grad(), ema.swapped() as model:
+        model(torch.ones(2, 3))
+    assert ema.model.angles.tolist() == [0, 1, 2, 3]
+    assert not recwarn
+
+
 def test_autocast_sees_what_the_model_holds(backend):
     ema = trained(nn.Sequential(nn.Linear(3, 2)))
     x = torch.randn(4, 3)
@@ -829,6 +849,23 @@ def test_autocast_sees_what_the_model_holds(backend):
         averaged = run()
     assert not torch.equal(raw, averaged)
     with torch.autocast("cpu", torch.bfloat16):  # one context, which keeps 16-bit copies of the weights
+        assert torch.equal(ema.model(x), raw)
+        with ema.swapped():
+            assert torch.equal(ema.model(x), averaged)
+        assert torch.equal(ema.model(x), raw)
+        ema.copy_to()
+        assert torch.equal(ema.model(x), averaged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of the averages: exchanged, or in scratch memory
+def test_parametrizations_that_are_cached_see_what_the_model_holds(backend, dtype):
+    ema = trained(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), dtype=dtype)
+    x = torch.randn(4, 3)
+    raw = ema.model(x)
+    with ema.swapped():
+        averaged = ema.model(x)
+    assert not torch.equal(raw, averaged)
+    with nn.utils.parametrize.cached():
         assert torch.equal(ema.model(x), raw)
         with ema.swapped():
             assert torch.equal(ema.model(x), averaged)

@@ -258,10 +258,32 @@ def check_ddp(folder):
     same(ema.averaged_state_dict(), {f"module.{name}": t for name, t in one_ema.averaged_state_dict().items()})
     with ema.swapped(), one_ema.swapped():
         same(model.module.state_dict(), one.state_dict())
+    check_ddp_buffers()
     resumed = fused_ema.EMA(network())  # in a process without DDP
     resumed.load_state_dict(ema.state_dict())
     found, expected = resumed.averaged_state_dict(), one_ema.averaged_state_dict()
     same({n: found[n] for n, _ in one.named_parameters()}, {n: expected[n] for n, _ in one.named_parameters()})
+
+
+def check_ddp_buffers():
+    """Averaged buffers are each rank's own, until DDP copies rank 0's: in the first forward pass after a step."""
+    model = nn.parallel.DistributedDataParallel(network())
+    ema = fused_ema.EMA(model, decay=0.5, buffers="average")
+    model(batch(dist.get_rank())).square().mean().backward()
+    ema.update()
+
+    def means():
+        found = [torch.empty(13) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, ema.state_dict()["averages"][0]["1.running_mean"].contiguous())
+        return torch.stack(found)
+
+    before = means()
+    assert not torch.equal(before[0], before[-1])
+    model.eval()
+    for evaluated, expected in ((model.module, before), (model, before[0].expand_as(before))):
+        with torch.no_grad(), ema.swapped():
+            evaluated(batch(0))
+        assert oracle.same_bits(means(), expected.contiguous())
 
 
 def check_refusals(folder):

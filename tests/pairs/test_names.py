@@ -118,9 +118,13 @@ def test_a_child_that_is_called_module(update):
     ema, model = Net(), Net()
     update(ema, model, 0.0)  # some names are equal once `module.` is dropped, but all of them match as they are
     assert same_bits(bits(model), ema)
-    model = nn.DataParallel(Net())
-    names = ["'weight'", "'module.weight'", "expected"]
-    refused(ValueError, lambda: update(ema, model, 0.5), ema, model, names=names)
+    wrapped = nn.DataParallel(nn.ModuleDict({"_orig_mod": Net()}))
+    update(ema, wrapped, 0.0)  # the first `module.` is not one of theirs
+    assert same_bits(bits(wrapped.module["_orig_mod"]), ema)
+    mixed = nn.ModuleDict({"module": Net(), "0": nn.Linear(2, 2)})  # here it is
+    refused(ValueError, lambda: update(ema, mixed, 0.5), ema, mixed, names=["'weight'", "'0.weight'"])
+    twice = {"_orig_mod.weight": torch.ones(2), "weight": torch.ones(2)}
+    refused(ValueError, lambda: update(model.state_dict(), twice, 0.5), names=["differ", *map(repr, twice)])
 
 
 @pytest.mark.hazard(16, "guarded")

@@ -110,6 +110,37 @@ def test_autocast_changes_nothing(update, dtype):
     assert torch.equal(e, expected)
 
 
+KEPT = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),  # 16-bit copies of tensors that require grad
+    "parametrized": torch.nn.utils.parametrize.cached,  # what parametrizations gave
+}
+CALLS = {
+    "update": lambda teacher, student: fused_ema.update(teacher, student, 0.0),
+    "copy_": fused_ema.copy_,
+    "swap_": fused_ema.swap_,
+    "bind": lambda teacher, student: fused_ema.bind(teacher, student).update(0.0),
+    "lists": lambda teacher, student: fused_ema.update([*teacher.parameters()], [*student.parameters()], 0.0),
+}
+
+
+@pytest.mark.hazard(26, "good")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_pytorch_keeps_of_a_teacher_is_made_anew(backend, call, kept):
+    student, teacher = (torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)) for _ in range(2))
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in student.parameters():
+                tensor.add_(1)
+        with KEPT[kept]():
+            wanted = student(x)
+        with KEPT[kept]():
+            teacher(x)
+            CALLS[call](teacher, student)
+            assert torch.equal(teacher(x), wanted)
+
+
 @pytest.mark.hazard(26, "guarded")
 @pytest.mark.parametrize("batched", ["ema", "model", "both"])
 def test_vmap_is_refused(backend, kind, batched):

@@ -8,6 +8,7 @@ changes.
 
 import collections
 import contextlib
+import itertools
 import random
 import types
 
@@ -169,11 +170,20 @@ def plain(name):
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
+def by_plain_name(side):
+    """Where plain names collide, the segments "module" stay, except those that all names begin with."""
+    times = collections.Counter(map(plain, side))
+    paths = {name: [each for each in str(name).split(".") if each == "module" or each not in WRAPPERS] for name in side}
+    shared = min(len(list(itertools.takewhile("module".__eq__, path))) for path in paths.values()) if side else 0
+    own = {name: plain(name) if times[plain(name)] == 1 else ".".join(paths[name][shared:]) for name in side}
+    return {own[name]: entry for name, entry in side.items()}
+
+
 def paired(a, m):
     """(average, model tensor, is a parameter) by the documented rules; None where these refuse the sources."""
     if a.keys() != m.keys():
         sizes = len(a), len(m)
-        a, m = ({plain(name): entry for name, entry in side.items()} for side in (a, m))
+        a, m = map(by_plain_name, (a, m))
         if a.keys() != m.keys() or sizes != (len(a), len(m)):
             return None
     pairs = [(a[name][0], *m[name]) for name in a]

@@ -379,8 +379,8 @@ MUTANTS = [
     Mutant(
         "autocast's copies stay",
         "fused_ema/plan.py",
-        "        if writes_model:\n            torch.clear_autocast_cache()",
-        "        if not writes_model:\n            torch.clear_autocast_cache()",
+        "    torch.clear_autocast_cache()\n",
+        "",
     ),
     Mutant(
         "averages of several share lines",
@@ -414,6 +414,19 @@ MUTANTS = [
         '        self._manager.refuse_swapped("optimizer.step(), which would train the averages,")\n',
         "",
     ),
+    Mutant(
+        "phases of a step not seen",
+        "fused_ema/manager/attach.py",
+        'for name in ("step", *PHASES):',
+        'for name in ("step",):',
+    ),
+    Mutant(
+        "any phase ends a step",
+        "fused_ema/manager/attach.py",
+        "name in phases[-1:]",
+        "name in phases",
+    ),
+    Mutant("a model without steps is fine", "fused_ema/manager/attach.py", "self._warned = True", "return"),
     Mutant("the count of warm-up", "fused_ema/schedules.py", "(1 + n) / (10 + n)", "n / (10 + n)"),
     Mutant(
         "power function by steps",

@@ -1,0 +1,44 @@
+"""The options that a callback hands on to `fused_ema.EMA`, checked before there is a model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from ..manager.ema import EMA
+from ..manager.selection import Select
+from ..manager.timetable import Rounding
+from ..pairs.arguments import average_index
+from ..plan import Buffers
+
+
+class Options(TypedDict, total=False):
+    """See `fused_ema.EMA`."""
+
+    dtype: torch.dtype
+    device: torch.device | str | None
+    buffers: Buffers
+    select: Select | None
+    update_every: int
+    update_after_step: int
+    rounding: Rounding
+    seed: int
+
+
+def check_options(decay: Any, index: int, options: Options, **flags: bool) -> None:
+    """Raises what `fused_ema.EMA` would raise for every model; `flags` are the callback's own True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, found {flag!r}")
+    known = list(inspect.signature(EMA).parameters)[2:]  # after the model and the decay
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"options: expected those of fused_ema.EMA ({', '.join(known)}), found {', '.join(unknown)}")
+    torch.device(options.get("device") or "cpu")  # used by no tensor yet: processes that are forked later could not
+    given: Any = {**options, "device": None}
+    if callable(given.get("select")):
+        given["select"] = None  # the names are not those of the user's model
+    manager = EMA(nn.LayerNorm(1, device="cpu"), decay, **given)  # a layer that takes no random numbers
+    average_index(index, len(manager.schedules))
