@@ -1,6 +1,7 @@
 """What an update costs after one tensor was replaced, and what many pairs of lists cost.
 
-Times alternate with those of a steady update, on one thread. `FUSED_EMA_EXT=0` measures the runner without a compiler.
+Times alternate with those of a steady update. They are those of the processor, on one thread, so that other programs
+count for little. `FUSED_EMA_EXT=0` measures the runner without a compiler.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def microseconds(call: Call, others: list[Call], rounds: int) -> list[float]:
     for _ in range(rounds):
         for change, found in zip([lambda: None, *others], times, strict=True):
             change()
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            found.append(1e6 * (time.perf_counter() - start))
+            found.append(1e6 * (time.thread_time() - start))
     return list(map(statistics.median, times))
 
 
