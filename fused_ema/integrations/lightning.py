@@ -20,6 +20,7 @@ from .. import checkpoints, schedules
 from .._warning import warn
 from ..manager.ema import EMA
 from ..manager.timetable import schedules_of
+from ..pairs import shards
 from ..schedules import Schedule
 from .options import Options, check_options
 
@@ -57,7 +58,7 @@ class EMACallback(Callback):
 
     Raises:
         TypeError, ValueError, IndexError: an argument or option can't be used with any module. From `fit`: there is no
-            such optimizer; several callbacks of one trainer have save="average".
+            such optimizer; several callbacks of one trainer have save="average", or one for a sharded module.
         RuntimeError: from `trainer.save_checkpoint`, inside `callback.ema.swapped()`, unless it saves weights only.
     """
 
@@ -105,6 +106,12 @@ class EMACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self is (_callbacks(trainer) or [self])[0]:
             _check_roles(trainer)
+        if self.save == "average" and any(shards.is_sharded(each) for each in pl_module.parameters()):
+            raise ValueError(
+                "EMACallback: expected save='model' for a sharded module, found 'average': its strategy loads a file's "
+                "state_dict for training too; for a file of the average, write `with callback.ema.swapped(): "
+                "trainer.save_checkpoint(path, weights_only=True)`"
+            )
         self._restored = False
         if trainer.global_step == 0 or trainer.ckpt_path is not None:
             self._detach()
@@ -113,7 +120,7 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._manager(trainer, pl_module)  # FSDP and DeepSpeed load the checkpoint after on_fit_start
-        if trainer.ckpt_path is not None and not self._restored:
+        if trainer.ckpt_path is not None and trainer.global_step and not self._restored:  # at 0 a search was undone
             warn(f"EMACallback: {trainer.ckpt_path} has no averages; new ones start here")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -210,7 +217,12 @@ class EMACallback(Callback):
     # ---- Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict() if self.ema else {}
+        """The manager's, with whole tensors in the place of sharded ones, since Lightning writes what rank 0 has."""
+        if self.ema is None:
+            return {}
+        state = self.ema.state_dict()
+        state["averages"] = [{name: _whole(value) for name, value in each.items()} for each in state["averages"]]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._state = state_dict or None  # _manager() loads it
@@ -221,7 +233,7 @@ class EMACallback(Callback):
                 "EMACallback: a checkpoint was saved inside callback.ema.swapped(), with the average as the model; "
                 "leave the block first, or call trainer.save_checkpoint(path, weights_only=True)"
             )
-        if self.ema and self.save == "average":
+        if self.ema and self.ema.model is pl_module and self.save == "average":
             trained = {**checkpoint}
             pl_module.on_save_checkpoint(trained)  # which may leave out what was not trained
             checkpoint[OWN], checkpoint["state_dict"] = trained["state_dict"], self._averaged(trainer, self.ema)
@@ -247,7 +259,7 @@ class EMACallback(Callback):
         if any(name not in trained["state_dict"] for name, _ in pl_module.named_parameters(remove_duplicate=False)):
             pl_module.on_load_checkpoint(trained)  # which may add what was left out
         with torch.no_grad():
-            trainer.strategy.load_model_state_dict(trained, strict=pl_module.strict_loading)
+            pl_module.load_state_dict(trained["state_dict"], strict=pl_module.strict_loading)
 
 
 def _callbacks(trainer: Trainer) -> list[EMACallback]:
@@ -309,6 +321,10 @@ def _taken(trainer: Trainer, saved: Mapping[str, Any]) -> dict[EMACallback, str]
                 taken[each] = fits[0]
                 free.remove(fits[0])
     return taken
+
+
+def _whole(average: torch.Tensor) -> torch.Tensor:
+    return shards.whole(average).cpu() if shards.is_sharded(average) else average
 
 
 def _readable(value: Any) -> Any:

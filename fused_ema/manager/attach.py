@@ -143,7 +143,7 @@ class Attachment:
                 "EMA: the model's parameters have changed since the manager was made, but the attached "
                 f"{self._optimizer} was not seen to step, so the averages are still the first weights. If it trains "
                 "the model without a call of step(), call remove() on the handle that attach() returned, and "
-                "ema.update() after each training step; if the weights were loaded, make the manager after that."
+                "ema.update() after each training step; if the weights were loaded, call ema.begin() after that."
             )
 
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 import fused_ema
 
 lightning = pytest.importorskip("lightning.pytorch")
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 
 from fused_ema.integrations.lightning import EMACallback  # noqa: E402
@@ -252,14 +252,17 @@ def test_another_fit_after_an_exception(tmp_path, again):
     assert callback.ema.step == (run.global_step if again else 12)
 
 
-def test_another_module_is_tested_as_it_is(tmp_path):
-    callback, module, other = EMACallback(decay=0.9), Module(), Module()
+def test_another_module_is_tested_and_saved_as_it_is(tmp_path):
+    callback, module, other = EMACallback(decay=0.9, save="average"), Module(), Module()
     run = trainer(tmp_path, callback)
     run.fit(module, data())
     before = values(module)
     run.test(other, data(), verbose=False)
     same_values(other.tested[0], values(other))
     same_values(values(module), before)
+    for weights_only in (False, True):
+        run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
+        same_values(values(Module.load_from_checkpoint(tmp_path / "other.ckpt")), values(other))
 
 
 def test_a_strategy_that_restores_late_resumes_with_the_same_bits(tmp_path):
@@ -554,6 +557,23 @@ def test_a_checkpoint_without_averages_begins_anew(tmp_path):
     run.fit_loop.max_epochs = 2
     run.fit(module, data(), ckpt_path=tmp_path / "plain.ckpt")
     assert callback.ema.step == 6
+
+
+def test_a_search_for_a_learning_rate_leaves_no_trace(tmp_path):
+    class Searched(Module):
+        lr = 0.05
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)  # too few for a suggestion
+    callback, module = EMACallback(decay=0.9), Searched()
+    run = trainer(tmp_path, finder, callback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "EMACallback")
+        run.fit(module, data())
+    assert callback.ema.step == 12
+    same_values(averages_of(callback), by_hand(2)[1])
 
 
 def test_a_state_that_an_exception_left_is_not_loaded_later(tmp_path):

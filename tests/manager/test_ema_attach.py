@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import averages, clones, equal, net
+from conftest import averages, clones, equal, net, parameters
 from torch import nn
 
 import fused_ema
@@ -795,6 +795,14 @@ def trained_without_a_step(dtype=torch.float32):
     for parameter in model.parameters():
         parameter.data.mul_(2)
     return ema, handle
+
+
+def test_weights_that_were_loaded_since_need_begin(backend, recwarn):
+    """As the warning says."""
+    ema, _ = trained_without_a_step()
+    ema.begin()
+    assert equal(averages(ema), parameters(ema.model))
+    assert not recwarn
 
 
 @pytest.mark.parametrize("look", LOOKS)
