@@ -85,7 +85,11 @@ class Changes:
     def cast(self, module, name):
         tensor = self.get(module, name)
         if tensor.is_floating_point():
-            self.put(module, name, nn.Parameter(tensor.detach().to(self.rng.choice([torch.float16, torch.float64]))))
+            self.put(
+                module,
+                name,
+                nn.Parameter(tensor.detach().to(self.rng.choice([torch.float16, torch.float64]), copy=True)),
+            )
 
     def resize(self, module, name):
         self.put(module, name, nn.Parameter(torch.randn(self.rng.choice([(50,), (5, 10), (0,)]))))
@@ -98,7 +102,7 @@ class Changes:
 
     def overlap(self, module, name):
         other = self.get(module, self.rng.choice(sorted(module._parameters))).detach()
-        self.put(module, name, nn.Parameter(other.view(-1)[1:] if other.is_contiguous() else other))
+        self.put(module, name, nn.Parameter(other.view(-1)[1:] if other.is_contiguous() else other, False))
 
     def move_in_the_pool(self, module, name):
         pool = module.first.detach()
@@ -209,7 +213,8 @@ def test_a_patched_plan_does_what_a_new_one_does(backend, way, seed):
         side = model if way == "manager" or rng.random() < 0.6 else ema
         change = rng.choice([*OFTEN, *EVERY])
         undo = [(each, dict(each._parameters), dict(each._buffers)) for each in (ema, model)]
-        name = rng.choice(sorted(each for each in [*side._parameters, *side._buffers] if each != "count"))
+        held = {**side._parameters, **side._buffers}
+        name = rng.choice(sorted(each for each, tensor in held.items() if tensor is not None and each != "count"))
         data = [(tensor, tensor.data) for tensor in tensors_of(ema, model)]
         getattr(changes, change)(side, name)
         if way == "manager":
