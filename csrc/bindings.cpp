@@ -1,11 +1,15 @@
 // The classes `PreparedPairs` and `CompiledWatch` of fused_ema._C.
 #include <pthread.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
 
 #include "ema_cpu.h"
 #include "plan.h"
@@ -37,7 +41,7 @@ std::vector<Entry> make_entries(const std::vector<std::string>& names, const Ten
 class PyPreparedPairs {
  public:
   PyPreparedPairs(const std::vector<std::string>& names, const Tensors& ema, const Tensors& model,
-                  const std::vector<int>& actions, std::shared_ptr<const CompiledWatch> watch, int averages,
+                  const std::vector<int>& actions, std::shared_ptr<CompiledWatch> watch, int averages,
                   const std::vector<int64_t>& strides)
       : prepared_(make_entries(names, ema, model, actions, strides), averages), watch_(std::move(watch)) {
     if (!watch_) return;
@@ -56,6 +60,49 @@ class PyPreparedPairs {
     return run_if([&] { return prepared_.adopt(ema, model, op); }, op, make_call(decays, {}, -1), device_decays, {});
   }
 
+  // The pairs that others have replaced or moved since, in kind, shape and strides what they were: numbers, averages,
+  // tensors of the model; the slots that hold other tensors; whether some of these belong to no pair. Nullopt if
+  // anything else has changed. `ema` and `model` are given if the sources are not watched.
+  using Changed = std::tuple<std::vector<size_t>, Tensors, Tensors, CompiledWatch::Slots, bool>;
+  std::optional<Changed> changed(const std::optional<Tensors>& ema, const std::optional<Tensors>& model) {
+    if (prepared_.forked() || !ema_dtensors_.empty() || !model_dtensors_.empty()) return std::nullopt;
+    CompiledWatch::Slots slots;
+    std::vector<at::TensorImpl*> now = prepared_.objects();
+    bool others = false;
+    if (ema && model) {
+      if (ema->size() != model->size()) return std::nullopt;
+      now.clear();
+      for (size_t i = 0; i < ema->size(); ++i)
+        for (auto* side : {&*ema, &*model}) now.push_back((*side)[i].unsafeGetTensorImpl());
+    } else {
+      auto found = complete_ ? watch_->changed() : std::nullopt;
+      if (!found) return std::nullopt;
+      slots = std::move(*found);
+      for (const auto& [slot, value] : slots) {
+        const int64_t place = place_of(slot);
+        if (place == kTied) return std::nullopt;
+        if (place == kNoPair) others = true;
+        if (place >= 0) now[static_cast<size_t>(place)] = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+      }
+    }
+    auto numbers = prepared_.changed(now);
+    if (!numbers) return std::nullopt;
+    Tensors averages, tensors;
+    for (size_t i : *numbers) {
+      averages.push_back(reference(now[2 * i]));
+      tensors.push_back(reference(now[2 * i + 1]));
+    }
+    return Changed(std::move(*numbers), std::move(averages), std::move(tensors), std::move(slots), others);
+  }
+  // Takes in what changed() found. Returns false, with nothing changed, if that needs other tables.
+  bool patch(const std::vector<size_t>& numbers, const Tensors& ema, const Tensors& model,
+             const CompiledWatch::Slots& slots) {
+    const auto lock = lock_all();
+    if (prepared_.forked() || !prepared_.patch(numbers, ema, model)) return false;
+    if (watch_) watch_->adopt(slots);
+    return true;
+  }
+
   bool current() const { return !prepared_.forked() && watched_current(Op::update); }
   int64_t launches() const { return prepared_.launches(); }
   // Whether the model holds an average. The flag is set here, since in Python an interrupt could come between the
@@ -72,6 +119,34 @@ class PyPreparedPairs {
  private:
   bool watched_current(Op op) const { return complete_ && watch_->current() && prepared_.current(op); }
 
+  // The interpreter lock is released while waiting for ours, so the two can't deadlock.
+  static std::unique_lock<std::mutex> lock_all() {
+    std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
+    if (!lock.owns_lock()) {
+      const py::gil_scoped_release unlocked;
+      lock.lock();
+    }
+    return lock;
+  }
+
+  // Which object of the pairs a slot holds, as objects() counts them. It is worked out when the first slot has changed.
+  int64_t place_of(size_t slot) {
+    if (places_.empty()) {
+      std::unordered_map<const at::TensorImpl*, int64_t> numbers, slots;
+      const auto objects = prepared_.objects(), held = watch_->tensors();
+      for (size_t i = 0; i < objects.size(); ++i)
+        if (!numbers.emplace(objects[i], i).second) numbers[objects[i]] = kTied;
+      for (auto* tensor : held) ++slots[tensor];
+      std::vector<int64_t> places;
+      for (auto* tensor : held) {
+        const auto found = tensor ? numbers.find(tensor) : numbers.end();
+        places.push_back(found == numbers.end() ? kNoPair : slots[tensor] > 1 ? kTied : found->second);
+      }
+      places_ = std::move(places);
+    }
+    return places_[slot];
+  }
+
   // A negative `average` means all of them.
   Call make_call(const std::vector<double>& decays, const std::vector<uint64_t>& keys, int average) const {
     Call call;
@@ -85,7 +160,7 @@ class PyPreparedPairs {
     return call;
   }
 
-  // One thread at a time. The interpreter lock is released while waiting for ours, so the two can't deadlock.
+  // One thread at a time.
   template <class Fits>
   bool run_if(const Fits& fits, Op op, const Call& call, const std::optional<at::Tensor>& device_decays,
               const Tensors& scratch) {
@@ -94,11 +169,7 @@ class PyPreparedPairs {
     // so that they end after it: Python may run when a tensor is destroyed.
     Tensors alive;
     std::vector<c10::Storage> storages;
-    std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
-    if (!lock.owns_lock()) {
-      const py::gil_scoped_release unlocked;
-      lock.lock();
-    }
+    const auto lock = lock_all();
     if (!fits()) return false;
     const auto stays = [](double decay) { return decay == 1.0; };
     if (is_update(op) && !device_decays && std::all_of(call.decay + call.first, call.decay + call.last, stays))
@@ -142,7 +213,9 @@ class PyPreparedPairs {
   }
 
   PreparedPairs prepared_;
-  std::shared_ptr<const CompiledWatch> watch_;
+  std::shared_ptr<CompiledWatch> watch_;
+  static constexpr int64_t kNoPair = -1, kTied = -2;
+  std::vector<int64_t> places_;                                 // of each slot; see place_of()
   bool complete_ = false;                                       // the watched sources hold every tensor of the plan
   std::vector<at::TensorImpl*> ema_dtensors_, model_dtensors_;  // the tables have their local shards
   bool exchanged_ = false;
@@ -164,16 +237,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&>(), py::arg("modules"),
            py::arg("containers"))
       .def("current", &CompiledWatch::current)
-      .def("values", &CompiledWatch::values);
+      .def("values", &CompiledWatch::values)
+      .def("changed", &CompiledWatch::changed_values)
+      .def("adopt", &CompiledWatch::adopt, py::arg("changed"));
   py::class_<PyPreparedPairs>(m, "PreparedPairs")
       .def(py::init<const std::vector<std::string>&, const Tensors&, const Tensors&, const std::vector<int>&,
-                    std::shared_ptr<const CompiledWatch>, int, const std::vector<int64_t>&>(),
+                    std::shared_ptr<CompiledWatch>, int, const std::vector<int64_t>&>(),
            py::arg("names"), py::arg("ema"), py::arg("model"), py::arg("actions"), py::arg("watch").none(true),
            py::arg("averages"), py::arg("strides"))
       .def("run", &PyPreparedPairs::run, py::arg("op"), py::arg("decays"), py::arg("device_decays") = py::none(),
            py::arg("keys") = std::vector<uint64_t>(), py::arg("average") = -1, py::arg("scratch") = Tensors())
       .def("run_with", &PyPreparedPairs::run_with, py::arg("ema"), py::arg("model"), py::arg("op"), py::arg("decays"),
            py::arg("device_decays") = py::none())
+      .def("changed", &PyPreparedPairs::changed, py::arg("ema") = py::none(), py::arg("model") = py::none())
+      .def("patch", &PyPreparedPairs::patch, py::arg("numbers"), py::arg("ema"), py::arg("model"), py::arg("slots"))
       .def("scratch_bytes", &PyPreparedPairs::scratch_bytes)
       .def("current", &PyPreparedPairs::current)
       .def("exchanged", &PyPreparedPairs::exchanged)

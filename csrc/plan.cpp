@@ -55,15 +55,18 @@ Type raw_type(size_t itemsize) {
   return itemsize == 1 ? Type::raw1 : itemsize == 2 ? Type::raw2 : itemsize == 4 ? Type::raw4 : Type::raw8;
 }
 
+// Whether a kernel on the model's device can use the average.
+bool reachable(const at::Tensor& ema, const at::Tensor& model) {
+  return ema.device() == model.device() || (model.is_cuda() && ema.device().is_cpu() && ema.is_pinned());
+}
+
 // Adds an entry to the tables of its device. A complex tensor becomes a real one with a last dimension of 2.
 void add_entry(Tables& tables, const Entry& entry, int averages, int64_t number, bool with_tiles) {
   const at::Tensor &ema = entry.ema, &model = entry.model;
-  const bool reachable =
-      ema.device() == model.device() || (model.is_cuda() && ema.device().is_cpu() && ema.is_pinned());
-  TORCH_CHECK(ema.sizes() == model.sizes() && reachable && ema.is_complex() == model.is_complex(), "ema", entry.name,
-              ": expected the shape, the device and the kind (real or complex) of model, ", model.sizes(), " on ",
-              model.device(), " in ", model.scalar_type(), ", found ", ema.sizes(), " on ", ema.device(), " in ",
-              ema.scalar_type());
+  TORCH_CHECK(ema.sizes() == model.sizes() && reachable(ema, model) && ema.is_complex() == model.is_complex(), "ema",
+              entry.name, ": expected the shape, the device and the kind (real or complex) of model, ", model.sizes(),
+              " on ", model.device(), " in ", model.scalar_type(), ", found ", ema.sizes(), " on ", ema.device(),
+              " in ", ema.scalar_type());
   Pair pair{};
   pair.ema = ema.mutable_data_ptr();
   pair.model = const_cast<void*>(model.const_data_ptr());
@@ -147,14 +150,42 @@ struct DeviceTables {
     C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), staging.data(), staging.size(), cudaMemcpyHostToDevice, stream));
     c10::cuda::stream_synchronize(stream);
     C10_CUDA_CHECK(load_cuda_kernels());
-    const char* base = static_cast<const char*>(memory.get());
-    launch.rows = reinterpret_cast<const Row*>(base);
-    launch.layouts = reinterpret_cast<const Layout*>(base + rows);
-    launch.tiles = reinterpret_cast<const Tile*>(base + rows + layouts);
+    point();
     launch.tile_count = static_cast<int64_t>(tables.tiles.size());
     TORCH_CHECK(launch.tile_count * averages < (int64_t(1) << 31), "fused_ema: expected fewer than 2^31 blocks on ",
                 device, ", found ", launch.tile_count * averages);
     tables.tiles = {};
+  }
+
+  void point() {
+    const char* base = static_cast<const char*>(memory.get());
+    const size_t rows = tables.rows.size() * sizeof(Row), layouts = tables.layouts.size() * sizeof(Layout);
+    launch.rows = reinterpret_cast<const Row*>(base);
+    launch.layouts = reinterpret_cast<const Layout*>(base + rows);
+    launch.tiles = reinterpret_cast<const Tile*>(base + rows + layouts);
+  }
+
+  // Goes on with a copy in which some rows are others, since launches under way and captured graphs read the present
+  // tables. It waits as upload() does. Returns false during a capture: a new plan says what to do.
+  bool replace(const std::vector<std::pair<size_t, Row>>& changed) {
+    const c10::cuda::CUDAGuard guard(device);
+    const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    if (capturing()) return false;
+    const size_t bytes = tables.rows.size() * sizeof(Row) + tables.layouts.size() * sizeof(Layout) +
+                         static_cast<size_t>(launch.tile_count) * sizeof(Tile);
+    c10::DataPtr copy = c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
+    if (stream != *owner) c10::cuda::CUDACachingAllocator::recordStream(memory, stream);
+    C10_CUDA_CHECK(cudaMemcpyAsync(copy.get(), memory.get(), bytes, cudaMemcpyDeviceToDevice, stream));
+    for (const auto& [number, row] : changed)
+      C10_CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(copy.get()) + number * sizeof(Row), &row, sizeof(Row),
+                                     cudaMemcpyHostToDevice, stream));
+    c10::cuda::stream_synchronize(stream);
+    if (captured) (void)memory.release_context();
+    captured = false;
+    memory = std::move(copy);
+    owner = stream;
+    point();
+    return true;
   }
 
   void run(Op op, const Call& call) {
@@ -168,6 +199,7 @@ struct DeviceTables {
   }
 #else
   void upload(int) { TORCH_CHECK(false, "this build of fused_ema has no CUDA kernels"); }
+  bool replace(const std::vector<std::pair<size_t, Row>>&) { return false; }
   void run(Op, const Call&) {}
 #endif
 };
@@ -182,20 +214,38 @@ void TensorRecords::add(const at::TensorImpl* tensor, bool written) {
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
 }
 
+C10_ALWAYS_INLINE bool TensorRecords::alike(const TensorRecord& record, const int64_t* shape,
+                                            const at::TensorImpl* tensor) {
+  if (tensor->key_set() != record.keys) return false;  // compared first: other kinds of tensors may have no storage
+  const auto sizes = tensor->sizes(), strides = tensor->strides();
+  if (tensor->dtype() != record.dtype || sizes.size() != record.dims) return false;
+  for (uint32_t d = 0; d < record.dims; ++d)
+    if (sizes[d] != shape[d] || strides[d] != shape[record.dims + d]) return false;
+  return true;
+}
+
 C10_ALWAYS_INLINE bool TensorRecords::Cursor::next_matches(const at::TensorImpl* tensor, bool written) {
   const TensorRecord& record = *record_++;
-  if (tensor->key_set() != record.keys) return false;  // compared first: other kinds of tensors may have no storage
+  if (!alike(record, shape_, tensor)) return false;
   // data_of() would copy the storage, and several threads may be here with tensors that share it. A new plan copies it
   // on one thread.
   if (written && c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr())) return false;
-  const auto sizes = tensor->sizes(), strides = tensor->strides();
-  if (tensor->dtype() != record.dtype || sizes.size() != record.dims || data_of(tensor, written) != record.data ||
+  if (data_of(tensor, written) != record.data ||
       tensor->unsafe_storage().unsafeGetStorageImpl()->nbytes() != record.storage_bytes)
     return false;
-  for (uint32_t d = 0; d < record.dims; ++d)
-    if (sizes[d] != shape_[d] || strides[d] != shape_[record.dims + d]) return false;
   shape_ += 2 * record.dims;
   return true;
+}
+
+bool TensorRecords::alike(size_t number, const at::TensorImpl* tensor) const {
+  return alike(records_[number], shapes_.data() + records_[number].shape, tensor);
+}
+
+void TensorRecords::replace(size_t number, const at::TensorImpl* tensor, bool written) {
+  TensorRecord& record = records_[number];
+  record.storage = tensor->unsafe_storage().unsafeGetStorageImpl();
+  record.data = data_of(tensor, written);
+  record.storage_bytes = tensor->unsafe_storage().unsafeGetStorageImpl()->nbytes();
 }
 
 PreparedPairs::PreparedPairs(std::vector<Entry> entries, int averages)
@@ -205,7 +255,7 @@ PreparedPairs::PreparedPairs(std::vector<Entry> entries, int averages)
   int64_t number = 0;
   for (const auto& entry : entries) {
     pairs_.push_back(
-        {entry.ema.unsafeGetTensorImpl(), entry.model.unsafeGetTensorImpl(), entry.action != Action::none});
+        {entry.ema.unsafeGetTensorImpl(), entry.model.unsafeGetTensorImpl(), entry.action != Action::none, 0, -1});
     records_.add(pairs_.back().ema, true);
     records_.add(pairs_.back().model, false);
     inference_ema_ |= entry.ema.is_inference();
@@ -219,9 +269,12 @@ PreparedPairs::PreparedPairs(std::vector<Entry> entries, int averages)
     }
     add_entry((*found)->tables, entry, averages, number, !device.is_cpu());
     number += entry.ema.numel();
+    if (entry.ema.numel()) pairs_.back().row = static_cast<int32_t>((*found)->tables.rows.size()) - 1;
   }
   // Launches are asynchronous, so they come before the CPU's part.
   std::stable_partition(devices_.begin(), devices_.end(), [](auto& d) { return !d->device.is_cpu(); });
+  for (size_t i = 0; i < entries.size(); ++i)
+    while (pairs_[i].row >= 0 && devices_[pairs_[i].device]->device != entries[i].model.device()) ++pairs_[i].device;
   for (auto& device : devices_)
     if (!device->device.is_cpu()) device->upload(averages);
 }
@@ -268,6 +321,64 @@ bool PreparedPairs::adopt(const Tensors& ema, const Tensors& model, Op op) {
     pairs_[i].model = model[i].unsafeGetTensorImpl();
   }
   return current(op);
+}
+
+std::vector<at::TensorImpl*> PreparedPairs::objects() const {
+  std::vector<at::TensorImpl*> objects;
+  objects.reserve(2 * pairs_.size());
+  for (const auto& pair : pairs_) objects.insert(objects.end(), {pair.ema, pair.model});
+  return objects;
+}
+
+std::optional<std::vector<size_t>> PreparedPairs::changed(const std::vector<at::TensorImpl*>& now) const {
+  if (pairs_.empty() || now.size() != 2 * pairs_.size()) return std::nullopt;
+  std::vector<size_t> found;
+  TensorRecords::Cursor at(records_, 0);
+  for (size_t i = 0; i < pairs_.size(); ++i) {
+    const bool same = at.next_matches(now[2 * i], true) && at.next_matches(now[2 * i + 1], false);
+    if (!same && i + 1 < pairs_.size()) at = TensorRecords::Cursor(records_, 2 * (i + 1));
+    if (same && now[2 * i] == pairs_[i].ema && now[2 * i + 1] == pairs_[i].model) continue;
+    if (!records_.alike(2 * i, now[2 * i]) || !records_.alike(2 * i + 1, now[2 * i + 1])) return std::nullopt;
+    found.push_back(i);
+  }
+  return found;
+}
+
+bool PreparedPairs::patch(const std::vector<size_t>& numbers, const Tensors& ema, const Tensors& model) {
+  if (ema.size() != numbers.size() || model.size() != numbers.size()) return false;
+  std::vector<Row> rows;
+  DeviceTables* uploaded = nullptr;
+  for (size_t k = 0; k < numbers.size(); ++k) {
+    const size_t i = numbers[k];
+    if (i >= pairs_.size() || pairs_[i].row < 0 || !reachable(ema[k], model[k])) return false;
+    const auto *e = ema[k].unsafeGetTensorImpl(), *p = model[k].unsafeGetTensorImpl();
+    if (!records_.alike(2 * i, e) || !records_.alike(2 * i + 1, p)) return false;
+    if (averages_ > 1 && !TensorRecords::Cursor(records_, 2 * i).next_matches(e, true)) return false;
+    DeviceTables& device = *devices_[pairs_[i].device];
+    if (model[k].device() != device.device) return false;
+    const Row& before = device.tables.rows[static_cast<size_t>(pairs_[i].row)];
+    rows.push_back(before);
+    set_addresses(rows.back(), const_cast<void*>(data_of(e, true)), const_cast<void*>(data_of(p, false)));
+    if (rows.back().misaligned != before.misaligned) return false;  // it would have other tiles
+    if (device.device.is_cpu()) continue;
+    if (uploaded && uploaded != &device) return false;  // one upload could fail after another
+    uploaded = &device;
+  }
+  if (uploaded) {
+    std::vector<std::pair<size_t, Row>> changed;
+    for (size_t k = 0; k < numbers.size(); ++k)
+      if (devices_[pairs_[numbers[k]].device].get() == uploaded) changed.emplace_back(pairs_[numbers[k]].row, rows[k]);
+    if (!uploaded->replace(changed)) return false;
+  }
+  for (size_t k = 0; k < numbers.size(); ++k) {  // nothing from here on throws
+    TensorPair& pair = pairs_[numbers[k]];
+    pair.ema = ema[k].unsafeGetTensorImpl();
+    pair.model = model[k].unsafeGetTensorImpl();
+    records_.replace(2 * numbers[k], pair.ema, true);
+    records_.replace(2 * numbers[k] + 1, pair.model, false);
+    devices_[pair.device]->tables.rows[static_cast<size_t>(pair.row)] = rows[k];
+  }
+  return true;
 }
 
 void PreparedPairs::run(Op op, Call call, const at::Tensor& device_decays, const Tensors& scratch) {

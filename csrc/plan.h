@@ -6,6 +6,7 @@
 #include <c10/core/UndefinedTensorImpl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,10 @@ struct TensorRecord {
 class TensorRecords {
  public:
   void add(const at::TensorImpl* tensor, bool written);
+  // Whether a tensor differs from record `number` at most in its memory.
+  bool alike(size_t number, const at::TensorImpl* tensor) const;
+  // Records the memory of such a tensor. Throws nothing for one that data_of() has seen.
+  void replace(size_t number, const at::TensorImpl* tensor, bool written);
 
   // Compares tensors one by one, in the order in which they were added.
   class Cursor {
@@ -60,6 +65,7 @@ class TensorRecords {
   };
 
  private:
+  static bool alike(const TensorRecord& record, const int64_t* shape, const at::TensorImpl* tensor);
   std::vector<TensorRecord> records_;
   std::vector<int64_t> shapes_;
 };
@@ -79,6 +85,14 @@ class PreparedPairs {
   // The same for other tensor objects, which then replace the recorded ones.
   bool adopt(const Tensors& ema, const Tensors& model, Op op);
 
+  // The objects that were compared last: average and model of each pair in turn. Some may no longer be alive.
+  std::vector<at::TensorImpl*> objects() const;
+  // The pairs that have other objects than before, or other memory; nullopt if they differ in more than that.
+  std::optional<std::vector<size_t>> changed(const std::vector<at::TensorImpl*>& now) const;
+  // Takes these objects into these pairs, with their memory. Returns false, with nothing changed, where other tables
+  // are needed. The caller has checked the pairs, as for a new plan.
+  bool patch(const std::vector<size_t>& numbers, const Tensors& ema, const Tensors& model);
+
   // One launch per CUDA device, one parallel loop for the CPU. `device_decays`, if defined, replaces the call's decays:
   // one for each average, on the model's device. `scratch`, for an exchange between two types, has a tensor for each
   // device that scratch_bytes() lists.
@@ -96,7 +110,9 @@ class PreparedPairs {
   struct TensorPair {
     at::TensorImpl* ema;
     at::TensorImpl* model;
-    bool active;  // the action is not `none`
+    bool active;      // the action is not `none`
+    uint16_t device;  // index in devices_
+    int32_t row;      // in the tables of that device; -1: the pair has none
   };
   bool writable(Op op) const;
   bool current(Op op, size_t begin, size_t end) const;

@@ -70,6 +70,17 @@ inline bool is_flat(const Layout& layout) {
   return layout.dims == 0 || (layout.dims == 1 && layout.ema_stride[0] == 1 && layout.model_stride[0] == 1);
 }
 
+// Points a row whose shape, strides and types are set to two arrays, and notes how they are aligned.
+inline void set_addresses(Row& row, void* ema, void* model) {
+  row.ema = ema;
+  row.model = model;
+  if (row.layout >= 0) return;
+  const int64_t ema_size = size_of(row.ema_type), model_size = size_of(row.model_type);
+  const int64_t model_vector = std::min<int64_t>(kVectorBytes, kVectorBytes / ema_size * model_size);
+  row.misaligned = static_cast<uint8_t>(reinterpret_cast<uintptr_t>(ema) % kVectorBytes / ema_size);
+  row.model_aligned = (reinterpret_cast<uintptr_t>(model) - uintptr_t(row.misaligned) * model_size) % model_vector == 0;
+}
+
 // Appends the row of one pair, its layout unless it is flat, and the tiles that a grid needs. An empty pair adds
 // nothing. Returns false, with the tables unchanged, if more than kMaxDims dimensions are left after merging.
 inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
@@ -81,8 +92,6 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
 
   const int64_t ema_size = size_of(pair.ema_type), model_size = size_of(pair.model_type);
   Row row{};
-  row.ema = pair.ema;
-  row.model = pair.model;
   row.numel = numel;
   row.first = tables.elements;
   row.layout = -1;
@@ -92,15 +101,11 @@ inline bool add_pair(Tables& tables, const Pair& pair, bool with_tiles) {
   row.stride = pair.stride;
   row.number = pair.number;
   row.scratch = -1;
-  if (is_flat(layout)) {
-    const int64_t model_vector = std::min<int64_t>(kVectorBytes, kVectorBytes / ema_size * model_size);
-    const auto ema = reinterpret_cast<uintptr_t>(pair.ema), model = reinterpret_cast<uintptr_t>(pair.model);
-    row.misaligned = static_cast<uint8_t>(ema % kVectorBytes / ema_size);
-    row.model_aligned = (model - uintptr_t(row.misaligned) * model_size) % model_vector == 0;
-  } else {
+  if (!is_flat(layout)) {
     row.layout = static_cast<int32_t>(tables.layouts.size());
     tables.layouts.push_back(layout);
   }
+  set_addresses(row, pair.ema, pair.model);
   if (pair.ema_type != pair.model_type) {
     row.scratch = (tables.scratch_bytes + 15) / 16 * 16;
     tables.scratch_bytes = row.scratch + numel * model_size;

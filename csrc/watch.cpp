@@ -137,22 +137,26 @@ C10_ALWAYS_INLINE bool CompiledWatch::same_value(size_t number, PyObject* found)
          (!slot.shard || shard_of(found) == slot.shard);
 }
 
-C10_ALWAYS_INLINE bool CompiledWatch::same_items(PyObject* container, size_t& slot, size_t end) const {
+template <class F>
+C10_ALWAYS_INLINE bool CompiledWatch::same_items(PyObject* container, size_t& slot, size_t end,
+                                                 const F& allowed) const {
   if (PyDict_Check(container)) {
     if (static_cast<size_t>(PyDict_GET_SIZE(container)) != end - slot) return false;
     PyObject *key, *value;
     for (Py_ssize_t at = 0; slot < end; ++slot)
-      if (!PyDict_Next(container, &at, &key, &value) || key != slots_[slot].key || !same_value(slot, value))
+      if (!PyDict_Next(container, &at, &key, &value) || key != slots_[slot].key ||
+          !(same_value(slot, value) || allowed(slot, value)))
         return false;
     return true;
   }
   if (static_cast<size_t>(PySequence_Fast_GET_SIZE(container)) != end - slot) return false;
   for (PyObject* const* value = PySequence_Fast_ITEMS(container); slot < end; ++slot, ++value)
-    if (!same_value(slot, *value)) return false;
+    if (!(same_value(slot, *value) || allowed(slot, *value))) return false;
   return true;
 }
 
-C10_ALWAYS_INLINE bool CompiledWatch::same_registries(const Module& module, size_t& slot) const {
+template <class F>
+C10_ALWAYS_INLINE bool CompiledWatch::same_registries(const Module& module, size_t& slot, const F& allowed) const {
   if (module.weak && PyWeakref_GET_OBJECT(module.weak.ptr()) == Py_None) return false;
   PyObject** const attributes = _PyObject_GetDictPtr(module.object);
   if (!attributes || !*attributes) return false;
@@ -161,22 +165,66 @@ C10_ALWAYS_INLINE bool CompiledWatch::same_registries(const Module& module, size
     Py_ssize_t at = module.place[i];  // where it was last, which is quicker than looking it up
     if (!PyDict_Next(*attributes, &at, &key, &registry) || key != module.key[i])
       registry = PyDict_GetItemWithError(*attributes, registry_name(i));
-    if (!registry || !PyDict_Check(registry) || !same_items(registry, slot, module.end[i])) return false;
+    if (!registry || !PyDict_Check(registry) || !same_items(registry, slot, module.end[i], allowed)) return false;
   }
   return true;
 }
 
-bool CompiledWatch::current() const {
+template <class F>
+C10_ALWAYS_INLINE bool CompiledWatch::walk(const F& allowed) const {
   constexpr size_t kAhead = 4;  // modules
   const NoCollection guard;
   size_t line = 0, slot = 0;
   for (size_t i = 0; i < modules_.size(); ++i) {
     const size_t lines = modules_[std::min(i + kAhead, modules_.size() - 1)].lines;
     for (; line < lines; ++line) prefetch(lines_[line], 1);
-    if (!same_registries(modules_[i], slot)) return false;
+    if (!same_registries(modules_[i], slot, allowed)) return false;
   }
   return std::all_of(containers_.begin(), containers_.end(),
-                     [&](auto& container) { return same_items(container.object.ptr(), slot, container.end); });
+                     [&](auto& container) { return same_items(container.object.ptr(), slot, container.end, allowed); });
+}
+
+bool CompiledWatch::current() const {
+  return walk([](size_t, PyObject*) { return false; });
+}
+
+std::optional<CompiledWatch::Slots> CompiledWatch::changed() const {
+  Slots found;
+  const auto add = [&](size_t number, PyObject* value) {
+    const Slot& slot = slots_[number];
+    if (!slot.tensor || slot.type != Py_TYPE(value)) return false;
+    if (THPVariable_Unpack(value).key_set().has(c10::DispatchKey::Python)) return false;
+    found.emplace_back(number, py::reinterpret_borrow<py::object>(value));
+    return true;
+  };
+  return walk(add) ? std::make_optional(std::move(found)) : std::nullopt;
+}
+
+std::optional<std::pair<py::list, CompiledWatch::Slots>> CompiledWatch::changed_values() const {
+  auto values = py::list(slots_.size());  // as in values()
+  auto found = changed();
+  if (!found) return std::nullopt;
+  auto next = found->begin();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const bool other = next != found->end() && next->first == i;
+    PyList_SET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i),
+                    Py_NewRef(other ? next++->second.ptr() : slots_[i].value));
+  }
+  return std::make_pair(std::move(values), std::move(*found));
+}
+
+void CompiledWatch::adopt(const Slots& changed) {
+  for (const auto& [number, value] : changed) {
+    slots_[number].value = value.ptr();
+    slots_[number].tensor = THPVariable_Unpack(value.ptr()).unsafeGetTensorImpl();
+  }
+}
+
+std::vector<at::TensorImpl*> CompiledWatch::tensors() const {
+  std::vector<at::TensorImpl*> tensors;
+  tensors.reserve(slots_.size());
+  for (const auto& slot : slots_) tensors.push_back(slot.tensor);
+  return tensors;
 }
 
 py::object CompiledWatch::values() const {

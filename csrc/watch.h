@@ -4,7 +4,9 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -23,6 +25,18 @@ class CompiledWatch {
 
   // A list of what the slots hold, in one fixed order; None if that has changed.
   py::object values() const;
+
+  // Slots by number, with what they hold.
+  using Slots = std::vector<std::pair<size_t, py::object>>;
+  // The slots that hold other tensors than before, of the same types; nullopt if something else has changed, or if one
+  // of them is a DTensor.
+  std::optional<Slots> changed() const;
+  // The same, behind a list of what all slots hold now.
+  std::optional<std::pair<py::list, Slots>> changed_values() const;
+  // Expects from now on what changed() found. Throws nothing.
+  void adopt(const Slots& changed);
+  // The tensor in each slot, which may no longer be alive; null if it holds something else.
+  std::vector<at::TensorImpl*> tensors() const;
 
   // Whether slots hold all of these tensors, or the DTensors that they are the local shards of, and so keep them alive.
   // They do not if another thread replaced one while Python was pairing.
@@ -61,8 +75,14 @@ class CompiledWatch {
   std::vector<py::object> add_slots(const py::object& container);
   void add_lines(const void* address, size_t bytes);
   void add_dict_lines(PyObject* dict, size_t entries);
-  bool same_registries(const Module& module, size_t& slot) const;
-  bool same_items(PyObject* container, size_t& slot, size_t end) const;
+  // Walks over the slots; asks `allowed` about each that holds something else than before. False if that says no, or
+  // keys, modules or counts have changed.
+  template <class F>
+  bool walk(const F& allowed) const;
+  template <class F>
+  bool same_registries(const Module& module, size_t& slot, const F& allowed) const;
+  template <class F>
+  bool same_items(PyObject* container, size_t& slot, size_t end, const F& allowed) const;
   bool same_value(size_t number, PyObject* found) const;
 
   std::vector<Slot> slots_;

@@ -138,7 +138,7 @@ class Binding:
         self._current_plan()
 
     def _current_plan(self) -> Plan:
-        if self._plan is None or not self._plan.prepared.current():
+        if self._plan is None or not self._plan.fits():
             return self._keep(_new_plan(*self._sources))
         return self._plan
 
@@ -173,7 +173,7 @@ def bind(ema: Source, model: Source, *, buffers: Buffers = "copy", names: Names 
     """Returns a handle that pairs `ema` and `model` once and then updates at the cost of one call into C++.
 
     Takes the arguments of `update` and raises the same errors. Each call still re-reads what the modules, dicts or
-    lists hold, and pairs them again where parameters were replaced, moved, cast, added, removed or tied.
+    lists hold, and follows where parameters were replaced, moved, cast, added, removed or tied.
     """
     return Binding(ema, model, buffers=buffers, names=names)
 
@@ -244,11 +244,11 @@ def _new_plan(ema: Source, model: Source, buffers: Buffers, names: Names = "equa
 
 
 # The plans of `update`, `copy_` and `swap_`. That of two modules goes when either of them is freed, or the function
-# that was asked about their buffers. The others hold
-# no tensors; the least recently used one goes when there are too many.
+# that was asked about their buffers. The others hold no tensors, and go when the memory of their first average is
+# freed; the least recently used one goes when all of them together have too many pairs.
 _module_plans: dict[tuple[Any, ...], tuple[Plan, tuple[Any, ...]]] = {}
-_list_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_MOST_LISTS = 16
+_list_plans: OrderedDict[tuple[Any, ...], tuple[Plan, Any]] = OrderedDict()
+_MOST_PAIRS = 1 << 18
 
 
 def _recorded() -> bool:
@@ -297,13 +297,27 @@ def _identity(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _run_lists(op: OpName, pairs: Pairs, decay: float | Tensor) -> None:
-    kinds = frozenset(map(type, pairs.ema)) | frozenset(map(type, pairs.model))
-    first = pairs.ema[0].data_ptr() if pairs.ema and kinds <= PLAIN_TYPES and has_address(pairs.ema[0]) else None
-    key = (len(pairs.ema), first, kinds, tuple(pairs.averaged), pairs.labels[:1] == ["[0]"])
-    kept = _list_plans.pop(key, None)
-    _list_plans[key] = plans.run(kept, _call(op, decay), Plan, pairs, pairs=pairs)
-    while len(_list_plans) > _MOST_LISTS:
+    kinds = frozenset([*map(type, pairs.ema), *map(type, pairs.model)])
+    begin = _begin(pairs) if pairs.ema and kinds <= PLAIN_TYPES else None
+    key = (len(pairs.ema), begin, kinds, tuple(pairs.averaged), pairs.labels[:1] == ["[0]"])
+    kept, end = _list_plans.pop(key, (None, None))
+    plan = plans.run(kept, _call(op, decay), Plan, pairs, pairs=pairs)
+    if plan is kept:
+        _list_plans[key] = plan, end
+        return
+    if begin and has_address(pairs.ema[0]):
+        end = weakref.ref(pairs.ema[0].untyped_storage(), lambda _: _list_plans.pop(key, None))
+    _list_plans[key] = plan, end
+    while sum(count for count, *_ in list(_list_plans)) > _MOST_PAIRS and len(_list_plans) > 1:
         _list_plans.popitem(last=False)
+
+
+def _begin(pairs: Pairs) -> tuple[int, int] | None:
+    """Where the memory of both lists begins; None where the first tensors have none."""
+    try:
+        return pairs.ema[0].data_ptr(), pairs.model[0].data_ptr()
+    except RuntimeError:
+        return None
 
 
 ops.implement(lambda pairs, decay: _run_lists("update", without_unfit(pairs), decay))

@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._warning import warn
 from .pairs import shards
 from .pairs.arguments import decay_number
 from .pairs.checks import Action, check, dtype_name
+from .pairs.memory import Apart, place
 from .pairs.pairing import Pairs
 from .runners import choose, prepare, slower
-from .runners.base import Call, Job, OpName, Watch, is_update
+from .runners.base import Call, Job, OpName, Watch, is_update, one_at_a_time
 
 
 def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any, pairs: Pairs | None = None) -> Plan:
@@ -26,8 +27,14 @@ def run(kept: Plan | None, call: Call, make: Callable[..., Plan], *sources: Any,
     Every call takes this path. Without `pairs` a plan runs on what its watch sees; with them it runs on those tensors.
     Raises the plan's refusal of the call, before anything is written.
     """
-    if kept is not None and kept.try_run(call, pairs):
+    if kept is not None and (kept.try_run(call, pairs) or (kept.patch(pairs) and kept.try_run(call, pairs))):
         return kept
+    if kept is not None and kept.sharded:
+        for source in sources:
+            if isinstance(source, nn.Module):
+                shards.reshard(source)  # puts the shards back where a forward pass left whole parameters
+        if kept.try_run(call, pairs):
+            return kept
     plan = make(*sources)
     if refusal := plan.refusal(call):
         raise refusal
@@ -48,6 +55,7 @@ class Plan:
         averages, strides: for a manager, how many averages each tensor has, and for each pair how many elements lie
             between one average and the next.
         free_types: see `check`.
+        by_name: names alone decide what is paired, so that nothing depends on the other tensors of the sources.
     """
 
     def __init__(
@@ -59,11 +67,14 @@ class Plan:
         averages: int = 1,
         strides: Sequence[int] = (),
         free_types: bool = False,
+        by_name: bool = False,
     ) -> None:
         checked = check(pairs, free_types=free_types)
         self.lasts = lasts
+        self._free_types, self._by_name = free_types, by_name
+        self._labels, self._averaged, self._actions = pairs.labels, pairs.averaged, checked.actions
         self._requires_grad = any(ema.requires_grad for ema in pairs.ema)  # autocast keeps copies of no others
-        self._sharded = checked.sharded
+        self.sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
             self._refusals |= {op: checked.no_update for op in get_args(OpName) if is_update(op)}
@@ -74,6 +85,16 @@ class Plan:
         # approach 1 late in a training run.
         types = {ema.dtype for ema, _, action in active if action is Action.AVERAGE and ema.element_size() == 2}
         self._coarse = max((4 * torch.finfo(dtype).eps for dtype in types), default=0.0)
+        repeated = {
+            place(ema)
+            for ema, action in zip(checked.pairs.ema, checked.actions, strict=True)
+            if action is Action.NONE and ema.numel()
+        }
+        self._alone = {  # pairs without another that is tied to them; where their spans are in _apart
+            i: at for at, i in enumerate(checked.spans) if not repeated or place(checked.pairs.ema[i]) not in repeated
+        }
+        spans = [each for both in checked.spans.values() for each in both]
+        self._apart = Apart.of(spans, (tensor for pair in active for tensor in pair[:2]))  # None: can't be patched
         kinds = list(dict.fromkeys(model.device.type for _, model, _ in active)) or ["cpu"]
         runners = {kind: choose(kind) for kind in kinds}
         slower.warn_once(runners)
@@ -111,7 +132,7 @@ class Plan:
             _warn_of_standstill(call.decays)
         if pairs is None:
             return self.prepared.run(call)
-        if self._sharded:
+        if self.sharded:
             if any(map(shards.refusal, *pairs[:3])):
                 return False
             here = shards.localized(pairs)
@@ -120,6 +141,46 @@ class Plan:
                 shards.written([*pairs.ema, *pairs.model] if writes_model else pairs.ema)
             return ran
         return self.prepared.run(call, pairs.ema, pairs.model)
+
+    def fits(self) -> bool:
+        """Whether the plan is what its sources hold now, if need be after a patch."""
+        return self.prepared.current() or self.patch()
+
+    def patch(self, pairs: Pairs | None = None) -> bool:
+        """Takes tensors that have replaced some of the plan's, or moved, into it. They pass every check that a new plan
+        makes, against all others. False, with nothing changed, where a new plan is needed, or an error is due."""
+        with one_at_a_time():
+            apart, self._apart = self._apart, None  # so that an interrupt, or a call in it, finds nothing half done
+            found = self._patched(apart, pairs) if apart else None
+            self._apart = found or apart
+            return found is not None
+
+    def _patched(self, apart: Apart, pairs: Pairs | None) -> Apart | None:
+        if self.prepared.exchanged():
+            return None  # the values go back to the tensors that they came from
+        changed = self.prepared.changed(*(pairs[1:3] if pairs else ()))
+        if changed is None or not (changed.numbers or changed.slots) or (changed.others and not self._by_name):
+            return None
+        numbers = changed.numbers
+        if not self._alone.keys() >= set(numbers):
+            return None
+        part = Pairs(
+            [self._labels[i] for i in numbers], changed.ema, changed.model, [self._averaged[i] for i in numbers]
+        )
+        try:
+            checked = check(part, free_types=self._free_types)
+        except (TypeError, ValueError, RuntimeError):
+            return None  # a new plan raises it
+        refused = (checked.no_update and "update" not in self._refusals) or (
+            checked.no_swap and "swap" not in self._refusals
+        )
+        if refused or checked.sharded or checked.actions != [self._actions[i] for i in numbers]:
+            return None
+        new = apart.replaced(
+            {2 * self._alone[i] + side: checked.spans[k][side] for k, i in enumerate(numbers) for side in (0, 1)}
+        )
+        self._requires_grad |= any(ema.requires_grad for ema in changed.ema)
+        return new if new and self.prepared.patch(changed) else None
 
     def refusal(self, call: Call) -> Exception | None:
         """Why this plan can't do what the call asks for; None where it can."""

@@ -689,7 +689,7 @@ class EMA:
         return self._swap.true_average(name, k, average) if self._swap else average
 
     def _run(self, call: Call) -> None:
-        self._keep(plans.run(self._plan, call, self._new_plan))
+        self._keep(plans.run(self._plan, call, lambda _: self._new_plan(), self.model))
 
     def _keep(self, plan: Plan) -> None:
         self._plan = plan if plan.lasts else None
@@ -715,6 +715,7 @@ class EMA:
             averages=self._averages.count,
             strides=self._averages.strides(names),
             free_types=True,
+            by_name=True,
         )
 
     def _check_index(self, index: int) -> int:

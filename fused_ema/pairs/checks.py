@@ -45,6 +45,7 @@ class Checked(NamedTuple):
     actions: list[Action]
     no_update: Exception | None  # the reason, where an update is refused
     no_swap: Exception | None  # the reason, where a swap is refused
+    spans: dict[int, tuple[Span, Span]]  # of both sides, for each pair whose action is not NONE
 
 
 def check(pairs: Pairs, *, free_types: bool = False) -> Checked:
@@ -68,14 +69,15 @@ def check(pairs: Pairs, *, free_types: bool = False) -> Checked:
         for label, ema, model, action in zip(*pairs[:3], actions, strict=True)
         if action is not Action.NONE
     ]
-    ema_spans = {span(name, ema) for name, ema, _, _, _ in active}
-    no_swap = _overlap_refusal(ema_spans, {span(name, model) for _, _, name, model, _ in active})
+    found = [(span(ema_name, ema), span(model_name, model)) for ema_name, ema, model_name, model, _ in active]
+    spans = dict(zip((i for i, action in enumerate(actions) if action is not Action.NONE), found, strict=True))
+    no_swap = _overlap_refusal({ours for ours, _ in found}, {theirs for _, theirs in found})
     no_update = None
     for ema_name, ema, model_name, model, action in active:
         if action is Action.AVERAGE and not free_types:
             no_update = no_update or _update_refusal(ema_name, ema, model)
         no_swap = no_swap or _swap_refusal(ema_name, ema, model_name, model, free_types)
-    return Checked(pairs, sharded, actions, no_update, no_swap)
+    return Checked(pairs, sharded, actions, no_update, no_swap, spans)
 
 
 def without_unfit(pairs: Pairs) -> Pairs:

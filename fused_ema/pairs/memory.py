@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +38,43 @@ def overlaps(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
             yield farthest, each
         if farthest is None or each.end > farthest.end:
             farthest = each
+
+
+class Apart:
+    """Spans that share no bytes, so that some can be replaced without a look at all the others.
+
+    Args:
+        spans: by number; all of them share no bytes.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        self._begin = array("Q", [begin for begin, _ in spans])  # by number
+        ordered = sorted(spans)
+        self._begins = array("Q", [begin for begin, _ in ordered])
+        self._ends = array("Q", [end for _, end in ordered])
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], tensors: Iterable[Tensor]) -> Apart | None:
+        """None where some of the spans share bytes, or are not of memory."""
+        if not all(map(has_address, tensors)) or next(overlaps(spans), None):
+            return None
+        return cls([(begin, end) for begin, end, _ in spans])
+
+    def replaced(self, new: dict[int, Span]) -> Apart | None:
+        """With other spans under these numbers; None where some would share bytes."""
+        other = copy.copy(self)
+        other._begin, other._begins, other._ends = self._begin[:], self._begins[:], self._ends[:]
+        for number in new:
+            at = bisect_left(other._begins, self._begin[number])
+            del other._begins[at], other._ends[at]
+        for number, (begin, end, _) in new.items():
+            at = bisect_left(other._begins, begin)
+            if (at > 0 and other._ends[at - 1] > begin) or (at < len(other._begins) and other._begins[at] < end):
+                return None
+            other._begin[number] = begin
+            other._begins.insert(at, begin)
+            other._ends.insert(at, end)
+        return other
 
 
 def place(tensor: Tensor) -> tuple[object, ...]:

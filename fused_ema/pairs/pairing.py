@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -51,11 +52,17 @@ def pair(ema: Source, model: Source, buffers: Buffers, names: Names = "equal") -
             raise ValueError("names: expected 'equal' for sequences, which have no names, found 'common'")
         if len(ema) != len(model):
             raise ValueError(f"ema: expected {len(model)} tensors, as many as model, found {len(ema)}")
-        return Pairs([f"[{i}]" for i in range(len(ema))], list(ema), list(model), [True] * len(ema))
+        return Pairs(_positions(len(ema)), list(ema), list(model), [True] * len(ema))
     raise TypeError(
         "expected ema and model to be two modules, two mappings of names to tensors or two sequences of tensors, "
         f"found {_kind(ema)} and {_kind(model)}"
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(count: int) -> list[str]:
+    """The labels of a sequence. They are kept, since making them is half of an update of many small tensors."""
+    return [f"[{i}]" for i in range(count)]
 
 
 def _kind(source: object) -> str:

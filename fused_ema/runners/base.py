@@ -60,6 +60,20 @@ class Call(NamedTuple):
     scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes on each device, as `Prepared.scratch` asks
 
 
+Slots: TypeAlias = Sequence[tuple[int, Any]]
+"""Slots that hold other tensors than before, by their number in `Watch.values()`, with these tensors."""
+
+
+class Changed(NamedTuple):
+    """Pairs whose tensors were replaced, or moved, since they were prepared, by others of their types and shapes."""
+
+    numbers: list[int]
+    ema: list[Tensor]  # of these pairs, as they are now
+    model: list[Tensor]
+    slots: Slots
+    others: bool  # whether some of the slots belong to no pair
+
+
 def is_update(op: OpName) -> bool:
     return op.startswith("update")
 
@@ -75,6 +89,13 @@ class Watch(Protocol):
 
     def values(self) -> list[Any] | None:
         """What the slots of the sources hold, in one fixed order; None where that has changed."""
+
+    def changed(self) -> tuple[list[Any], Slots] | None:
+        """What all slots hold now, and those that hold another tensor than before, of the same class. None where
+        anything else has changed, or one of them is sharded."""
+
+    def adopt(self, changed: Slots) -> None:
+        """Expects from now on what `changed` found."""
 
 
 class Prepared(Protocol):
@@ -98,6 +119,13 @@ class Prepared(Protocol):
         new objects for the memory that was prepared. An exception or Ctrl-C leaves each tensor either unchanged
         or done; `exchanged` then tells whether a "restore" is needed, and a "restore" undoes as much as was done.
         """
+
+    def changed(self, ema: Tensors | None = None, model: Tensors | None = None) -> Changed | None:
+        """What has changed, where `patch` may take it in; None where that needs new tables. Arguments as in `run`."""
+
+    def patch(self, changed: Changed) -> bool:
+        """Takes in what `changed` found and the caller has checked. False, with nothing changed, where that needs new
+        tables."""
 
     def exchanged(self) -> bool:
         """Whether a "swap" wrote to the model and no "restore" has undone it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._build.library import cuda_enabled, cuda_kernel_why_not, cuda_why_not, load, path, record, why_not
-from .base import Call, Job, Prepared, Tensors, Watch
+from .base import Call, Changed, Job, Prepared, Tensors, Watch
 
 __all__ = ["Extension", "cuda_enabled", "cuda_kernel_why_not", "cuda_why_not", "load", "path", "record", "why_not"]
 
@@ -48,3 +48,10 @@ class _Compiled:
         if ema is not None:
             return self._tables.run_with(ema, model, self._ops[op], decays, device_decays)  # type: ignore[no-any-return]
         return self._tables.run(self._ops[op], decays, device_decays, keys, average, scratch)  # type: ignore[no-any-return]
+
+    def changed(self, ema: Tensors | None = None, model: Tensors | None = None) -> Changed | None:
+        found = self._tables.changed(ema, model)
+        return found and Changed(*found)
+
+    def patch(self, changed: Changed) -> bool:
+        return self._tables.patch(*changed[:4])  # type: ignore[no-any-return]

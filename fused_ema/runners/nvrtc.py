@@ -14,9 +14,9 @@ from torch import Tensor
 from .._build import nvrtc
 from ..pairs.checks import Action
 from . import driver
-from .base import Call, Job, Tensors, Watch, is_update
+from .base import Call, Changed, Job, Tensors, Watch, is_update
 from .in_python import PreparedInPython
-from .tables import MAX_AVERAGES, VECTOR_BYTES, Tables, launch
+from .tables import MAX_AVERAGES, ROW, VECTOR_BYTES, Tables, launch
 
 _never_freed: list[Tensor] = []
 
@@ -60,12 +60,14 @@ class PreparedNvrtc(PreparedInPython):
         self._averages = job.averages
         self._active = [i for i, action in enumerate(job.actions) if action is not Action.NONE and job.ema[i].numel()]
         devices: dict[torch.device, _Device] = {}
+        self._places: dict[int, tuple[_Device, int]] = {}  # of each active pair, its row
         number = 0
         for i in self._active:
             ema, model = job.ema[i], job.model[i]  # the average may be in pinned host memory
             if model.device not in devices:
                 devices[model.device] = _Device(model.device)
             average, tables = job.actions[i] is Action.AVERAGE, devices[model.device].tables
+            self._places[i] = devices[model.device], tables.count()
             tables.add(job.names[i], ema, model, average, job.averages, job.strides[i], number)
             number += ema.numel()
         self._devices = list(devices.values())
@@ -99,6 +101,19 @@ class PreparedNvrtc(PreparedInPython):
     def _forked(self) -> bool:
         """Whether a parent process made this, whose device memory must not be touched here."""
         return self._process != os.getpid()
+
+    def _patch(self, changed: Changed) -> bool:
+        rows: dict[int, bytes] = {}
+        if self._forked() or not all(i in self._places for i in changed.numbers):
+            return False
+        devices = {id(self._places[i][0]): self._places[i][0] for i in changed.numbers}
+        for i, ema, model in zip(changed.numbers, changed.ema, changed.model, strict=True):
+            device, row = self._places[i]
+            packed = device.tables.moved(row, ema.data_ptr(), model.data_ptr())
+            if packed is None or model.device != device.device or (self._averages > 1 and self._records.moves(i, ema)):
+                return False
+            rows[row] = packed
+        return len(devices) < 2 and all(device.replace(rows) for device in devices.values())
 
     def _run(self, call: Call, tensors: Tensors) -> None:
         first = max(call.average, 0)
@@ -166,9 +181,30 @@ class _Device:
         self._owner.synchronize()
         self.gpu.kernel("update")
         self.memory = [rows, tiles]
-        self._head = rows.data_ptr(), rows.data_ptr() + layouts, tiles.data_ptr(), count
+        self._layouts, self._count = layouts, count
+        self._point()
         self.tables.forget()
         _uploaded.add(self)
+
+    def _point(self) -> None:
+        rows, tiles = (memory.data_ptr() for memory in self.memory)
+        self._head = rows, rows + self._layouts, tiles, self._count
+
+    def replace(self, rows: dict[int, bytes]) -> bool:
+        """Goes on with a copy in which some rows are others, since launches under way and captured graphs read the
+        present ones. It waits as `upload` does. False where a new plan is needed."""
+        stream = self.gpu.stream()
+        if self.gpu.capturing() or stream != self._owner:
+            return False
+        copy = self.memory[0].clone()
+        for row, packed in rows.items():
+            place = copy[row * ROW.size : (row + 1) * ROW.size]
+            place.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        stream.synchronize()
+        self.memory, self._captured = [copy, self.memory[1]], False
+        self._point()
+        self.tables.replace(rows)
+        return True
 
     def exchanged(self) -> bool:
         return self.codes.count(0) % 2 == 1

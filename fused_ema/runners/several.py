@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..pairs.checks import Action
-from .base import Call, Job, Prepared, Runner, Tensors, Watch, one_at_a_time
+from .base import Call, Changed, Job, Prepared, Runner, Tensors, Watch, one_at_a_time
 
 
 class Several:
@@ -56,6 +56,12 @@ class Several:
                     )
                 ran = True
         return True
+
+    def changed(self, ema: Tensors | None = None, model: Tensors | None = None) -> Changed | None:
+        return None  # what one part took in, another might refuse
+
+    def patch(self, changed: Changed) -> bool:
+        return False
 
     def exchanged(self) -> bool:
         return any(part.exchanged() for part in self._parts)

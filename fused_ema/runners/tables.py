@@ -32,6 +32,7 @@ _FLOATS = {  # numbers of `enum class Type`; a complex element is two real ones
     torch.complex128: 1,
 }
 _RAW = {1: 4, 2: 5, 4: 6, 8: 7}  # by the bytes of an element
+_SIZES = (4, 8, 2, 2, 1, 2, 4, 8)  # bytes of each Type
 
 Dim = tuple[int, int, int]  # size, the average's stride, the model's stride
 
@@ -79,9 +80,8 @@ class Tables:
         ema_address, model_address = ema.data_ptr(), model.data_ptr()
         dims = [] if ema.is_contiguous() and model.is_contiguous() else _merged(ema, model, reals)
         if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
-            layout, misaligned = -1, ema_address % VECTOR_BYTES // ema_size
-            model_vector = min(VECTOR_BYTES, VECTOR_BYTES // ema_size * model_size)
-            model_aligned = (model_address - misaligned * model_size) % model_vector == 0
+            layout = -1
+            misaligned, model_aligned = _alignment(ema_address, model_address, ema_size, model_size)
         else:
             layout, misaligned, model_aligned = len(self._layouts), 0, False
             if len(dims) > MAX_DIMS:
@@ -112,8 +112,27 @@ class Tables:
         return bytearray(b"".join([*self._rows, *self._layouts])), ROW.size * len(self._rows)
 
     def forget(self) -> None:
-        """Frees what was uploaded."""
-        self._rows, self._layouts, self._counts = [], [], []
+        """Frees what was uploaded, but the rows."""
+        self._layouts, self._counts = [], []
+
+    def count(self) -> int:
+        return len(self._rows)
+
+    def moved(self, row: int, ema: int, model: int) -> bytes | None:
+        """A row for the same pair at other addresses; None where it would have other tiles."""
+        fields = ROW.unpack(self._rows[row])
+        layout, ema_type, model_type, average, misaligned, model_aligned = fields[7:]
+        if layout < 0:
+            before = misaligned
+            misaligned, model_aligned = _alignment(ema, model, _SIZES[ema_type], _SIZES[model_type])
+            if misaligned != before:
+                return None
+        kept = fields[2:8]
+        return ROW.pack(ema, model, *kept, ema_type, model_type, average, misaligned, model_aligned)
+
+    def replace(self, rows: dict[int, bytes]) -> None:
+        for row, packed in rows.items():
+            self._rows[row] = packed
 
     def tiles(self, device: torch.device) -> Tensor:
         """[tile, 2] in int32: the row and the index of each tile, made on the device, since there may be millions."""
@@ -154,6 +173,13 @@ def _types(ema: torch.dtype, model: torch.dtype, average: bool) -> _Types | None
     if ema not in _FLOATS or model not in _FLOATS:
         return None
     return _Types(_FLOATS[ema], _FLOATS[model], *sizes, reals)
+
+
+def _alignment(ema: int, model: int, ema_size: int, model_size: int) -> tuple[int, bool]:
+    """`misaligned` and `model_aligned` of a flat row whose sides lie at these addresses."""
+    misaligned = ema % VECTOR_BYTES // ema_size
+    model_vector = min(VECTOR_BYTES, VECTOR_BYTES // ema_size * model_size)
+    return misaligned, (model - misaligned * model_size) % model_vector == 0
 
 
 def _reachable(ema: Tensor, model: Tensor) -> bool:

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from ..pairs.checks import PLAIN_TYPES
 from ..pairs.pairing import Source
 from ..pairs.shards import is_sharded
 from . import extension
-from .base import Watch
+from .base import Slots, Watch
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _registries_of = operator.itemgetter(*_REGISTRIES)
@@ -64,6 +65,7 @@ class SlotWatch:
         self._sequences = [each for each in containers if not isinstance(each, dict)]
         seen = self._look()
         self._expected = seen[0] if seen else None
+        self._types = list(map(type, seen[1])) if seen else []
         self._sharded = [value for value in (seen[1] if seen else ()) if is_sharded(value)]
 
     def current(self) -> bool:
@@ -72,6 +74,23 @@ class SlotWatch:
     def values(self) -> list[Any] | None:
         seen = self._look()
         return seen[1] if seen and seen[0] == self._expected else None
+
+    def changed(self) -> tuple[list[Any], Slots] | None:
+        seen = self._look()
+        if seen is None or self._expected is None or seen[0][:-1] != self._expected[:-1]:
+            return None
+        values = seen[1]
+        numbers = [
+            i for i, (now, before) in enumerate(zip(seen[0][-1], self._expected[-1], strict=True)) if now != before
+        ]
+        if not all(type(values[i]) is self._types[i] and self._types[i] in PLAIN_TYPES for i in numbers):
+            return None
+        return values, [(i, values[i]) for i in numbers]
+
+    def adopt(self, changed: Slots) -> None:
+        assert self._expected
+        for number, value in changed:
+            self._expected[-1][number] = id(value)
 
     def _look(self) -> tuple[tuple[list[Any], ...], list[Any]] | None:
         """What identifies the contents of the slots, and the contents; None where a module or registry is gone."""

@@ -75,6 +75,8 @@ int grid_add(Tables* tables, void* ema, void* model, int ema_type, int model_typ
                   with_tiles != 0);
 }
 
+void grid_set_addresses(Tables* tables, void* ema, void* model) { set_addresses(tables->rows.front(), ema, model); }
+
 // rows, layouts, tiles, elements
 void grid_counts(const Tables* tables, int64_t* out) {
   out[0] = static_cast<int64_t>(tables->rows.size());

@@ -34,7 +34,7 @@ ERRORS = [MemoryError("no memory"), torch.OutOfMemoryError("no memory")]
 def test_failed_update(backend, monkeypatch, error, where):
     ema = trained(net())
     true = clones(averages(ema))
-    ema.model[0].weight = nn.Parameter(torch.randn(4, 3))  # asks for a new plan
+    ema.model[0].weight = nn.Parameter(torch.randn(3, 4).t())  # other strides ask for a new plan
     with failing(monkeypatch, plan.Plan, where, error):
         for _ in range(2):
             with pytest.raises(type(error), match=str(error)):
@@ -51,7 +51,7 @@ def test_failed_update(backend, monkeypatch, error, where):
 def test_failed_exchange(backend, monkeypatch, error, where):
     ema = trained(net().bfloat16())
     raw, true = clones(parameters(ema.model)), clones(averages(ema))
-    ema.model[0].weight = nn.Parameter(ema.model[0].weight.detach().clone())
+    ema.model[0].weight = nn.Parameter(ema.model[0].weight.detach().t().contiguous().t())  # asks for a new plan
     with failing(monkeypatch, plan.Plan, where, error):
         for _ in range(2):
             with pytest.raises(type(error), match=str(error)), ema.swapped():

@@ -237,6 +237,11 @@ def check_evaluation(folder):
         fused_ema.update(one_teacher, one_student, 0.5)
         same(teacher.state_dict(), one_teacher.state_dict())
         student.reshard()
+    handle.update(0.5)
+    kept = handle._plan
+    teacher(batch(0)), student(batch(0))
+    handle.update(0.5)
+    assert handle._plan is kept, "once the shards are back in their places, nothing has to be paired again"
 
 
 def check_ddp(folder):

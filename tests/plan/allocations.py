@@ -110,7 +110,7 @@ def planning(dtype, kind):
     return prepare
 
 
-def planning_again():
+def replacing():
     ema, model = modules(torch.float32)
     handle = fused_ema.bind(ema, model)
     handle.update(1.0)
@@ -177,8 +177,8 @@ if __name__ == "__main__":
     sweep("update of modules", planning(torch.float32, "modules"))
     sweep("update of modules, cast", planning(torch.bfloat16, "modules"))
     sweep("update of lists", planning(torch.float32, "lists"))
-    sweep("a bound handle, with a new plan", planning_again)
-    sweep("EMA.update, with a new plan", managing)
+    sweep("a bound handle, with a replaced tensor", replacing)
+    sweep("EMA.update, with a replaced tensor", managing)
     sweep("EMA.swapped", swapping(torch.float32, False), swaps=True)
     sweep("EMA.swapped, values in scratch memory", swapping(torch.bfloat16, False), swaps=True)
     sweep("EMA.swapped, tensors replaced", swapping(torch.float32, True), swaps=True)

@@ -47,7 +47,7 @@ class Step:
             for tensor in self.model.parameters():
                 tensor.add_(1)
         self.handle = fused_ema.bind(self.ema, self.model)
-        self.model.weight = nn.Parameter(self.model.weight.detach() * 2)  # so that the call makes a new plan
+        self.model.weight = nn.Parameter(self.model.weight.detach() * 2)  # for the plan to take in
         self.is_manager, self.rounding = "manager" in way, rounding
         lists = [list(side.parameters()) for side in (self.ema, self.model)]
         self.call = {

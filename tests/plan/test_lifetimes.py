@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fused_ema
 from fused_ema import functional
+from fused_ema.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -190,20 +191,72 @@ def test_many_pairs_of_modules_keep_their_plans():
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_plans_of_lists_end_with_the_least_recently_used(backend):
-    most = functional._MOST_LISTS
+def test_plans_of_lists_end_with_the_least_recently_used(backend, monkeypatch):
+    most = 16
+    monkeypatch.setattr(functional, "_MOST_PAIRS", most)
     pairs = [([torch.ones(2)], [torch.zeros(2)]) for _ in range(most + 1)]
 
     def update(i):
         """Updates pair i and returns the plan that ran, which was used last."""
         fused_ema.update(*pairs[i], 0.5)
-        return next(reversed(functional._list_plans.values()))
+        return next(reversed(functional._list_plans.values()))[0]
 
     plans = [update(i) for i in range(most)]
     assert update(0) is plans[0]
     new = update(most)  # takes the place of the second plan
-    assert list(functional._list_plans.values()) == [*plans[2:], plans[0], new]
+    assert [plan for plan, _ in functional._list_plans.values()] == [*plans[2:], plans[0], new]
     assert update(2) is plans[2]
     assert update(1) is not plans[1]
     assert len(functional._list_plans) == most
     assert [ema[0].tolist() for ema, _ in pairs] == [[0.5**n] * 2 for n in (2, 2, 2, *[1] * (most - 2))]
+
+
+def plans_made(monkeypatch):
+    made, init = [], Plan.__init__
+
+    def counting(self, *arguments, **options):
+        made.append(self)
+        init(self, *arguments, **options)
+
+    monkeypatch.setattr(Plan, "__init__", counting)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+@pytest.mark.parametrize("anew", [False, True])
+def test_many_pairs_of_lists_keep_their_plans(backend, monkeypatch, kind, anew):
+    """Also where the lists, or the tensor objects in them, are made anew at each call."""
+    pairs = [[{"a": torch.full((2,), value), "b": torch.ones(1)} for value in (1.0, float(i))] for i in range(200)]
+    made = plans_made(monkeypatch)
+    for _ in range(3):
+        for ema, model in pairs:
+            if anew:
+                ema, model = ({name: tensor.detach() for name, tensor in side.items()} for side in (ema, model))
+            fused_ema.update(source(kind, ema), source(kind, model), 0.5)
+    assert len(made) == 200
+    assert [pair[0]["a"].tolist() for pair in pairs] == [[(1 + 7 * i) / 8] * 2 for i in range(200)]
+
+
+def test_one_list_of_averages_follows_two_models_in_turn(backend, monkeypatch):
+    ema, models = [torch.zeros(2)], [[torch.ones(2)], [torch.zeros(2)]]
+    made = plans_made(monkeypatch)
+    for _ in range(3):
+        for model in models:
+            fused_ema.update(ema, model, 0.5)
+    assert len(made) == 2
+    assert ema[0].tolist() == [0.25 + 0.0625 + 0.015625] * 2
+
+
+def test_plans_of_lists_go_with_the_memory_of_their_averages(backend):
+    for _ in range(3):
+        ema, model = ([torch.ones(5), torch.ones(3)] for _ in range(2))
+        fused_ema.update(ema, model, 0.5)
+        fused_ema.update([tensor.detach() for tensor in ema], model, 0.5)
+        assert len(functional._list_plans) == 1
+        view = ema[0].view(5, 1)
+        del ema
+        gc.collect()
+        assert len(functional._list_plans) == 1
+        del view
+        gc.collect()
+        assert not functional._list_plans

@@ -245,6 +245,46 @@ def test_a_capture_takes_neither_new_tensors_nor_new_kernels(host, monkeypatch):
     binding.copy_()
 
 
+def rows(prepared):
+    return [device.memory[0].numpy().tobytes() for device in prepared._devices]
+
+
+@pytest.mark.parametrize("averages", [1, 2])
+def test_rows_of_replaced_tensors_are_those_of_a_new_plan(host, averages):
+    layout = [(kind, 90 + n, (n % 4, n % 3), True) for n, kind in enumerate(emulated_grid.LERP_PAIRS)]
+    layout += [(kind, 70, (1, 1), False) for kind in emulated_grid.RAW_PAIRS]
+    _, pairs = place(np.random.default_rng(0), layout, averages)
+    ema, model = [pair.ema for pair in pairs], [pair.model for pair in pairs]
+    made = job(pairs, averages)
+    prepared = nvrtc.Nvrtc().prepare(made, SlotWatch([], [ema, model]))
+    assert prepared.run(Call("update", (1.0,) * averages))  # writes nothing
+    captured, before = prepared._devices[0].memory[0], rows(prepared)
+    for i in range(0, len(model), 3):
+        model[i] = torch.zeros(len(model[i]) + i % 2, dtype=model[i].dtype)[i % 2 :]
+    changed = prepared.changed()
+    assert changed.numbers == list(range(0, len(model), 3))
+    assert prepared.patch(changed)
+    assert prepared.current()
+    assert rows(prepared) == rows(nvrtc.Nvrtc().prepare(made._replace(model=model), None)) != before
+    assert captured.numpy().tobytes() == before[0], "a captured graph reads these"
+
+
+def test_a_captured_graph_keeps_the_rows_of_before(host, monkeypatch):
+    ema, model = {"w": torch.ones(100)}, {"w": torch.zeros(100)}
+    binding = fused_ema.bind(ema, model)
+    binding.update(1.0)
+    device = binding._plan.prepared._devices[0]
+    monkeypatch.setattr(stand_in.HostGpu, "now_capturing", True)
+    binding.update(0.5)
+    monkeypatch.setattr(stand_in.HostGpu, "now_capturing", False)
+    captured = weakref.ref(device.memory[0])
+    model["w"] = torch.zeros(100)
+    binding.update(0.5)
+    assert binding._plan.prepared._devices == [device], "the plan was patched"
+    assert captured() is not None is not device.memory[0]
+    assert captured() is not device.memory[0]
+
+
 def test_the_words_of_a_refusal_are_those_of_the_compiled_runner():
     source = (Path(nvrtc.__file__).parents[2] / "csrc" / "plan.cpp").read_text()
     for words in (

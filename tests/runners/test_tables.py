@@ -133,6 +133,34 @@ def test_each_pair_of_types_at_each_alignment(compare):
     assert compare(pairs) == (len(pairs), 0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_at_other_addresses(grid, seed):
+    """Those that `moved` makes, and csrc's set_addresses(), are those of the same pair in new memory."""
+    rng = random.Random(seed)
+    moved = 0
+    for _ in range(150):
+        ema, model, average = random_pair(rng)
+        if ema.numel() == 0:
+            continue
+        new = []
+        for side in (ema, model):
+            memory = torch.empty(side.untyped_storage().nbytes() + 64, dtype=torch.uint8).untyped_storage()
+            at = rng.choice([0, 0, 0, 1, 2, 4])
+            new.append(torch.empty(0, dtype=side.dtype).set_(memory, at, side.shape, side.stride()))
+        ours, fresh = tables.Tables(), tables.Tables()
+        ours.add("", ema, model, average, 1, 0, 0)
+        fresh.add("", *new, average, 1, 0, 0)
+        theirs = emulated_grid.Tables(grid, [], True)
+        assert in_c(grid, theirs.handle, ema, model, average, 0, 0)
+        grid.grid_set_addresses(theirs.handle, *(ctypes.c_void_p(side.data_ptr()) for side in new))
+        before, expected = (bytes(each.rows_and_layouts()[0][: tables.ROW.size]) for each in (ours, fresh))
+        same_tiles = tables.ROW.unpack(before)[11] == tables.ROW.unpack(expected)[11]
+        assert theirs.table("rows", tables.ROW.size) == expected
+        assert ours.moved(0, *(side.data_ptr() for side in new)) == (expected if same_tiles else None)
+        moved += same_tiles
+    assert moved > 40
+
+
 def test_empty_0d_and_no_pairs(compare):
     assert compare([]) == (0, 0)
     pairs = [(torch.tensor(1.0), torch.tensor(2.0), True, 0), (torch.empty(3, 0), torch.empty(3, 0), True, 0)]
