@@ -73,7 +73,6 @@ class Plan:
         self.lasts = lasts
         self._free_types, self._by_name = free_types, by_name
         self._labels, self._averaged, self._actions = pairs.labels, pairs.averaged, checked.actions
-        self._requires_grad = any(ema.requires_grad for ema in pairs.ema)  # autocast keeps copies of no others
         self.sharded = checked.sharded
         self._refusals: dict[OpName, Exception] = {}
         if checked.no_update:
@@ -117,9 +116,9 @@ class Plan:
                 return False
             if device_decays is not None and device_decays.device.type == "cpu":
                 call = call._replace(decays=(decay_number(device_decays.item()),), device_decays=None)
-        writes_model = op in ("swap", "restore")
-        if writes_model or self._requires_grad or parametrize._cache:
-            forget_values()
+        torch.clear_autocast_cache()  # this is forget_values(), without a call, since every update comes here
+        if parametrize._cache:
+            parametrize._cache.clear()
         if (
             self._coarse
             and op in ("update", "update_finite")
@@ -138,7 +137,7 @@ class Plan:
             here = shards.localized(pairs)
             ran = self.prepared.run(call, here.ema, here.model)
             if ran:
-                shards.written([*pairs.ema, *pairs.model] if writes_model else pairs.ema)
+                shards.written([*pairs.ema, *pairs.model] if op in ("swap", "restore") else pairs.ema)
             return ran
         return self.prepared.run(call, pairs.ema, pairs.model)
 
@@ -179,7 +178,6 @@ class Plan:
         new = apart.replaced(
             {2 * self._alone[i] + side: checked.spans[k][side] for k, i in enumerate(numbers) for side in (0, 1)}
         )
-        self._requires_grad |= any(ema.requires_grad for ema in changed.ema)
         return new if new and self.prepared.patch(changed) else None
 
     def refusal(self, call: Call) -> Exception | None:
