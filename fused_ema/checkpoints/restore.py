@@ -54,7 +54,8 @@ def restore(
         step = whole_number("step", step, 0)
     elif (step := kind.step(state, ema.timetable)) is None:
         _check_next_update(ema, kind.name)
-    new = ema.state_dict()
+    ema.wait()
+    new = ema._state().to_dict()  # state_dict() warns of averages that this replaces
     new["averages"][index] = _matched(ema, new["averages"][index], kind, state, parameters)
     if step is not None:
         timetable = ema.timetable

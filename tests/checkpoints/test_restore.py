@@ -31,6 +31,21 @@ def test_a_state_without_a_count():
     restore(resumed, state)
 
 
+def test_averages_that_are_replaced_give_no_warning(recwarn):
+    """Neither of NaN in them, nor of weights that were loaded after an optimizer was attached."""
+    ema = fused_ema.EMA(net(), 0.9)
+    state = ema.averaged_state_dict()
+    ema.attach(torch.optim.SGD(ema.model.parameters()))
+    with torch.no_grad():
+        ema.model.get_parameter(PARAMETERS[0]).fill_(torch.nan)
+    ema.begin()
+    with torch.no_grad():
+        ema.model.get_parameter(PARAMETERS[0]).fill_(1)
+    restore(ema, state, step=3)
+    assert not recwarn
+    assert same(averages(ema).values(), [state[name] for name in averages(ema)])
+
+
 def test_schedules_stay_and_give_the_decay():
     state = {**good("ema_pytorch")[1], "step": torch.tensor(40)}
     for schedule, decay in [(inverse_power(0.7, start=2), 0.7), (lambda n: n / 100, 0.4), (tf_warmup(0.9), 41 / 50)]:
