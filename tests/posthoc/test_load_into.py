@@ -163,6 +163,11 @@ def test_common_names_are_written_and_the_rest_is_named(tmp_path):
         load_into(target, weights, names="common")
     assert torch.equal(target.norm.weight, kept)
     assert torch.equal(target.norm.bias, wanted["norm.bias"])
+    weights["norm.bias"] = torch.zeros(2)
+    refused(ValueError, lambda: load_into(target, {**weights, "norm.weight": kept}), target, names=["names='common'"])
+    with pytest.warns(UserWarning, match=r"of two shapes: 'norm.bias', \(2,\) and \(3,\)"):
+        load_into(target, weights, names="common")
+    assert torch.equal(target.norm.bias, wanted["norm.bias"]), "as the advice of the error has it"
     refused(ValueError, lambda: load_into(target, {"x": kept}, names="common"), target, names=["'x'"])
     refused(ValueError, lambda: load_into(target, weights, names="some"), target, names=["'equal' or 'common'"])
 
