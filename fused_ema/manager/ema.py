@@ -445,8 +445,8 @@ class EMA:
         The averages are not copies, as in a module's `state_dict`; inside `swapped()` the one in the model is a copy of
         the true average. Take it where you save it; to return to a state later without a file, `copy.deepcopy` it.
 
-        A warning names averages that hold NaN or infinity; it is no error, since a training must not die of a save. For
-        that, every average is read once, and on a device waited for.
+        A warning names averages that hold NaN or infinity; it is no error, since a training must not end at a save. To
+        find them, every average is read once, which waits for its device.
         """
         self.wait()
         self._expect_steps()
@@ -517,6 +517,7 @@ class EMA:
             "timetable": dict(vars(self._timetable)),
             "selection": self._selection.to_plain(),
             "averages": self._averages.to_plain(),
+            "fresh": self._fresh,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -525,7 +526,7 @@ class EMA:
         self._selection = Selection.from_plain(state["selection"])
         self._averages = Averages.from_plain(state["averages"])
         self._plan = self._swap = self._attachment = None
-        self._fresh = False
+        self._fresh = state.get("fresh", False)  # which earlier versions did not save
 
     # ---- Hands-free
 

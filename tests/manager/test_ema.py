@@ -1071,6 +1071,10 @@ def test_begin_follows_the_model_until_there_is_a_history(backend, dtype):
             assert equal(averages(ema, k), {n: p.to(dtype) for n, p in parameters(model).items()})
     assert places == [tensor.data_ptr() for k in (0, 1) for tensor in averages(ema, k).values()]
     assert ema.step == 0
+    again = copy.deepcopy(ema)
+    nudge(again.model)
+    again.begin()
+    assert equal(averages(again), {n: p.to(dtype) for n, p in parameters(again.model).items()})
     loaded = EMA(model, [0.5, 0.9], dtype=dtype)
     loaded.load_state_dict(copy.deepcopy(ema.state_dict()))  # of step 0
     ema.update()
