@@ -23,7 +23,7 @@ from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into, extra_states, placed
-from .selection import Select, Selection, as_module, fleeting_buffers, fleeting_names, tensors_of
+from .selection import Select, Selection, as_module, fleeting, tensors_of
 from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
@@ -313,7 +313,7 @@ class EMA:
             with one_at_a_time():
                 self._refuse_swapped("EMA.swapped()")
                 current = self._current()
-                known = {id(tensor) for tensor in current.values()} | fleeting_buffers(self.model)
+                known = {id(tensor) for tensor in (*current.values(), *fleeting(self.model).values())}
                 others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in known}
                 swap = Exchange(self._averages, index, current, others)
                 self._swap = swap
@@ -391,7 +391,7 @@ class EMA:
             if holds_average(into.values):
                 raise RuntimeError("EMA.copy_to(): the target model is inside swapped(); leave the block first")
             values = tensors_of(self.model) | values
-            optional = fleeting_names(self.model) | fleeting_names(model)
+            optional = {*fleeting(self.model), *fleeting(model)}
             extra = extra_states(self.model, model, names)
             copy_into(placed(values, into, names, optional), into, self._averages, extra)
 
@@ -590,6 +590,7 @@ class EMA:
             self._attachment = None
 
     def _expect_steps(self) -> None:
+        """Warns where the model was trained, but the attached optimizer was not seen to step."""
         if not (self._attachment and self._fresh and self._step == 0 and not self._swap):
             return
         with contextlib.suppress(ValueError):  # the model's names have changed, which calls that need them say

@@ -83,7 +83,7 @@ class Selection:
         if self._select and (missed := sorted(name for name in trained if self._select(name, tensors[name]))):
             self._frozen.clear()
             warn(
-                f"fused_ema.EMA: {listed(missed)} had requires_grad=False when `select` turned them down, and now "
+                f"EMA: {listed(missed)} had requires_grad=False when `select` turned them down, and now "
                 "train without being averaged; call ema.reselect(), which begins their averages as copies"
             )
 
@@ -125,14 +125,9 @@ def as_module(model: nn.Module | Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def fleeting_buffers(model: nn.Module) -> set[int]:
-    """The ids of the buffers that are not persistent."""
-    return {id(child._buffers.get(name)) for child in model.modules() for name in child._non_persistent_buffers_set}
-
-
-def fleeting_names(model: nn.Module) -> set[str]:
-    """The names of the buffers that are not persistent, without the segments of wrappers."""
-    return {name for name, (_, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
+def fleeting(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not persistent, by name, without the segments of wrappers."""
+    return {name: tensor for name, (tensor, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
