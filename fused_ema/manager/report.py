@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._warning import warn
 from ..pairs.checks import check_tensor, dtype_name, storage_refusal
-from ..pairs.pairing import first_few
+from ..pairs.pairing import listed
 from ..pairs.shards import local
 from ..runners import reference
 from .averages import Averages
@@ -54,7 +54,7 @@ def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]]) -> None:
     bad = list(dict.fromkeys(name for (name, _), fine in zip(named, finite, strict=True) if not fine))
     if bad:
         warn(
-            f"fused_ema: averages hold NaN or infinity, which stay in them for good: {first_few(bad, ', ')}. "
+            f"EMA: averages hold NaN or infinity, which stay in them for good: {listed(bad)}. "
             "EMA.distance() counts such elements. Go on from an earlier state, and pass nonfinite='skip' to EMA, so "
             "that elements of the model that are not finite leave their averages as they are"
         )
