@@ -181,14 +181,15 @@ class Records:
         return len(self._records)
 
     def moved(self, tensors: Tensors) -> list[int] | None:
-        """Which tensors have other addresses; None where one differs in more than that, or that can't be told soon."""
+        """Which tensors have other addresses; None where one differs in more than that, or there are no guards yet, so
+        that a look at all would take long."""
         if len(tensors) != len(self._records) or self._guards is None or not self._guarded(tensors):
             return None
         addresses = zip(map(_data_ptr, tensors), self._addresses or (), strict=True)
         return [i for i, (now, before) in enumerate(addresses) if now != before]
 
-    def moves(self, number: int, tensor: Tensor) -> bool:
-        """Whether the tensor is, or may reach, elsewhere than the record says."""
+    def differs(self, number: int, tensor: Tensor) -> bool:
+        """Whether a tensor has another record, such as another address or a storage of another size."""
         return _record(tensor) != self._records[number]
 
     def alike(self, numbers: list[int], tensors: list[Tensor]) -> list[Record] | None:

@@ -110,7 +110,11 @@ class PreparedNvrtc(PreparedInPython):
         for i, ema, model in zip(changed.numbers, changed.ema, changed.model, strict=True):
             device, row = self._places[i]
             packed = device.tables.moved(row, ema.data_ptr(), model.data_ptr())
-            if packed is None or model.device != device.device or (self._averages > 1 and self._records.moves(i, ema)):
+            if (
+                packed is None
+                or model.device != device.device
+                or (self._averages > 1 and self._records.differs(i, ema))
+            ):
                 return False
             rows[row] = packed
         return len(devices) < 2 and all(device.replace(rows) for device in devices.values())
