@@ -42,10 +42,10 @@ def update(
             without waiting for it: on a GPU its value is not checked. 1 writes nothing at all, 0 copies.
         buffers: what to do with a module's buffers: "copy" (as torch's AveragedModel does), "average", "ignore", or a
             function of a name (without the segments of wrappers) and the model's buffer that returns one of these. It
-            is called when the tensors are paired, not at each update; define it once, as one that is made anew for each
-            call may cause a new pairing. Where "average" is asked for, these are copied still: integers and bools;
-            buffers that are not persistent; and the vectors of spectral norm's power iteration, which are copied
-            whatever is asked, since they belong to the latest weights. Buffers that are not persistent never stop an
+            is called when the tensors are paired, not at each update; define it once, since a new function at each call
+            may cause a new pairing. Even where "average" is asked for, these are copied: integers and bools; buffers
+            that are not persistent; and the vectors of spectral norm's power iteration, which are copied whatever is
+            asked, since they belong to the latest weights. Buffers that are not persistent never stop an
             update: one that has another shape on the other side, or is missing there, is left out. A mapping or
             a sequence does not distinguish buffers from parameters: all its floating tensors are averaged.
         names: "equal": each name must be on both sides. "common": tensors whose name or shape only one side has are
@@ -285,7 +285,7 @@ def _identity(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...]]:
     A function that refers to nothing but its module's globals is known by its code, since a lambda in a loop is a new
     object at each call.
     """
-    if isinstance(function, MethodType):  # made anew each time that it is looked up
+    if isinstance(function, MethodType):  # a new object each time that it is looked up
         owners: tuple[Any, ...] = (function.__self__, function.__func__)
     elif isinstance(function, FunctionType) and not (
         function.__closure__ or function.__defaults__ or function.__kwdefaults__

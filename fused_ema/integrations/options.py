@@ -36,7 +36,7 @@ def check_options(decay: Any, index: int, options: Options, **flags: bool) -> No
     known = list(inspect.signature(EMA).parameters)[2:]  # after the model and the decay
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"options: expected those of fused_ema.EMA ({', '.join(known)}), found {', '.join(unknown)}")
-    torch.device(options.get("device") or "cpu")  # used by no tensor yet: processes that are forked later could not
+    torch.device(options.get("device") or "cpu")  # raises; a tensor there could keep forked processes from CUDA
     given: Any = {**options, "device": None}
     if callable(given.get("select")):
         given["select"] = None  # the names are not those of the user's model
