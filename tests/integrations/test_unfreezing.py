@@ -77,6 +77,45 @@ def test_lightning_unfreezes_the_backbone(tmp_path, reselects):
         torch.testing.assert_close(averages(average.ema)[name], before[name])
 
 
+def test_lightning_resumes_after_an_unfreezing(tmp_path):
+    """The module unfreezes what it had unfrozen, before the callback makes its manager."""
+    pl = pytest.importorskip("lightning.pytorch")
+
+    from fused_ema.integrations.lightning import EMACallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+
+        def training_step(self, batch):
+            return self.head(self.backbone(batch)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.backbone.requires_grad_()
+                self.trainer.callbacks[0].ema.reselect()
+
+        def on_load_checkpoint(self, checkpoint):
+            self.backbone.requires_grad_(checkpoint["epoch"] >= 1)
+
+    def fit(epochs, path=None):
+        torch.manual_seed(0)
+        average = EMACallback(0.5, select=by_requires_grad)
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        trainer = pl.Trainer(
+            max_epochs=epochs, callbacks=[average], default_root_dir=tmp_path, accelerator="cpu", **quiet
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 3), 4), ckpt_path=path)
+        return trainer, averages(average.ema)
+
+    fit(2)[0].save_checkpoint(tmp_path / "last.ckpt")
+    assert equal(fit(3, tmp_path / "last.ckpt")[1], fit(3)[1])
+
+
 def test_peft_adds_an_adapter():
     peft = pytest.importorskip("peft")
 
