@@ -160,8 +160,8 @@ MUTANTS = [
         " ||\n      tensor->unsafe_storage().unsafeGetStorageImpl()->nbytes() != record.storage_bytes",
         "",
     ),
-    Mutant("stale strides", "csrc/plan.cpp", " || strides[d] != shape_[record.dims + d]", ""),
-    Mutant("stale sizes", "csrc/plan.cpp", "sizes[d] != shape_[d] || ", ""),
+    Mutant("stale strides", "csrc/plan.cpp", " || strides[d] != shape[record.dims + d]", ""),
+    Mutant("stale sizes", "csrc/plan.cpp", "sizes[d] != shape[d] || ", ""),
     Mutant("another kind of tensor", "csrc/plan.cpp", "if (tensor->key_set() != record.keys) return false;", ""),
     Mutant(
         "copy-on-write on threads",
@@ -189,10 +189,10 @@ MUTANTS = [
     Mutant(
         "children not watched",
         "csrc/watch.cpp",
-        "!same_items(registry, slot, module.end[i])) return false;",
-        "(i < 2 && !same_items(registry, slot, module.end[i]))) return false;\n      slot = module.end[i];",
+        "!same_items(registry, slot, module.end[i], allowed)) return false;",
+        "(i < 2 && !same_items(registry, slot, module.end[i], allowed))) return false;\n      slot = module.end[i];",
     ),
-    Mutant("names not watched", "csrc/watch.cpp", "key != slots_[slot].key || ", ""),
+    Mutant("names not watched", "csrc/watch.cpp", "key != slots_[slot].key ||", ""),
     Mutant(
         "swap_tensors not seen",
         "csrc/watch.cpp",
@@ -266,7 +266,12 @@ MUTANTS = [
         "    if differ:\n        raise ValueError(",
         "    if False:\n        raise ValueError(",
     ),
-    Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
+    Mutant(
+        "tied names once",
+        "fused_ema/pairs/pairing.py",
+        "in module.named_modules(remove_duplicate=False)",
+        "in module.named_modules()",
+    ),
     Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[asked] == "average")', ")"),
     Mutant(
         "vectors of spectral norm averaged",
@@ -537,8 +542,8 @@ MUTANTS = [
     Mutant(
         "addresses not compared",
         "fused_ema/runners/in_python.py",
-        " and list(map(_data_ptr, tensors)) == self._addresses",
-        "",
+        "return list(map(_data_ptr, tensors)) == self._addresses",
+        "return True",
     ),
     Mutant(
         "tensors that came twice not compared",
@@ -629,7 +634,7 @@ MUTANTS = [
     Mutant(
         "all averages in an export",
         "fused_ema/manager/ema.py",
-        "shared = self._averages.count > 1 and",
+        "shared = (copy or self._averages.count > 1) and",
         "shared = False and",
     ),
     Mutant(
