@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,8 +55,9 @@ def restore(
         step = whole_number("step", step, 0)
     elif (step := kind.step(state, ema.timetable)) is None:
         _check_next_update(ema, kind.name)
-    ema.wait()
-    new = ema._state().to_dict()  # state_dict() warns of averages that this replaces
+    with warnings.catch_warnings():  # what state_dict() says of averages that are replaced here
+        warnings.filterwarnings("ignore", "EMA: averages hold NaN|EMA: the model's parameters have changed")
+        new = ema.state_dict()
     new["averages"][index] = _matched(ema, new["averages"][index], kind, state, parameters)
     if step is not None:
         timetable = ema.timetable
