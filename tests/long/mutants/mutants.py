@@ -160,8 +160,8 @@ MUTANTS = [
         " ||\n      tensor->unsafe_storage().unsafeGetStorageImpl()->nbytes() != record.storage_bytes",
         "",
     ),
-    Mutant("stale strides", "csrc/plan.cpp", " || strides[d] != shape_[record.dims + d]", ""),
-    Mutant("stale sizes", "csrc/plan.cpp", "sizes[d] != shape_[d] || ", ""),
+    Mutant("stale strides", "csrc/plan.cpp", " || strides[d] != shape[record.dims + d]", ""),
+    Mutant("stale sizes", "csrc/plan.cpp", "sizes[d] != shape[d] || ", ""),
     Mutant("another kind of tensor", "csrc/plan.cpp", "if (tensor->key_set() != record.keys) return false;", ""),
     Mutant(
         "copy-on-write on threads",
@@ -189,10 +189,10 @@ MUTANTS = [
     Mutant(
         "children not watched",
         "csrc/watch.cpp",
-        "!same_items(registry, slot, module.end[i])) return false;",
-        "(i < 2 && !same_items(registry, slot, module.end[i]))) return false;\n      slot = module.end[i];",
+        "!same_items(registry, slot, module.end[i], allowed)) return false;",
+        "(i < 2 && !same_items(registry, slot, module.end[i], allowed))) return false;\n      slot = module.end[i];",
     ),
-    Mutant("names not watched", "csrc/watch.cpp", "key != slots_[slot].key || ", ""),
+    Mutant("names not watched", "csrc/watch.cpp", " key != slots_[slot].key ||", ""),
     Mutant(
         "swap_tensors not seen",
         "csrc/watch.cpp",
@@ -266,7 +266,12 @@ MUTANTS = [
         "    if differ:\n        raise ValueError(",
         "    if False:\n        raise ValueError(",
     ),
-    Mutant("tied names once", "fused_ema/pairs/pairing.py", "named_modules(remove_duplicate=False)", "named_modules()"),
+    Mutant(
+        "tied names once",
+        "fused_ema/pairs/pairing.py",
+        "for prefix, child in module.named_modules(remove_duplicate=False):",
+        "for prefix, child in module.named_modules():",
+    ),
     Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[asked] == "average")', ")"),
     Mutant(
         "vectors of spectral norm averaged",
@@ -537,8 +542,8 @@ MUTANTS = [
     Mutant(
         "addresses not compared",
         "fused_ema/runners/in_python.py",
-        " and list(map(_data_ptr, tensors)) == self._addresses",
-        "",
+        "return list(map(_data_ptr, tensors)) == self._addresses",
+        "return True",
     ),
     Mutant(
         "tensors that came twice not compared",
@@ -629,8 +634,66 @@ MUTANTS = [
     Mutant(
         "all averages in an export",
         "fused_ema/manager/ema.py",
+        "shared = (copy or self._averages.count > 1) and",
+        "shared = copy and",
+    ),
+    Mutant(
+        "states that go on",
+        "fused_ema/manager/ema.py",
+        "shared = (copy or self._averages.count > 1) and",
         "shared = self._averages.count > 1 and",
-        "shared = False and",
+    ),
+    Mutant(
+        "what unfreezes is no news",
+        "fused_ema/manager/selection.py",
+        "        self._frozen.difference_update(trained)\n",
+        "        self._frozen.difference_update(trained)\n        return\n",
+    ),
+    Mutant(
+        "news at each look",
+        "fused_ema/manager/selection.py",
+        "        self._frozen.difference_update(trained)\n        if self._select and (missed := ",
+        "        if self._select and (missed := ",
+    ),
+    Mutant(
+        "another choice forgotten",
+        "fused_ema/manager/selection.py",
+        "self._select if select is None else select)",
+        "self._select)",
+    ),
+    Mutant(
+        "one of tied names not enough",
+        "fused_ema/manager/selection.py",
+        "self._known = {name: id(tensor) in taken for name, tensor in candidates.items()}",
+        "self._known = {n: id(t) in taken and (not select or bool(select(n, t))) for n, t in candidates.items()}",
+    ),
+    Mutant(
+        "patched while exchanged",
+        "fused_ema/plan.py",
+        "if self.prepared.exchanged():\n            return None",
+        "if 0: ...",
+    ),
+    Mutant(
+        "patched though the pairs may be others", "fused_ema/plan.py", " or (changed.others and not self._by_name)", ""
+    ),
+    Mutant("patched where tied", "fused_ema/plan.py", "if not self._alone.keys() >= set(numbers):", "if not numbers:"),
+    Mutant(
+        "patched with another action",
+        "fused_ema/plan.py",
+        " or checked.actions != [self._actions[i] for i in numbers]",
+        "",
+    ),
+    Mutant(
+        "patched into what overlaps",
+        "fused_ema/plan.py",
+        "return new if new and self.prepared.patch(changed) else None",
+        "return (new or apart) if self.prepared.patch(changed) else None",
+    ),
+    Mutant(
+        "gradients of what replaced others forgotten",
+        "fused_ema/plan.py",
+        "self._requires_grad |= any(ema.requires_grad for ema in changed.ema)",
+        "pass",
     ),
     Mutant(
         "any folder for code",
