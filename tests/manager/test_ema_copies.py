@@ -25,6 +25,7 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.hazard(50, "good")
 @pytest.mark.parametrize("decay", [0.5, [0.5, 0.9]])
 @pytest.mark.parametrize("options", [{}, {"buffers": "average"}, {"select": lambda name, _: name != "0.bias"}])
 def test_a_state_is_a_copy(backend, decay, options):

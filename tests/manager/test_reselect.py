@@ -82,6 +82,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.hazard(48, "good")
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_reselect(backend, change, buffers):
@@ -108,6 +109,7 @@ def test_reselect(backend, change, buffers):
     assert ema.reselect() == ([], [])
 
 
+@pytest.mark.hazard(48, "guarded")
 @pytest.mark.parametrize("change", [add, remove, widen, rename], ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     "call", [EMA.update, EMA.averaged_state_dict, EMA.copy_to, lambda ema: ema.swapped().__enter__()]

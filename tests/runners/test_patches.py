@@ -261,6 +261,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.hazard(47, "good")
 @pytest.mark.parametrize("what", REPLACED)
 @pytest.mark.parametrize("way", ["function", "bound", "lists", "manager", "copy_"])
 def test_only_what_was_replaced_is_checked(backend, monkeypatch, way, what):
@@ -349,6 +350,7 @@ def test_an_average_tied_by_memory_alone_moves_away(backend):
     assert ema[1].tolist() == [0.75] * 4
 
 
+@pytest.mark.hazard(47, "guarded")
 def test_a_replaced_tensor_that_overlaps_one_far_away_is_refused(backend):
     pool = torch.zeros(1000)
     ema = [pool[100 * i : 100 * i + 50] for i in range(10)]
