@@ -294,10 +294,10 @@ def test_persistent_ones_are_still_refused(update):
 
 def test_a_cache_that_grows_between_updates(update):
     ema, model = Rope(3), Rope(3)
-    for length in (3, 5, 5, 3):
-        model.cos = torch.full((length,), float(length))
+    for length, value in ((3, 3.0), (5, 5.0), (5, 6.0), (3, 7.0)):
+        model.cos = torch.full((length,), value)
         update(ema, model, 0.5)
-    assert ema.cos.tolist() == [3.0] * 3
+    assert ema.cos.tolist() == [7.0] * 3
     fused_ema.copy_(ema, model), fused_ema.swap_(ema, model)
     model.cos = torch.ones(9)
     fused_ema.copy_(ema, model), fused_ema.swap_(ema, model)
