@@ -448,6 +448,14 @@ def test_layers_unfrozen_in_phases_are_said_after_each_reselect(backend, heard):
         ema.reselect()
 
 
+def test_layers_unfrozen_in_phases_are_said_once_where_nobody_listens(backend, heard):
+    ema = frozen()
+    for layer in ema.model.body:
+        layer.requires_grad_(True)
+        ema.state_dict()
+    assert len(heard) == 1
+
+
 def test_what_select_turns_down_by_name_is_no_news(backend, heard):
     ema = frozen(lambda name, _: "head" in name)
     ema.model.body.requires_grad_(True)

@@ -649,12 +649,7 @@ MUTANTS = [
         "        self._frozen.difference_update(trained)\n",
         "        self._frozen.difference_update(trained)\n        return\n",
     ),
-    Mutant(
-        "news at each look",
-        "fused_ema/manager/selection.py",
-        "        self._frozen.difference_update(trained)\n        if self._select and (missed := ",
-        "        if self._select and (missed := ",
-    ),
+    Mutant("news of each phase", "fused_ema/manager/selection.py", "            self._frozen.clear()\n", ""),
     Mutant(
         "another choice forgotten",
         "fused_ema/manager/selection.py",
