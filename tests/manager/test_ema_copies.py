@@ -61,6 +61,14 @@ def test_views_on_request(backend):
     same_values(views, ema.averaged_state_dict())
 
 
+def test_views_of_one_of_several_averages_bring_no_others_into_a_file(backend):
+    ema = trained(net(), [0.5, 0.9])
+    state = ema.averaged_state_dict(1, copy=False)
+    assert equal({name: state[name] for name in averages(ema, 1)}, averages(ema, 1))
+    for tensor in state.values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
 def test_an_exported_state_is_a_copy(layout):
     ema = trained(net())
