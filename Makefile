@@ -172,7 +172,7 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(BUILD_SOURCES) $(wildcard fused_ema/_C*.json)
 	@ext="$(FUSED_EMA_EXT)"; command -v $${CXX:-c++} >/dev/null && ext="$${ext:-1}"; \
 	FUSED_EMA_EXT=$$ext $(PY) -m pip install -v --disable-pip-version-check --no-build-isolation \
 	    -e '.[test,demo,bench,dev]' >build/make.log 2>&1 || { cat build/make.log; exit 1; }
-	@$(PY) -m pip install -q --disable-pip-version-check --no-deps timm ultralytics  # whose torchvision would bring another torch
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps timm ultralytics mmengine  # two of them would bring another torch or OpenCV
 	@sed -n 's/^ *\(fused_ema: \)/\1/p' build/make.log
 	@$(PY) -m fused_ema
 	@touch $@
