@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -222,7 +221,7 @@ def in_common(
         if _shape(ours[name]) != _shape(theirs[other]) and name not in optional and other not in optional
     }
     if apart:
-        differ = "; ".join(filter(None, (differ, f"of two shapes: {first_few([*apart.values()], ', ')}")))
+        differ = (differ + "; " if differ else "") + f"of two shapes: {first_few([*apart.values()], ', ')}"
     kept = [(name, other) for name, other in matched if name not in apart]
     if differ and not kept:
         raise ValueError(f"{what}: expected some tensors in common, of equal names and shapes; {differ}")
@@ -245,10 +244,13 @@ def by_plain_name(side: str, names: Iterable[str]) -> dict[str, str]:
     plain_names: dict[str, str] = {}
     names = list(names)
     plains = list(map(plain_name, names))
-    times = Counter(plains)
-    longer = _with_modules(names) if len(times) < len(names) else {}
+    once: set[str] = set()
+    twice: set[str] = set()
+    for plain in plains:
+        (twice if plain in once else once).add(plain)
+    longer = _with_modules(names) if twice else {}
     for name, plain in zip(names, plains, strict=True):
-        other = plain_names.setdefault(longer[name] if times[plain] > 1 else plain, name)
+        other = plain_names.setdefault(longer[name] if plain in twice else plain, name)
         if other != name:
             raise ValueError(
                 f"{side}: expected names that differ without the segments of wrappers, found {other!r} and {name!r}"
