@@ -64,6 +64,7 @@ def test_one_of_several_averages(tmp_path):
                 export(ema, layout, index)
 
 
+@pytest.mark.hazard(43, "good")
 @pytest.mark.parametrize("wrap", [nn.Module.eval, nn.DataParallel, torch.compile], ids=["bare", "DDP", "compiled"])
 def test_each_dict_of_weights_loads_whole(wrap):
     """load_state_dict is strict unless it is told otherwise."""

@@ -344,6 +344,7 @@ class Exchanging(Module):
         return super().training_step(batch, index)
 
 
+@pytest.mark.hazard(41, "good")
 @pytest.mark.parametrize("hook", ["epoch", "batch", "step"])
 def test_updates_follow_an_optimizer_that_is_exchanged(tmp_path, hook):
     callback, noting = EMACallback(decay=0.9), Noting()
@@ -382,6 +383,7 @@ def test_an_optimizer_that_is_not_there(tmp_path):
         trainer(tmp_path, EMACallback(optimizer=1)).fit(Module(), data())
 
 
+@pytest.mark.hazard(41, "guarded")
 def test_a_module_that_is_exchanged_has_a_new_average(tmp_path):
     other = Module()
 
@@ -525,6 +527,7 @@ def test_an_average_does_not_follow_weights_that_no_optimizer_moves(tmp_path):
     same_values(averages_of(callback), before)
 
 
+@pytest.mark.hazard(44, "guarded")
 def test_an_average_that_the_user_loads_is_kept(tmp_path):
     class Loading(Module):
         def on_train_start(self):  # a state without a count of steps
@@ -537,6 +540,7 @@ def test_an_average_that_the_user_loads_is_kept(tmp_path):
     assert averages_of(callback)["network.2.weight"].eq(7).all()
 
 
+@pytest.mark.hazard(44, "good")
 def test_a_strategy_that_restores_late_begins_with_what_it_restored(tmp_path):
     class Late(SingleDeviceStrategy):
         restore_checkpoint_after_setup = True
@@ -551,6 +555,7 @@ def test_a_strategy_that_restores_late_begins_with_what_it_restored(tmp_path):
         same_values(found, values(first))
 
 
+@pytest.mark.hazard(45, "good")
 def test_one_callback_for_several_folds(tmp_path):
     callback, module = EMACallback(decay=0.9), Module()
     start = copy.deepcopy(module.state_dict())
@@ -567,6 +572,7 @@ def test_one_callback_for_several_folds(tmp_path):
     assert manager.step == 12
 
 
+@pytest.mark.hazard(45, "guarded")
 def test_a_checkpoint_without_averages_begins_anew(tmp_path):
     callback, module = EMACallback(decay=0.9), Module()
     trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(module, data())

@@ -204,6 +204,7 @@ def test_sharded_models_are_not_saved_by_the_callback(tmp_path, monkeypatch):
     trainer(tmp_path, EMACallback(save=False)).train()
 
 
+@pytest.mark.hazard(44, "guarded")
 @pytest.mark.parametrize("save", [True, False])
 def test_averages_start_at_a_checkpoint_that_has_none(tmp_path, save):
     """As copies of the weights there, although the callback has averages of an earlier run."""
@@ -253,6 +254,7 @@ def test_averages_that_only_some_processes_find_are_refused(tmp_path, monkeypatc
         trainer(tmp_path, EMACallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.hazard(45, "good")
 def test_each_fold_begins_anew(tmp_path):
     callback, by_hand = EMACallback(decay=0.9), Averages()
     for fold in "ab":
@@ -325,6 +327,7 @@ def test_evaluating_the_model_after_training_gives_a_warning(tmp_path):
 # ---- Where files go
 
 
+@pytest.mark.hazard(42, "good")
 def test_each_trial_keeps_its_averages_with_its_own_checkpoints(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -431,6 +434,7 @@ def trainable(name, parameter):
     return parameter.requires_grad
 
 
+@pytest.mark.hazard(42, "guarded")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("more", "select", "former"),

@@ -1059,6 +1059,7 @@ def test_averaged_state_dict(backend):
 # ---- Looking
 
 
+@pytest.mark.hazard(44, "good")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_begin_follows_the_model_until_there_is_a_history(backend, dtype):
     model = net()

@@ -805,6 +805,7 @@ def test_weights_that_were_loaded_since_need_begin(backend, recwarn):
     assert not recwarn
 
 
+@pytest.mark.hazard(41, "guarded")
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_trained_model_without_a_step_is_warned_of_once(backend, look, recwarn):
     ema, _ = trained_without_a_step()

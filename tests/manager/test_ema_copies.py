@@ -25,6 +25,7 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.hazard(50, "good")
 @pytest.mark.parametrize("decay", [0.5, [0.5, 0.9]])
 @pytest.mark.parametrize("options", [{}, {"buffers": "average"}, {"select": lambda name, _: name != "0.bias"}])
 def test_a_state_is_a_copy(backend, decay, options):
@@ -58,6 +59,14 @@ def test_views_on_request(backend):
     assert {name: tensor.data_ptr() for name, tensor in views.items()} == memory
     go_on(ema)
     same_values(views, ema.averaged_state_dict())
+
+
+def test_views_of_one_of_several_averages_bring_no_others_into_a_file(backend):
+    ema = trained(net(), [0.5, 0.9])
+    state = ema.averaged_state_dict(1, copy=False)
+    assert equal({name: state[name] for name in averages(ema, 1)}, averages(ema, 1))
+    for tensor in state.values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS)

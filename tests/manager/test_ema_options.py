@@ -50,6 +50,7 @@ DIFFER = {
 }
 
 
+@pytest.mark.hazard(49, "guarded")
 @pytest.mark.parametrize(("sides", "texts"), DIFFER.values(), ids=DIFFER)
 def test_a_warning_names_both(sides, texts):
     theirs, ours = sides
@@ -67,6 +68,7 @@ def test_a_warning_names_both(sides, texts):
         ema.load_state_dict(state)
 
 
+@pytest.mark.hazard(49, "good")
 @pytest.mark.parametrize(("sides", "texts"), DIFFER.values(), ids=DIFFER)
 def test_mine(backend, sides, texts):
     theirs, ours = sides

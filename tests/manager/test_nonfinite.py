@@ -23,6 +23,7 @@ def one(value=1.0, count=4, **options):
 # ---- The option
 
 
+@pytest.mark.hazard(51, "good")
 @pytest.mark.filterwarnings("ignore:EMA. averages hold NaN")
 def test_one_bad_step_does_not_last(backend):
     """Without the option it does."""
@@ -106,6 +107,7 @@ SAVES = {
 }
 
 
+@pytest.mark.hazard(51, "guarded")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("save", SAVES)

@@ -43,6 +43,7 @@ EXPORTS = {
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.hazard(50, "guarded")
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [

@@ -82,6 +82,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.hazard(48, "good")
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_reselect(backend, change, buffers):
@@ -108,6 +109,7 @@ def test_reselect(backend, change, buffers):
     assert ema.reselect() == ([], [])
 
 
+@pytest.mark.hazard(48, "guarded")
 @pytest.mark.parametrize("change", [add, remove, widen, rename], ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     "call", [EMA.update, EMA.averaged_state_dict, EMA.copy_to, lambda ema: ema.swapped().__enter__()]
@@ -444,6 +446,14 @@ def test_layers_unfrozen_in_phases_are_said_after_each_reselect(backend, heard):
         ema.state_dict()
         assert len(heard) == count
         ema.reselect()
+
+
+def test_layers_unfrozen_in_phases_are_said_once_where_nobody_listens(backend, heard):
+    ema = frozen()
+    for layer in ema.model.body:
+        layer.requires_grad_(True)
+        ema.state_dict()
+    assert len(heard) == 1
 
 
 def test_what_select_turns_down_by_name_is_no_news(backend, heard):

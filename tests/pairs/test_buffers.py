@@ -42,6 +42,7 @@ def norms(model):
         return [torch.linalg.matrix_norm(layer.weight, 2).item() for layer in (model[0], model[2])]
 
 
+@pytest.mark.hazard(46, "good")
 @pytest.mark.parametrize("buffers", ["average", "ignore", lambda name, tensor: "average"])
 @pytest.mark.parametrize("spectral", ["hook", "parametrization"])
 def test_averaged_layers_keep_their_spectral_norm(spectral, buffers):
@@ -92,6 +93,7 @@ def use(name, tensor):
     return {"queue": "copy", "own": "ignore"}.get(name.rpartition(".")[2], "average")
 
 
+@pytest.mark.hazard(46, "good")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_buffers_by_a_function(update, wrapped):
     ema, model = Mixture(4.0), Mixture(0.0)
@@ -253,6 +255,7 @@ CACHES = {
 }
 
 
+@pytest.mark.hazard(46, "good")
 @pytest.mark.parametrize("sides", ["ema", "model"])
 @pytest.mark.parametrize("caches", CACHES)
 def test_caches_never_stop_an_update(update, caches, sides):
@@ -270,6 +273,7 @@ def test_caches_never_stop_an_update(update, caches, sides):
         assert all(torch.equal(ema.get_buffer(name), buffer) for name, buffer in before.items())
 
 
+@pytest.mark.hazard(46, "guarded")
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_equal_caches_are_copied_never_averaged(update, decay):
     ema, model = Rope(3, mask=torch.full((3,), -torch.inf)), Rope(3, cos=torch.full((3,), 9.0), ids=torch.arange(3) + 4)
@@ -281,6 +285,7 @@ def test_equal_caches_are_copied_never_averaged(update, decay):
         assert ema.ids.tolist() == [4, 5, 6]
 
 
+@pytest.mark.hazard(46, "guarded")
 def test_persistent_ones_are_still_refused(update):
     ema, model = net(), net()
     model[1].running_mean = torch.ones(5)
@@ -289,10 +294,10 @@ def test_persistent_ones_are_still_refused(update):
 
 def test_a_cache_that_grows_between_updates(update):
     ema, model = Rope(3), Rope(3)
-    for length in (3, 5, 5, 3):
-        model.cos = torch.full((length,), float(length))
+    for length, value in ((3, 3.0), (5, 5.0), (5, 6.0), (3, 7.0)):
+        model.cos = torch.full((length,), value)
         update(ema, model, 0.5)
-    assert ema.cos.tolist() == [3.0] * 3
+    assert ema.cos.tolist() == [7.0] * 3
     fused_ema.copy_(ema, model), fused_ema.swap_(ema, model)
     model.cos = torch.ones(9)
     fused_ema.copy_(ema, model), fused_ema.swap_(ema, model)

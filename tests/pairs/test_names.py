@@ -99,6 +99,7 @@ def heard():
     forget_warnings()
 
 
+@pytest.mark.hazard(48, "good")
 def test_names_in_common(update, heard):
     ema, model = widened(), nn.DataParallel(net())
     before = bits(ema[0], ema[2])
@@ -137,6 +138,7 @@ def test_equal_names_are_common_without_a_word(update, heard):
     assert not heard
 
 
+@pytest.mark.hazard(48, "guarded")
 def test_the_advice_to_pair_what_both_have_works(update, heard):
     """Each error about names or shapes says what to pass; with that the same call succeeds."""
     narrow, without = widened(), net()

@@ -143,6 +143,20 @@ def test_what_pytorch_keeps_of_a_teacher_is_forgotten(backend, call, kept):
             assert torch.equal(teacher(x), wanted)
 
 
+def test_autocast_sees_a_replaced_teacher_that_requires_grad(backend):
+    """Though the one it replaced did not, of which autocast keeps no copy."""
+    student, teacher = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+    x, handle = torch.randn(4, 3), fused_ema.bind(teacher, student)
+    handle.update(0.5)
+    for name, parameter in dict(teacher.named_parameters()).items():
+        setattr(teacher, name, nn.Parameter(torch.zeros_like(parameter)))
+    handle.update(0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(x)
+        handle.update(0.0)
+        assert torch.equal(teacher(x), student(x))
+
+
 @pytest.mark.hazard(26, "guarded")
 @pytest.mark.parametrize("batched", ["ema", "model", "both"])
 def test_vmap_is_refused(backend, kind, batched):

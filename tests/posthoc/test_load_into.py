@@ -87,6 +87,7 @@ def test_wrapped_models(wrap, given, tmp_path):
         assert torch.equal(tensor, expected), key
 
 
+@pytest.mark.hazard(43, "good")
 @WRAPPED
 def test_the_keys_of_the_model_load_whole(wrap, tmp_path):
     """Whatever wrapped the model that was averaged."""
@@ -140,6 +141,7 @@ def test_other_dicts_of_ours_are_taken(tmp_path):
         same_values(tensors(target), tensors(ema.model._orig_mod))
 
 
+@pytest.mark.hazard(43, "guarded")
 def test_names_that_differ_are_refused(tmp_path):
     averaged(net(), tmp_path)
     weights = reconstruct(tmp_path, 0.1)

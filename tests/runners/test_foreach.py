@@ -56,6 +56,7 @@ def operations(call):
     return [(event.name, max(0, event.cpu_memory_usage)) for event in profiled.events() if event.cpu_parent is None]
 
 
+@pytest.mark.hazard(52, "good")
 def test_pairs_of_one_type_are_one_call():
     ema, model = [torch.randn(3, 5) for _ in range(9)], [torch.randn(3, 5) for _ in range(9)]
     handle = fused_ema.bind(ema, model)

@@ -245,6 +245,7 @@ def warnings_of_first(monkeypatch, recwarn):
     return warnings_of_first
 
 
+@pytest.mark.hazard(52, "guarded")
 def test_slower_than_the_machine_allows_is_said_once(warnings_of_first, monkeypatch):
     monkeypatch.setattr(slower.shutil, "which", lambda name: f"/usr/bin/{name}")
     (warning,) = warnings_of_first()

@@ -113,6 +113,7 @@ def test_a_kernel_is_loaded_once_when_it_is_needed(host):
     assert host.loads() == before + 2
 
 
+@pytest.mark.hazard(52, "good")
 @pytest.mark.skipif(nvrtc.nvrtc.why_not() is not None, reason=f"no NVRTC: {nvrtc.nvrtc.why_not()}")
 def test_what_nvrtc_compiles_is_loaded_by_its_name(host, monkeypatch):
     compiler = nvrtc.nvrtc.nvrtc()

@@ -261,6 +261,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.hazard(47, "good")
 @pytest.mark.parametrize("what", REPLACED)
 @pytest.mark.parametrize("way", ["function", "bound", "lists", "manager", "copy_"])
 def test_only_what_was_replaced_is_checked(backend, monkeypatch, way, what):
@@ -349,6 +350,28 @@ def test_an_average_tied_by_memory_alone_moves_away(backend):
     assert ema[1].tolist() == [0.75] * 4
 
 
+def test_two_pairs_that_become_one_are_averaged_once(backend):
+    ema, model = [torch.zeros(4), torch.zeros(4)], [torch.ones(4), torch.ones(4)]
+    handle = fused_ema.bind(ema, model)
+    handle.update(0.5)
+    ema[:], model[:] = [torch.zeros(4)] * 2, [torch.ones(4)] * 2
+    for expected in (0.5, 0.75):
+        handle.update(0.5)
+        assert ema[0].tolist() == [expected] * 4
+
+
+def test_a_tensor_that_gets_the_shape_of_the_average_is_averaged_from_then_on(backend):
+    """What names="common" left out, since only its replacement fits."""
+    ema, model = ({"a": torch.zeros(4), "b": torch.zeros(3)} for _ in "12")
+    model["b"] = torch.ones(2)
+    handle = fused_ema.bind(ema, model, names="common")
+    handle.update(0.5)
+    model["b"] = torch.ones(3)
+    handle.update(0.5)
+    assert ema["b"].tolist() == [0.5] * 3
+
+
+@pytest.mark.hazard(47, "guarded")
 def test_a_replaced_tensor_that_overlaps_one_far_away_is_refused(backend):
     pool = torch.zeros(1000)
     ema = [pool[100 * i : 100 * i + 50] for i in range(10)]

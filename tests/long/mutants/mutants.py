@@ -192,7 +192,7 @@ MUTANTS = [
         "!same_items(registry, slot, module.end[i], allowed)) return false;",
         "(i < 2 && !same_items(registry, slot, module.end[i], allowed))) return false;\n      slot = module.end[i];",
     ),
-    Mutant("names not watched", "csrc/watch.cpp", "key != slots_[slot].key ||", ""),
+    Mutant("names not watched", "csrc/watch.cpp", " key != slots_[slot].key ||", ""),
     Mutant(
         "swap_tensors not seen",
         "csrc/watch.cpp",
@@ -269,8 +269,8 @@ MUTANTS = [
     Mutant(
         "tied names once",
         "fused_ema/pairs/pairing.py",
-        "in module.named_modules(remove_duplicate=False)",
-        "in module.named_modules()",
+        "for prefix, child in module.named_modules(remove_duplicate=False):",
+        "for prefix, child in module.named_modules():",
     ),
     Mutant("buffers averaged", "fused_ema/pairs/pairing.py", 'and uses[asked] == "average")', ")"),
     Mutant(
@@ -635,7 +635,54 @@ MUTANTS = [
         "all averages in an export",
         "fused_ema/manager/ema.py",
         "shared = (copy or self._averages.count > 1) and",
-        "shared = False and",
+        "shared = copy and",
+    ),
+    Mutant(
+        "states that go on",
+        "fused_ema/manager/ema.py",
+        "shared = (copy or self._averages.count > 1) and",
+        "shared = self._averages.count > 1 and",
+    ),
+    Mutant(
+        "what unfreezes is no news",
+        "fused_ema/manager/selection.py",
+        "        self._frozen.difference_update(trained)\n",
+        "        self._frozen.difference_update(trained)\n        return\n",
+    ),
+    Mutant("news of each phase", "fused_ema/manager/selection.py", "            self._frozen.clear()\n", ""),
+    Mutant(
+        "another choice forgotten",
+        "fused_ema/manager/selection.py",
+        "self._select if select is None else select)",
+        "self._select)",
+    ),
+    Mutant(
+        "one of tied names not enough",
+        "fused_ema/manager/selection.py",
+        "self._known = {name: id(tensor) in taken for name, tensor in candidates.items()}",
+        "self._known = {n: id(t) in taken and (not select or bool(select(n, t))) for n, t in candidates.items()}",
+    ),
+    Mutant(
+        "patched while exchanged",
+        "fused_ema/plan.py",
+        "if self.prepared.exchanged():\n            return None",
+        "if 0: ...",
+    ),
+    Mutant(
+        "patched though the pairs may be others", "fused_ema/plan.py", " or (changed.others and not self._by_name)", ""
+    ),
+    Mutant("patched where tied", "fused_ema/plan.py", "if not self._alone.keys() >= set(numbers):", "if not numbers:"),
+    Mutant(
+        "patched with another action",
+        "fused_ema/plan.py",
+        " or checked.actions != [self._actions[i] for i in numbers]",
+        "",
+    ),
+    Mutant(
+        "patched into what overlaps",
+        "fused_ema/plan.py",
+        "return new if new and self.prepared.patch(changed) else None",
+        "return (new or apart) if self.prepared.patch(changed) else None",
     ),
     Mutant(
         "any folder for code",
