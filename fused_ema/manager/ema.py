@@ -29,6 +29,10 @@ from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
 
 
+class NoPlaceError(RuntimeError):
+    """The model's state_dict has no place for some averages."""
+
+
 class EMA:
     """Exponential moving averages of a model's parameters, in one kernel launch per update.
 
@@ -418,7 +422,7 @@ class EMA:
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
-            raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+            raise NoPlaceError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         report.warn_of_nonfinite([{key: values[id(value)] for key, value in tensors.items() if id(value) in values}])
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
