@@ -23,7 +23,7 @@ from . import report
 from .attach import Attachment, Manager
 from .averages import Averages
 from .copying import copy_into, extra_states, placed
-from .selection import Select, Selection, as_module, fleeting, tensors_of
+from .selection import Select, Selection, as_module, fleeting, lasting, tensors_of
 from .state import State, Whose, check_whose, parse
 from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
@@ -321,8 +321,8 @@ class EMA:
             with one_at_a_time():
                 self._refuse_swapped("EMA.swapped()")
                 current = self._current()
-                known = {id(tensor) for tensor in (*current.values(), *fleeting(self.model).values())}
-                others = {name: tensor for name, tensor in self.model.named_buffers() if id(tensor) not in known}
+                known = {id(tensor) for tensor in current.values()}
+                others = {name: tensor for name, tensor in lasting(self.model).items() if id(tensor) not in known}
                 swap = Exchange(self._averages, index, current, others)
                 self._swap = swap
                 self._keep(swap.enter(self._plan, self._new_plan))
@@ -427,7 +427,8 @@ class EMA:
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
             raise NoPlaceError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
-        report.warn_of_nonfinite([{key: values[id(value)] for key, value in tensors.items() if id(value) in values}])
+        taken = {key: values[id(value)] for key, value in tensors.items() if id(value) in values}
+        report.warn_of_nonfinite([taken], self.nonfinite)
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
                 if id(value) not in values:
@@ -460,7 +461,7 @@ class EMA:
         self._expect_steps()
         self._selection.look(self.model)
         state = self._state()
-        report.warn_of_nonfinite(state.averages)
+        report.warn_of_nonfinite(state.averages, self.nonfinite)
         return state.to_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any], *, schedules: Whose = "saved", names: Names = "equal") -> None:

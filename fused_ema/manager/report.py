@@ -61,20 +61,31 @@ def checked() -> Iterator[None]:
         _checked.reset(token)
 
 
-def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]]) -> None:
-    """Warns of averages, by name, that hold NaN or infinity."""
+def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]], nonfinite: Nonfinite) -> None:
+    """Warns of averages, by name, that hold NaN or infinity; `nonfinite` is their manager's option."""
     if _checked.get():
         return
     named = [(name, local(tensor)) for each in averages for name, tensor in each.items()]
     named = [(name, tensor) for name, tensor in named if storage_refusal(name, tensor) is None]
     finite = reference.are_finite([tensor for _, tensor in named])
     bad = list(dict.fromkeys(name for (name, _), fine in zip(named, finite, strict=True) if not fine))
-    if bad:
-        warn(
-            f"EMA: averages hold NaN or infinity, which stay in them for good: {listed(bad)}. "
-            "EMA.distance() counts such elements. Go on from an earlier state, and pass nonfinite='skip' to EMA, so "
-            "that elements of the model that are not finite leave their averages as they are"
+    if not bad:
+        return
+    if nonfinite == "skip":
+        advice = (
+            "or make the manager again from a finite model. Updates with nonfinite='skip' brought no NaN: the averages "
+            "began or were loaded with such elements, the block of swapped() wrote them, or the averages' dtype is too "
+            "narrow for the model's values"
         )
+    else:
+        advice = (
+            "and pass nonfinite='skip' to EMA, so that elements of the model that are not finite leave their averages "
+            "as they are"
+        )
+    warn(
+        f"EMA: averages hold NaN or infinity, which stay in them for good: {listed(bad)}. "
+        f"EMA.distance() counts such elements. Go on from an earlier state, {advice}"
+    )
 
 
 @torch.no_grad()

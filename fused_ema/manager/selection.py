@@ -130,6 +130,12 @@ def fleeting(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, (tensor, kind) in plain_tensors("model", model).items() if kind == "fleeting"}
 
 
+def lasting(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers, by name, without the segments of wrappers."""
+    found = plain_tensors("model", model).items()
+    return {name: tensor for name, (tensor, kind) in found if kind not in ("parameter", "fleeting")}
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All of a model's tensors by name, without the segments of wrappers."""
     return {name: tensor for name, (tensor, _) in plain_tensors("model", model).items()}

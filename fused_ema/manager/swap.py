@@ -22,6 +22,9 @@ from ..runners.base import Call, OpName
 from .averages import Averages
 from .programs import programs_on, references
 
+STATISTICS = "running_mean", "running_var"  # F.batch_norm writes to them without raising their versions
+COUNTER = "num_batches_tracked"
+
 MakePlan = Callable[[Mapping[str, Tensor] | None], Plan]  # for the model as it is, or for these tensors by name
 
 
@@ -45,8 +48,9 @@ class Exchange:
         self._memory = {name: local(tensor).detach() for name, tensor in current.items()}
         self._storages = {name: tensor.untyped_storage() for name, tensor in self._memory.items()}
         self._sizes = {name: memory.nbytes() for name, memory in self._storages.items()}
-        self._buffers = [(name, tensor, _version(tensor)) for name, tensor in buffers.items() if not is_lazy(tensor)]
-        self._versions: list[int] = []
+        self._buffers = {name: tensor.detach() for name, tensor in buffers.items() if not is_lazy(tensor)}
+        self._versions: dict[str, int] = {}
+        self._statistics: dict[str, Tensor] = {}  # copies
         self._references = sys.maxsize  # to the first tensor, inside the block
         self._written: list[str] | None = None  # by the block, in place
         self._freed: set[str] = set()  # whose memory the block freed
@@ -60,6 +64,11 @@ class Exchange:
         _under_way[:] = [*(each for each in _under_way if not each.over), self]
         plan = self._run("swap", kept, lambda: make(None))
         self._versions = self._versions_now()
+        self._statistics = {
+            name: tensor.clone()
+            for name, tensor in (self._memory | self._buffers).items()
+            if _last(name) in STATISTICS and _compares(tensor)
+        }
         self._references = references(self._tensors.values())
         return plan
 
@@ -150,18 +159,28 @@ class Exchange:
                 with torch.no_grad():
                     self._memory[name].copy_(self._averages.get(name, self.index))
 
-    def _versions_now(self) -> list[int]:
-        return [_version(tensor) for tensor in self._memory.values()]
+    def _versions_now(self) -> dict[str, int]:
+        return {name: _version(tensor) for name, tensor in (self._memory | self._buffers).items()}
 
     def _written_now(self) -> list[str]:
-        changes = zip(self._memory, self._versions, self._versions_now(), strict=False)
-        return [name for name, before, now in changes if before != now and self._exchanged()]
+        """Statistics count as written where the counter beside them was, or where their values differ."""
+        now = self._versions_now()
+        written = {name for name, before in self._versions.items() if before != now[name]}
+        written |= {name for name in now if _last(name) in STATISTICS and _beside(name, COUNTER) in written}
+        written |= {name for name, before in self._statistics.items() if self._differs(name, before)}
+        return [name for name in now if name in written and (name in self._buffers or self._exchanged())]
+
+    def _differs(self, name: str, before: Tensor) -> bool:
+        now = self._buffers[name] if name in self._buffers else self._memory[name]
+        if storage_refusal(name, now):  # the block freed its memory
+            return False
+        return not torch.equal(now, before) and not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True)
 
     def _warn_of_writes(self) -> None:
-        written = self._written or []
+        written = [name for name in self._written or [] if name in self._memory]
         for names, what in (
             (
-                [name for name, tensor, before in self._buffers if _version(tensor) != before],
+                [name for name in self._written or [] if name in self._buffers],
                 "stay there: these buffers are not averaged; to measure statistics for the averages, use a copy of the "
                 "model that copy_to has filled",
             ),
@@ -247,6 +266,20 @@ def holds_average(tensors: Callable[[], Iterable[Tensor]]) -> bool:
     active = [each for each in list(_under_way) if not each.over]
     found = list(tensors()) if active else []
     return any(each.holds_any(found) for each in active)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _beside(name: str, other: str) -> str:
+    """The name of another tensor of the same module."""
+    return name.removesuffix(_last(name)) + other
+
+
+def _compares(tensor: Tensor) -> bool:
+    """Whether its values can be compared without waiting for a device."""
+    return tensor.device.type == "cpu" and _plain(tensor) and not storage_refusal("", tensor)
 
 
 def _version(tensor: Tensor) -> int:

@@ -819,6 +819,52 @@ def test_statistics_measured_in_the_block_stay_with_a_warning(backend):
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("seen_by", ["values", "counter"])
+@pytest.mark.parametrize("wrapper", [nn.Sequential, nn.DataParallel], ids=["", "wrapped"])
+def test_statistics_that_batch_norm_writes_are_named(backend, buffers, seen_by, wrapper, monkeypatch):
+    """F.batch_norm raises no version of theirs. On a device, where values are not compared, the counter shows it."""
+    norm = nn.BatchNorm1d(3)
+    if seen_by == "values":
+        norm.num_batches_tracked = None
+    else:
+        monkeypatch.setattr(swap, "_compares", lambda tensor: False)
+    ema = trained(wrapper(norm), buffers=buffers)
+    names = r"'(0\.)?running_mean', '(0\.)?running_var'"
+    counter = r", '(0\.)?num_batches_tracked'" if seen_by == "counter" else ""
+    expected = {
+        "average": [rf"writes to {names} inside swapped\(\) went into the averages and stay there"],
+        "copy": [rf"writes to {names}{counter} inside swapped\(\) stay there: these buffers are not averaged"],
+    }[buffers]
+    if buffers == "average" and counter:
+        expected.insert(0, "num_batches_tracked' inside swapped.. stay there: these buffers are not averaged")
+    with pytest.warns(UserWarning, match="EMA.swapped: writes to") as caught, ema.swapped():
+        norm(torch.randn(8, 3) + 50)
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == len(expected)
+    assert all(re.search(each, message) for each, message in zip(expected, found, strict=True)), found
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_statistics_that_are_only_read_do_not_warn(backend, buffers):
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean[1] = torch.nan
+    norm.running_var[2] = torch.inf
+    ema = EMA(norm, 0.5, buffers=buffers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ema.swapped():
+            norm.eval()(torch.randn(8, 3))
+            norm.train()
+
+
+def test_statistics_whose_memory_the_block_freed_are_not_compared(backend):
+    norm = nn.BatchNorm1d(3)
+    ema = EMA(norm, 0.5)
+    with ema.swapped():
+        norm.running_mean.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
 def test_a_buffer_that_is_not_persistent_is_scratch(backend, buffers, recwarn):
     class Rotary(nn.Module):
         def __init__(self):

@@ -125,6 +125,24 @@ def test_saves_name_what_is_not_finite(tmp_path, save, bad, dtype):
     assert [each.filename for each in caught] == [__file__]
 
 
+def test_the_advice_fits_the_manager():
+    _, ema = one()
+    averages(ema)["0"][1] = NAN
+    with pytest.warns(UserWarning, match=r"Go on from an earlier state, and pass nonfinite='skip' to EMA"):
+        ema.state_dict()
+
+    model, ema = one(nonfinite="skip")
+    earlier = copy.deepcopy(ema.state_dict())
+    averages(ema)["0"][1] = NAN
+    with pytest.warns(UserWarning, match="earlier state, or make the manager again from a finite model") as caught:
+        ema.state_dict()
+    assert "pass nonfinite" not in str(caught[0].message)
+    with warnings.catch_warnings():  # the advice, followed
+        warnings.simplefilter("error")
+        ema.load_state_dict(earlier)
+        ema.state_dict(), EMA(model, 0.5, nonfinite="skip").state_dict()
+
+
 def test_the_model_alone_does_not_matter():
     model, ema = one()
     model[0].data.fill_(NAN)
