@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,10 +24,11 @@ import torch
 
 from .. import checkpoints, schedules
 from .._warning import warn
-from ..manager.ema import EMA
-from ..manager.state import Whose, check_whose
+from ..manager.ema import EMA, NoPlaceError
+from ..manager.state import WAYS_ON, Whose, check_whose
 from ..manager.timetable import schedules_of
 from ..pairs import shards
+from ..pairs.pairing import listed
 from ..schedules import Schedule
 from .options import Options, check_options
 
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from ..manager.attach import Attachment
 
 OWN = "current_model_state"  # Lightning's own callback has the trained weights there too, beside the average
+_WAYS_ON = (
+    "give the callback the options that it was saved with, and the module the layers, in its on_load_checkpoint at the "
+    "latest; to load only what both have, set strict_loading = False in the module"
+)
 
 
 class EMACallback(Callback):
@@ -55,13 +61,18 @@ class EMACallback(Callback):
         schedules: whose decays and options hold after resuming: see `EMA.load_state_dict`.
         options: further arguments of `fused_ema.EMA`.
 
+    A run that resumes averages what the checkpoint has averaged, whatever `select` would take then: a warning names
+    what it decides otherwise though it trains, and `callback.ema.reselect()` asks it again.
+
     `callback.ema` is the manager, from the start of `fit` on. A fit that starts at step 0, or from a checkpoint without
     averages, has a new one, whose average starts with the weights that the module has right before its first step. A
     further fit of the same trainer goes on with the average.
 
     A trainer may have several of these callbacks with different options; each finds its own average in a checkpoint.
-    (Functions are told apart by their names.) The first one that has evaluate=True is evaluated, and only one can have
-    save="average". An average that was saved with other options is taken by the callback that has none, with a warning.
+    (Functions are told apart by their names, which lambdas share: callbacks that differ in `select` alone need
+    functions that are defined under two names, or Lightning refuses them.) The first one that has evaluate=True is
+    evaluated, and only one can have save="average". An average that was saved with other options is taken by the
+    callback that has none, with a warning.
 
     Raises:
         TypeError, ValueError, IndexError: an argument or option can't be used with any module. From `fit`: there is no
@@ -85,7 +96,7 @@ class EMACallback(Callback):
         check_options(decay, index, options, evaluate=evaluate)
         if save not in ("model", "average"):
             raise ValueError(f"save: expected 'model' or 'average', found {save!r}")
-        if not isinstance(optimizer, int):
+        if not isinstance(optimizer, int) or isinstance(optimizer, bool):
             raise TypeError(f"optimizer: expected a position in trainer.optimizers, found {type(optimizer).__name__}")
         self.decay, self.evaluate, self.save, self.optimizer, self.index = decay, evaluate, save, optimizer, index
         check_whose(schedules)
@@ -101,7 +112,7 @@ class EMACallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The key in a checkpoint: all options."""
+        """The key in a checkpoint: all options, since Lightning refuses two callbacks that have one key."""
         own = {name: getattr(self, name) for name in ("decay", "evaluate", "save", "optimizer", "index")} | self.options
         return self._generate_state_key(**{name: _readable(value) for name, value in own.items()})
 
@@ -154,12 +165,42 @@ class EMACallback(Callback):
             self.ema = None  # frees its memory first
             self.ema, self._begun = EMA(pl_module, self.decay, **self.options), False
         if self._state is not None:
-            self.ema.load_state_dict(self._state, schedules=self.schedules)
+            self._load(self.ema, pl_module, self._state, self.schedules)
             self._state, self._restored = None, True
         elif self._of_lightning is not None:
             checkpoints.restore(self.ema, self._of_lightning)
             self._of_lightning, self._restored = None, True
         return self.ema
+
+    def _load(self, ema: EMA, pl_module: LightningModule, state: Mapping[str, Any], schedules: Whose) -> None:
+        """Loads a state, and averages what it has averaged: what trains may be frozen, or not yet, when a run resumes.
+        From then on a `reselect` asks the callback's own `select` again."""
+        own = self.options.get("select")
+        saved = set().union(*state["averages"])
+        taken: set[int] = set()  # by the callback's own `select`; of tied names, one is enough
+        trained: dict[str, int] = {}
+        loading = own is not None
+
+        def select(name: str, tensor: torch.Tensor) -> bool:
+            wanted = bool(own and own(name, tensor))
+            if loading and wanted:
+                taken.add(id(tensor))
+            if loading and tensor.requires_grad:
+                trained[name] = id(tensor)
+            return name in saved if loading else wanted
+
+        if own:
+            ema.reselect(select)
+        try:
+            ema.load_state_dict(state, schedules=schedules, names="equal" if pl_module.strict_loading else "common")
+        except ValueError as error:
+            raise ValueError(str(error).replace(WAYS_ON, _WAYS_ON)) from None
+        loading = False
+        if differ := [name for name, key in trained.items() if (key in taken) != (name in saved)]:
+            warn(
+                "EMACallback: the average goes on with the tensors that it has in the checkpoint, though `select` now "
+                f"decides otherwise for {listed(differ)}; call callback.ema.reselect() to apply it again"
+            )
 
     def _begin(self) -> None:
         """Starts from the weights that the module has now, which it may have loaded since the manager was made."""
@@ -212,7 +253,7 @@ class EMACallback(Callback):
             return
         else:  # the average of that checkpoint is wanted, not the latest one
             manager = EMA(pl_module, self.decay, **self.options)
-            manager.load_state_dict(self._state, schedules="mine")  # there are no updates
+            self._load(manager, pl_module, self._state, "mine")  # there are no updates
         self._inside.enter_context(manager.swapped(self.index))
         self._evaluating = True
 
@@ -248,11 +289,11 @@ class EMACallback(Callback):
             checkpoint[OWN], checkpoint["state_dict"] = trained["state_dict"], self._averaged(trainer, self.ema)
 
     def _averaged(self, trainer: Trainer, ema: EMA) -> dict[str, Any]:
-        try:
-            return ema.averaged_state_dict(self.index, copy=False)
-        except (RuntimeError, TypeError):  # the module's state_dict() is its own, and leaves some parameters out
-            with ema.swapped(self.index):
-                return copy.deepcopy(trainer.strategy.lightning_module_state_dict())
+        with contextlib.suppress(NoPlaceError):  # the module's state_dict() is its own, and leaves some parameters out
+            if _takes_keep_vars(ema.model.state_dict):
+                return ema.averaged_state_dict(self.index, copy=False)
+        with ema.swapped(self.index):
+            return copy.deepcopy(trainer.strategy.lightning_module_state_dict())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("callbacks", {})
@@ -330,6 +371,14 @@ def _taken(trainer: Trainer, saved: Mapping[str, Any]) -> dict[EMACallback, str]
                 taken[each] = fits[0]
                 free.remove(fits[0])
     return taken
+
+
+def _takes_keep_vars(state_dict: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(state_dict).bind(keep_vars=True)
+    except TypeError:
+        return False
+    return True
 
 
 def _whole(average: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,10 @@ from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
 
 
+class NoPlaceError(RuntimeError):
+    """The model's state_dict has no place for some averages."""
+
+
 class EMA:
     """Exponential moving averages of a model's parameters, in one kernel launch per update.
 
@@ -267,11 +271,14 @@ class EMA:
         dropped = [name for name in before[1] if name in fresh or name not in self._averages]
         return added, dropped
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Begins again from the model as it is now, unless there was an update or the averages were loaded.
 
         For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
         ema.begin()``. It may be called at any time, and does nothing once the averages have a history.
+
+        Returns:
+            Whether it began again.
 
         Raises:
             RuntimeError: inside `swapped()`.
@@ -279,8 +286,9 @@ class EMA:
         with one_at_a_time():
             self.wait()
             self._refuse_swapped("EMA.begin()")
-            if self._fresh and self._step == 0:
+            if begins := self._fresh and self._step == 0:
                 self._run(Call("copy", (0.0,) * len(self.schedules)))
+            return begins
 
     # ---- Evaluating
 
@@ -418,7 +426,7 @@ class EMA:
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
-            raise RuntimeError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+            raise NoPlaceError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
         taken = {key: values[id(value)] for key, value in tensors.items() if id(value) in values}
         report.warn_of_nonfinite([taken], self.nonfinite)
         for key, value in tensors.items():

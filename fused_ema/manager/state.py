@@ -21,7 +21,7 @@ from .timetable import Timetable
 VERSION = 1
 Whose = Literal["saved", "mine"]
 MINE = 'schedules="mine", an argument of load_state_dict, attach and the callbacks'
-_WAYS_ON = (
+WAYS_ON = (
     "where the model has changed since the manager was made, call ema.reselect() first; to load only what both have, "
     "ema.load_state_dict(state, names='common')"
 )
@@ -170,7 +170,7 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any, names: Names) -> dict
         kept = in_common("EMA.load_state_dict", [(x, x) for x in ours if x in theirs], ours, theirs, differ)
         ours = {name: ours[name] for name, _ in kept}
     elif differ:
-        raise ValueError(f"state: expected the manager's names in average {k}; {differ}; {_WAYS_ON}")
+        raise ValueError(f"state: expected the manager's names in average {k}; {differ}; {WAYS_ON}")
     problems = [problem for name, average in ours.items() if (problem := _problem(name, average, theirs[name]))]
     first: dict[int, str] = {}
     for name, average in ours.items() if not problems else ():
@@ -179,7 +179,7 @@ def _fitting(k: int, ours: dict[str, Tensor], theirs: Any, names: Names) -> dict
         if not equal_values(shards.local(theirs[tied]), shards.local(theirs[name])):
             problems.append(f"{name!r}: expected the values of {tied!r}, which it is tied to, found others")
     if problems:
-        ways_on = f"; {_WAYS_ON}" if any("expected shape" in problem for problem in problems) else ""
+        ways_on = f"; {WAYS_ON}" if any("expected shape" in problem for problem in problems) else ""
         raise ValueError(f"state: in average {k}, {first_few(problems, '; ')}{ways_on}")
     return {name: shards.like(theirs[name], average) for name, average in ours.items()}
 

@@ -419,6 +419,24 @@ def test_two_callbacks_keep_and_resume_their_own_averages(tmp_path):
         same_values(averages_of(callback), by_hand(2, decay=callback.decay)[1])
 
 
+def test_two_callbacks_whose_functions_have_two_names(tmp_path):
+    def weights(name, _):
+        return name.endswith("weight")
+
+    def biases(name, _):
+        return name.endswith("bias")
+
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    pair = [EMACallback(select=select, evaluate=False) for select in (weights, biases)]
+    trainer(tmp_path, *pair, keeper, max_epochs=1).fit(Module(), data())
+    resumed = [EMACallback(select=select, evaluate=False) for select in (biases, weights)]
+    trainer(tmp_path, *resumed, max_epochs=1).fit(Module(), data(), ckpt_path=keeper.last_model_path)
+    for callback, other in zip(resumed, reversed(pair), strict=True):
+        same_values(averages_of(callback), averages_of(other))
+    with pytest.raises(RuntimeError, match="state_key"):
+        trainer(tmp_path, *(EMACallback(select=lambda *_, value=value: value) for value in (True, False)))
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_callbacks_and_a_checkpoint_during_validation(tmp_path, order):
     class Saving(lightning.Callback):
@@ -676,6 +694,38 @@ def test_a_module_that_leaves_frozen_parts_out_of_its_checkpoints(tmp_path, kind
     same_values({n: averages_of(resumed)[n] for n in kept}, {n: whole.averages[n] for n in kept})
 
 
+def test_a_select_that_takes_one_of_tied_names_resumes_without_a_word(tmp_path):
+    class Tied(Module):
+        def __init__(self):
+            super().__init__()
+            self.again = self.network[0]
+
+    def select(name, _):
+        return name == "again.weight"
+
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, EMACallback(select=select), keeper, max_epochs=1).fit(Tied(), data())
+    resumed, whole = EMACallback(select=select), EMACallback(select=select)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "EMACallback")
+        trainer(tmp_path, resumed).fit(Tied(), data(), ckpt_path=keeper.last_model_path)
+    trainer(tmp_path, whole).fit(Tied(), data())
+    same_values(averages_of(resumed), averages_of(whole))
+
+
+def test_running_out_of_memory_is_no_reason_to_save_in_another_way(tmp_path):
+    class Full(Module):
+        def state_dict(self, *args, keep_vars=False, **kw):
+            if keep_vars:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().state_dict(*args, **kw)
+
+    run = trainer(tmp_path, EMACallback(decay=0.9, save="average"), max_epochs=1)
+    run.fit(Full(), data())
+    with pytest.raises(torch.OutOfMemoryError):
+        run.save_checkpoint(tmp_path / "end.ckpt")
+
+
 # ---- What a file holds
 
 
@@ -754,6 +804,7 @@ def test_a_checkpoint_inside_a_block_of_the_users(tmp_path):
         ({"index": 1}, IndexError, "index: expected one of 1 averages, found 1"),
         ({"evaluate": "no"}, TypeError, "evaluate: expected True or False, found 'no'"),
         ({"optimizer": "Adam"}, TypeError, "optimizer: expected a position in trainer.optimizers, found str"),
+        ({"optimizer": True}, TypeError, "optimizer: expected a position in trainer.optimizers, found bool"),
     ],
 )
 def test_options_are_checked_when_the_callback_is_made(options, error, text):

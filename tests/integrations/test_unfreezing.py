@@ -77,6 +77,110 @@ def test_lightning_unfreezes_the_backbone(tmp_path, reselects):
         torch.testing.assert_close(averages(average.ema)[name], before[name])
 
 
+@pytest.mark.parametrize("reselects", [False, True])
+def test_lightning_resumes_with_layers_frozen_again(tmp_path, reselects):
+    """BaseFinetuning freezes the backbone in each setup; the average goes on with what it had averaged."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    from fused_ema.integrations.lightning import EMACallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+            self.measured = None
+
+        def training_step(self, batch):
+            return self.head(self.backbone(batch)).square().mean()
+
+        def validation_step(self, batch):
+            self.measured = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+    class Unfreezing(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.backbone)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.backbone, optimizer)
+                if reselects:
+                    module.trainer.callbacks[1].ema.reselect()
+            elif epoch > 1:
+                self.make_trainable(module.backbone)
+
+    def trainer(epochs):
+        torch.manual_seed(0)
+        average = EMACallback(0.5, select=by_requires_grad)
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        options = {"max_epochs": epochs, "default_root_dir": tmp_path, "accelerator": "cpu"}
+        return average, pl.Trainer(callbacks=[Unfreezing(), average], **options, **quiet)
+
+    def fit(epochs, path=None):
+        average, run = trainer(epochs)
+        run.fit(module := Module(), torch.utils.data.DataLoader(torch.ones(8, 3), 4), ckpt_path=path)
+        return run, average.ema, dict(module.named_parameters())
+
+    fit(2)[0].save_checkpoint(path := tmp_path / "last.ckpt")
+    (_, resumed, weights), (_, whole, expected) = fit(3, path), fit(3)
+    assert equal(weights, expected)
+    assert equal(averages(resumed), averages(whole))
+    assert len(averages(whole)) == (4 if reselects else 2)
+    if not reselects:
+        assert resumed.reselect() == whole.reselect() == (["backbone.weight", "backbone.bias"], [])
+
+    saved = torch.load(path, weights_only=True)
+    data = torch.utils.data.DataLoader(torch.ones(4, 3), 4)
+    trainer(2)[1].validate(module := Module(), data, ckpt_path=path, verbose=False)
+    state = next(each for each in saved["callbacks"].values() if "averages" in each)
+    assert equal(module.measured, saved["state_dict"] | state["averages"][0])
+
+
+def test_lightning_says_where_a_checkpoint_and_select_differ(tmp_path):
+    """Layers that were unfrozen without a reselect(); and options that no select of a callback explains."""
+    pl = pytest.importorskip("lightning.pytorch")
+
+    from fused_ema.integrations.lightning import EMACallback
+
+    class Module(pl.LightningModule):
+        def __init__(self, frozen=False):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(3, 3).requires_grad_(not frozen), nn.Linear(3, 1)
+
+        def training_step(self, batch):
+            return self.head(self.backbone(batch)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(module, average, path=None):
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        options = {"max_epochs": 2 if path else 1, "default_root_dir": tmp_path, "accelerator": "cpu"}
+        run = pl.Trainer(callbacks=[average], **options, **quiet)
+        run.fit(module, torch.utils.data.DataLoader(torch.ones(8, 3), 4), ckpt_path=path)
+        return run
+
+    path = tmp_path / "last.ckpt"
+    fit(Module(frozen=True), EMACallback(0.5, select=by_requires_grad)).save_checkpoint(path)
+    average = EMACallback(0.5, select=by_requires_grad)
+    with pytest.warns(UserWarning, match=r"decides otherwise for 'backbone.weight', 'backbone.bias'; call"):
+        fit(Module(), average, path)
+    assert sorted(averages(average.ema)) == ["head.bias", "head.weight"]
+    assert average.ema.reselect() == (["backbone.weight", "backbone.bias"], [])  # as the warning says
+
+    with pytest.raises(ValueError, match=r"missing from the state: 'backbone.weight'.* set strict_loading = False"):
+        fit(Module(), EMACallback(0.5), path)
+    fit(Module(), EMACallback(0.5, select=by_requires_grad), path)  # as the error says
+    module = Module()
+    module.strict_loading = False  # as the error says
+    with pytest.warns(UserWarning, match="backbone.weight"):
+        fit(module, average := EMACallback(0.5), path)
+    assert len(averages(average.ema)) == 4
+
+
 def test_lightning_resumes_after_an_unfreezing(tmp_path):
     """The module unfreezes what it had unfrozen, before the callback makes its manager."""
     pl = pytest.importorskip("lightning.pytorch")
@@ -114,6 +218,70 @@ def test_lightning_resumes_after_an_unfreezing(tmp_path):
 
     fit(2)[0].save_checkpoint(tmp_path / "last.ckpt")
     assert equal(fit(3, tmp_path / "last.ckpt")[1], fit(3)[1])
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_transformers_resumes_after_an_unfreezing(tmp_path, best):
+    """The layers are frozen when the run that resumes begins. The best model is of a time before they train."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    from fused_ema.integrations.transformers import EMACallback
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+
+        def forward(self, x, labels=None):
+            loss = self.head(self.backbone(x)).square().mean()
+            return {"loss": loss, "logits": loss.reshape(1)}
+
+    class Unfreezing(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step >= 2 and not model.backbone.weight.requires_grad:
+                model.backbone.requires_grad_()
+                average.ema.reselect()
+
+    def fit(folder, checkpoint=None):
+        torch.manual_seed(0)
+        model = Network()
+        more = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True} if best else {}
+        arguments = transformers.TrainingArguments(
+            tmp_path / folder,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=1,
+            learning_rate=0.1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            metric_for_best_model="eval_score",
+            greater_is_better=False,
+            **more,
+        )
+        rows = [{"x": torch.ones(3), "labels": torch.zeros(1)}] * 64
+        run = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows[:8],
+            compute_metrics=lambda _: {"score": run.state.global_step},
+            callbacks=[Unfreezing(), average],
+        )
+        run.train(resume_from_checkpoint=checkpoint)
+        return averages(average.ema)
+
+    average = EMACallback(0.5, select=by_requires_grad)
+    whole = fit("whole")
+    if best:
+        assert equal(whole, torch.load(tmp_path / "whole" / "checkpoint-1" / "ema.pt")["averages"][0])
+        assert "backbone.weight" not in whole
+        assert average.ema.reselect()[0] == ["backbone.weight", "backbone.bias"], "the select of the user holds again"
+        return
+    assert "backbone.weight" in whole
+    average = EMACallback(0.5, select=by_requires_grad)
+    assert equal(fit("again", str(tmp_path / "whole" / "checkpoint-4")), whole)
 
 
 def test_peft_adds_an_adapter():
