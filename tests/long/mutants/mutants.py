@@ -330,7 +330,7 @@ MUTANTS = [
         'saved = {"nonfinite": "propagate", **saved}',
         'saved = {"nonfinite": "skip", **saved}',
     ),
-    Mutant("saved without a word", "fused_ema/manager/report.py", "    if bad:\n", "    if len(bad) > 1:\n"),
+    Mutant("saved without a word", "fused_ema/manager/report.py", "    if not bad:\n", "    if len(bad) < 2:\n"),
     Mutant(
         "moved, and written to where it was",
         "fused_ema/manager/ema.py",
