@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..manager.ema import EMA
 from ..manager.selection import Select
@@ -42,3 +43,21 @@ def check_options(decay: Any, index: int, options: Options, **flags: bool) -> No
         given["select"] = None  # the names are not those of the user's model
     manager = EMA(nn.LayerNorm(1, device="cpu"), decay, **given)  # a layer that takes no random numbers
     average_index(index, len(manager.schedules))
+
+
+def reselect_as_saved(ema: EMA, select: Select | None, state: Mapping[str, Any], *, drop: bool = False) -> None:
+    """Averages what a saved state names and `select` takes once it trains: layers that were unfrozen after the start,
+    and are frozen again in a new run. With `drop`, nothing else. Later calls of `ema.reselect()` use `select`."""
+    if select is None:
+        return
+    names: set[str] | None = set(state["averages"][0])
+
+    def chosen(name: str, tensor: Tensor) -> bool:
+        if names is not None and name in names:
+            tensor = nn.Parameter(tensor.detach())
+        elif names is not None and drop:
+            return False
+        return select(name, tensor)
+
+    ema.reselect(chosen)
+    names = None

@@ -25,11 +25,12 @@ except ImportError as error:
 
 from .._warning import warn
 from ..checkpoints.files import replacing
+from ..manager import report
 from ..manager.ema import EMA
 from ..manager.state import Whose, check_whose
 from ..pairs.shards import is_sharded
 from ..schedules import Schedule
-from .options import Options, check_options
+from .options import Options, check_options, reselect_as_saved
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +46,8 @@ class EMACallback(TrainerCallback):
         decay: as in `fused_ema.EMA`.
         evaluate: whether the evaluations during training use the average. For an evaluation of your own, and for
             `trainer.save_model()`, write ``with callback.ema.swapped(): trainer.evaluate()``. If other callbacks ask
-            for evaluations, pass this one last.
+            for evaluations, pass this one last. Of several callbacks of this class, the first with evaluate=True is
+            evaluated.
         save: whether each `checkpoint-N` gets a folder `ema`, which `from_pretrained` reads (`ema/adapter` for a PEFT
             model), and a file `ema.pt`, from which `train(resume_from_checkpoint=...)` resumes. With save=False no file
             is looked for either.
@@ -80,7 +82,9 @@ class EMACallback(TrainerCallback):
         self.decay, self.evaluate, self.save, self.index, self.options = decay, evaluate, save, index, options
         self.schedules = schedules
         self._inside = contextlib.ExitStack()
+        self._all = [self]  # the trainer's callbacks of this class
         self._begun = False  # the first step of this run
+        self._resumed = False  # this run, with no averages of the callback's own
         self._evaluated: list[tuple[int, int]] = []  # what the model was when the average had been put into it
         self._written: Path | None = None  # before `on_save`
 
@@ -88,8 +92,9 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         model, checkpoint = given["model"], _resumed_from(args, state)
-        self._refuse_others()
-        self._leave_interrupted()
+        self._look_at_others()
+        for each in self._all:
+            each._leave_interrupted()
         if checkpoint:
             _drop_former_adapter(model, checkpoint)
         self.ema = None  # frees the averages of the last run first
@@ -99,16 +104,22 @@ class EMACallback(TrainerCallback):
                 "EMACallback: expected save=False for a sharded model, found True; save and load "
                 "callback.ema.state_dict() with torch.distributed.checkpoint"
             )
-        self._begun, self._written = False, None
+        self._begun, self._resumed, self._written = False, False, None
         if checkpoint:
             self._resume(checkpoint, state.global_step)
-        self._enter(args.eval_on_start and self.ema.updates > 0)
+        if (chosen := self._chosen()) and chosen.ema and chosen.ema.updates:
+            self._enter(args.eval_on_start)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        if self.ema and not self._begun:
-            self.ema.begin()  # with weights that another callback has restored since on_train_begin
+        # Other callbacks may have restored weights, or loaded averages, since on_train_begin.
+        if self.ema and not self._begun and self.ema.begin() and self._resumed:
+            warn(
+                f"EMACallback: with save=False no averages are loaded, so they start at step {state.global_step}, as "
+                "copies of the model; to go on with a state of your own, load it into callback.ema in the "
+                "on_train_begin of a callback that is passed after this one"
+            )
         self._begun = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -121,9 +132,15 @@ class EMACallback(TrainerCallback):
         self._enter(control.should_evaluate)
 
     def _enter(self, evaluates: bool) -> None:
-        if self.ema and self.evaluate and evaluates and self.ema.swapped_index is None:
-            self._inside.enter_context(self.ema.swapped(self.index))
-            self._evaluated = _marks(self.ema.model.parameters())
+        if not evaluates or self is not self._all[-1]:  # the others have yet to update from the model
+            return
+        if (chosen := self._chosen()) and chosen.ema and chosen.ema.swapped_index is None:
+            chosen._inside.enter_context(chosen.ema.swapped(chosen.index))
+            chosen._evaluated = _marks(chosen.ema.model.parameters())
+
+    def _chosen(self) -> EMACallback | None:
+        """The callback whose average is evaluated."""
+        return next((each for each in self._all if each.evaluate), None)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self._warn_of_raw_weights()
@@ -151,34 +168,42 @@ class EMACallback(TrainerCallback):
             raise RuntimeError("EMACallback: a checkpoint was saved inside swapped(), with the averages as the model")
         folder = _checkpoint(args, state)
         if self.ema and self.save and args.should_save and self._written != folder:
-            _export(self.ema, self.index, model, folder / FOLDER)
+            saved = self.ema.state_dict()
+            with report.checked():  # for NaN, by state_dict()
+                _export(self.ema, self.index, model, folder / FOLDER)
             with replacing(folder / STATE) as temporary:
-                torch.save(self.ema.state_dict(), temporary)
+                torch.save(saved, temporary)
             self._written = folder
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if not (self.save and args.load_best_model_at_end and state.best_model_checkpoint):
             return
         if (path := Path(state.best_model_checkpoint) / STATE).is_file():  # the trainer has loaded its model
-            self._load(path)
+            self._load(path, drop=True)  # what was frozen then is the model's own
         else:
             warn(
                 f"EMACallback: the best model was loaded from {path.parent}, which has no averages (no {STATE}); "
                 "callback.ema holds those of the last step"
             )
 
-    def _refuse_others(self) -> None:
+    def _look_at_others(self) -> None:
+        self._all = [self]
         for variables in _trainer_frames("_inner_training_loop"):
-            callbacks = [each for each in variables["self"].callback_handler.callbacks if isinstance(each, EMACallback)]
-            if self.save and sum(each.save for each in callbacks) > 1:
-                raise ValueError(
-                    "EMACallback: expected one callback with save=True, found several, which would write the same "
-                    f"files ({FOLDER}, {STATE}); pass a sequence of decays to one callback, or save=False and "
-                    "evaluate=False to all but the last"
-                )
+            callbacks = variables["self"].callback_handler.callbacks
+            self._all = [each for each in callbacks if isinstance(each, EMACallback)]
+        if self.save and sum(each.save for each in self._all) > 1:
+            raise ValueError(
+                "EMACallback: expected one callback with save=True, found several, which would write the same "
+                f"files ({FOLDER}, {STATE}); pass a sequence of decays to one callback, or save=False to all but one"
+            )
+        if self is self._chosen() and (count := sum(each.evaluate for each in self._all)) > 1:
+            warn(
+                f"EMACallback: {count} callbacks have evaluate=True; evaluations use the average of the first, "
+                f"decay={self.decay}; pass evaluate=False to the others"
+            )
 
     def _warn_of_raw_weights(self) -> None:
-        if self.ema and self.evaluate and self.ema.updates and self.ema.swapped_index is None:
+        if self.ema and self is self._chosen() and self.ema.updates and self.ema.swapped_index is None:
             warn(
                 "EMACallback: these are the metrics of the model's own weights; to evaluate the average, write "
                 "`with callback.ema.swapped(): trainer.evaluate()`"
@@ -188,7 +213,13 @@ class EMACallback(TrainerCallback):
         path = checkpoint / STATE
         found = gather_object([self.save and path.is_file()])
         if all(found):
-            self._load(path)
+            try:
+                self._load(path)
+            except ValueError as error:
+                raise ValueError(
+                    f"EMACallback: {path}: {error}; to load it in a way of your own, pass save=False, and load it into "
+                    "callback.ema in the on_train_begin of a callback that is passed after this one"
+                ) from error
         elif any(found):
             ranks = [rank for rank, there in enumerate(found) if not there]
             raise FileNotFoundError(
@@ -200,15 +231,12 @@ class EMACallback(TrainerCallback):
                 "the model; to go on with earlier ones, resume from a checkpoint that has them"
             )
         else:
-            warn(
-                f"EMACallback: with save=False no averages are loaded, so they start at step {step}, as copies of the "
-                "model; to go on with a state of your own, load it into callback.ema in the on_train_begin of a "
-                "callback that is passed after this one"
-            )
+            self._resumed = True  # on_step_begin warns, unless another callback has loaded some
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, *, drop: bool = False) -> None:
         assert self.ema
         state = torch.load(path, map_location="cpu", weights_only=True)
+        reselect_as_saved(self.ema, self.options.get("select"), state, drop=drop)
         self.ema.load_state_dict(state, schedules=self.schedules)
 
     def _leave_interrupted(self) -> None:

@@ -268,12 +268,15 @@ class EMA:
         dropped = [name for name in before[1] if name in fresh or name not in self._averages]
         return added, dropped
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Begins again from the model as it is now, unless there was an update or the averages were loaded.
 
         For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
         ema.begin()``. It may be called at any time, and does nothing once the averages have a history. An attached
         optimizer calls it before its first step; see `attach`.
+
+        Returns:
+            Whether it began again.
 
         Raises:
             RuntimeError: inside `swapped()`.
@@ -281,8 +284,9 @@ class EMA:
         with one_at_a_time():
             self.wait()
             self._refuse_swapped("EMA.begin()")
-            if self._fresh and self._step == 0:
+            if begins := self._fresh and self._step == 0:
                 self._run(Call("copy", (0.0,) * len(self.schedules)))
+            return begins
 
     def _begin(self) -> None:
         """`begin`, before the first step of an attached optimizer. A CUDA graph would begin again at each replay."""

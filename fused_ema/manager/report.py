@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +48,23 @@ def summary(about: dict[str, Any], model: str) -> str:
     )
 
 
+_checked = contextvars.ContextVar("checked", default=False)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Inside, averages are not read for NaN: they just were."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
 def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]]) -> None:
     """Warns of averages, by name, that hold NaN or infinity."""
+    if _checked.get():
+        return
     named = [(name, local(tensor)) for each in averages for name, tensor in each.items()]
     named = [(name, tensor) for name, tensor in named if storage_refusal(name, tensor) is None]
     finite = reference.are_finite([tensor for _, tensor in named])

@@ -172,6 +172,33 @@ def test_two_callbacks_do_not_write_the_same_files(tmp_path):
     trainer(tmp_path, EMACallback(0.5, save=False, evaluate=False), EMACallback((0.9, 0.5)), max_steps=3).train()
 
 
+def test_the_first_of_two_callbacks_is_evaluated(tmp_path):
+    first, second, by_hand = EMACallback(0.9), EMACallback(0.5, save=False), Averages()
+    run = trainer(tmp_path, first, second)
+    run.callback_handler.callbacks.insert(0, by_hand)
+    with pytest.warns(UserWarning, match=r"2 callbacks have evaluate=True; .* decay=0.9; pass evaluate=False") as heard:
+        run.train()
+    assert sum("EMACallback" in str(each.message) for each in heard) == 1
+    same_values(run.evaluated, by_hand.averages)
+    assert first.ema.step == second.ema.step == 6
+    run = trainer(tmp_path, EMACallback(0.9), EMACallback(0.5, save=False, evaluate=False))  # as the warning says
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EMACallback")
+        run.train()
+    same_values(run.evaluated, by_hand.averages)
+
+
+def test_two_callbacks_begin_again_after_an_evaluation_that_raised(tmp_path):
+    other, evaluated = EMACallback(0.5, save=False, evaluate=False), EMACallback(0.9)
+    run = trainer(tmp_path, other, evaluated)
+    run.compute_metrics = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    run.compute_metrics = None
+    run.train()
+    assert other.ema.step == evaluated.ema.step == 6
+
+
 def test_each_of_several_datasets_is_evaluated_with_the_average(tmp_path):
     callback, seen = EMACallback(decay=0.9), []
     run = trainer(tmp_path, callback)
@@ -237,14 +264,45 @@ def test_a_later_callback_may_load_averages_or_weights(tmp_path):
         if "averages" in restoring.restore:
             expected = clones(whole.ema.state_dict()["averages"][0])
         run = trainer(tmp_path, callback, restoring, by_hand, eval_strategy="no", save_strategy="no", max_steps=4)
-        with pytest.warns(UserWarning, match="load it into callback.ema"):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        warned = any("start at step 3" in str(each.message) for each in heard)
+        assert warned == ("averages" not in restoring.restore)
         if "averages" in restoring.restore:
             fused_ema.update(expected, values(callback.ema.model), 0.9)
         else:
             expected = by_hand.averages
         assert callback.ema.step == 1 + 6 * ("averages" in restoring.restore)
         same_values(callback.ema.state_dict()["averages"][0], expected)
+
+
+def test_a_save_warns_of_nan_once(tmp_path):
+    class Breaking(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            with torch.no_grad():
+                model.transformer.ln_f.bias[0] = torch.nan
+
+    run = trainer(tmp_path, Breaking(), EMACallback(), eval_strategy="no", max_steps=3)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        run.train()
+    assert sum("hold NaN or infinity" in str(each.message) for each in heard) == 1
+
+
+def test_a_state_that_does_not_fit_is_loaded_by_hand(tmp_path):
+    class Loading(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            with pytest.warns(UserWarning, match="load_state_dict"):
+                callback.ema.load_state_dict(torch.load(path / "ema.pt"), names="common")
+
+    path, options = tmp_path / "checkpoint-3", {"eval_strategy": "no", "max_steps": 4}
+    trainer(tmp_path, EMACallback(select=lambda name, _: "wte" in name), **options).train()
+    with pytest.raises(ValueError, match=r"ema\.pt: state: .*names='common'.*; .* pass save=False, and load it into"):
+        trainer(tmp_path, EMACallback(), **options).train(resume_from_checkpoint=str(path))
+    callback = EMACallback(save=False)
+    trainer(tmp_path, callback, Loading(), **options).train(resume_from_checkpoint=str(path))
+    assert callback.ema.step == 4
 
 
 def test_averages_that_only_some_processes_find_are_refused(tmp_path, monkeypatch):

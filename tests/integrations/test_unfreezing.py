@@ -116,6 +116,70 @@ def test_lightning_resumes_after_an_unfreezing(tmp_path):
     assert equal(fit(3, tmp_path / "last.ckpt")[1], fit(3)[1])
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_transformers_resumes_after_an_unfreezing(tmp_path, best):
+    """The layers are frozen when the run that resumes begins. The best model is of a time before they train."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    from fused_ema.integrations.transformers import EMACallback
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+
+        def forward(self, x, labels=None):
+            loss = self.head(self.backbone(x)).square().mean()
+            return {"loss": loss, "logits": loss.reshape(1)}
+
+    class Unfreezing(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step >= 2 and not model.backbone.weight.requires_grad:
+                model.backbone.requires_grad_()
+                average.ema.reselect()
+
+    def fit(folder, checkpoint=None):
+        torch.manual_seed(0)
+        model = Network()
+        more = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True} if best else {}
+        arguments = transformers.TrainingArguments(
+            tmp_path / folder,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=1,
+            learning_rate=0.1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            metric_for_best_model="eval_score",
+            greater_is_better=False,
+            **more,
+        )
+        rows = [{"x": torch.ones(3), "labels": torch.zeros(1)}] * 64
+        run = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows[:8],
+            compute_metrics=lambda _: {"score": run.state.global_step},
+            callbacks=[Unfreezing(), average],
+        )
+        run.train(resume_from_checkpoint=checkpoint)
+        return averages(average.ema)
+
+    average = EMACallback(0.5, select=by_requires_grad)
+    whole = fit("whole")
+    if best:
+        assert equal(whole, torch.load(tmp_path / "whole" / "checkpoint-1" / "ema.pt")["averages"][0])
+        assert "backbone.weight" not in whole
+        assert average.ema.reselect()[0] == ["backbone.weight", "backbone.bias"], "the select of the user holds again"
+        return
+    assert "backbone.weight" in whole
+    average = EMACallback(0.5, select=by_requires_grad)
+    assert equal(fit("again", str(tmp_path / "whole" / "checkpoint-4")), whole)
+
+
 def test_peft_adds_an_adapter():
     peft = pytest.importorskip("peft")
 
