@@ -32,6 +32,8 @@ class Manager(NamedTuple):
     on_host: bool  # whether the averages of a model on CUDA devices lie in host memory
     cuda_devices: Callable[[], list[torch.device]]  # the devices that updates run on
     refuse_swapped: Callable[[str], None]  # raises inside swapped(), for the call of that name
+    averaged: Callable[[], Iterable[Tensor]]  # the model's tensors that are averaged
+    begin: Callable[[], None]  # copies the model, unless the averages have a history
     update: Callable[[Tensor | None], None]  # one step; a tensor that is not 0 says that the optimizer skipped its own
     progress: Callable[[], Any]  # what the next update changes besides the averages
     rewind: Callable[[Any], None]  # restores such progress, because the latest update changed no average
@@ -64,9 +66,8 @@ class Attachment:
         if not isinstance(inner, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, found {type(inner).__name__}")
         averaged = {id(tensor) for tensor in manager.model.parameters()}
-        groups = (group for each in layers for group in getattr(each, "param_groups", ()))
-        stepped = (id(tensor) for group in groups for tensor in group["params"])
-        if averaged and not any(each in averaged for each in stepped):
+        self._layers = layers
+        if averaged and averaged.isdisjoint(self._stepped()):
             # Not an error: some optimizers step copies of the parameters in higher precision.
             warn(
                 "EMA.attach: the optimizer has none of the averaged model's parameters in its groups; was it made for "
@@ -79,6 +80,8 @@ class Attachment:
         self._news: _News | None = None
         self._loading: State | None = None  # in the state that the optimizer is loading
         self._rehearsed = False  # the running step trains nothing
+        self._first = True  # the next step may begin the averages
+        self._left_out = False  # the averages, by the state that the optimizer has loaded
         self._running = 0  # calls of step() in layers, which may be nested
         self._pending: tuple[Tensor | None] | None = None  # found_inf of a step whose update has yet to run
         self._optimizer = type(optimizer).__name__
@@ -158,14 +161,20 @@ class Attachment:
             except ValueError as problem:
                 raise ValueError(f"{problem} (`state`: what optimizer_state.pop({STATE!r}) returns)") from problem
         else:
-            warn(f"EMA.attach: the optimizer's state has no averages under {STATE!r}; the manager keeps those it has")
+            warn(
+                f"EMA.attach: the optimizer's state has no averages under {STATE!r}; the manager keeps those it has, "
+                "or begins with the weights that are there at the next step, if it was neither updated nor loaded yet"
+            )
         return {key: value for key, value in state.items() if key != STATE}
 
     def _load(self, _: torch.optim.Optimizer) -> None:
         state, self._loading = self._loading, None
+        self._left_out = state is None
         if state:
             with one_at_a_time():
                 self._manager.take(state)
+        else:
+            self._first = True
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._rehearsed = not optimizer.state and _makes_state()
@@ -175,6 +184,22 @@ class Attachment:
         self._manager.refuse_swapped("optimizer.step(), which would train the averages,")
         if self._overlap:
             self.join()
+        # Once, since the second part of SAM's step finds weights that are not the model's own.
+        if self._first and not self._running and not _makes_state():
+            if self._left_out or self._trains_all():
+                self._manager.begin()
+            self._first = False
+
+    def _stepped(self) -> set[int]:
+        """The ids of all tensors that the optimizer has in its groups."""
+        groups = (group for each in self._layers for group in getattr(each, "param_groups", ()))
+        return {id(tensor) for group in groups for tensor in group["params"]}
+
+    def _trains_all(self) -> bool:
+        """Whether nothing but this optimizer can have trained what is averaged: no other one, no forward pass."""
+        stepped = self._stepped()
+        frozen = {id(tensor) for tensor in self._manager.model.parameters() if not tensor.requires_grad}
+        return all(id(tensor) in stepped or id(tensor) in frozen for tensor in self._manager.averaged())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._rehearsed:

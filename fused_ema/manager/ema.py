@@ -51,7 +51,8 @@ class EMA:
             difference.
         buffers: "copy" or "ignore": the manager keeps no buffers; wherever some are needed they are the model's.
             "average": floating buffers are averaged as parameters are, except those that are not persistent and the
-            vectors of spectral norm's power iteration. Or a function of a name and a buffer that returns one of these.
+            vectors of spectral norm's power iteration. Or a function of a name and a buffer that returns one of these,
+            for one name always the same. To pickle the manager, pass one that pickle can find by name, no lambda.
         select: `select(name, tensor) -> bool`, called for each name when the manager is made, and by `reselect`; names
             are without the segments of wrappers, and for tied names one yes is enough. A tensor that it turns down
             takes no memory, and the model's own is used in its place. Default: everything real or complex. Where it
@@ -275,7 +276,8 @@ class EMA:
         """Begins again from the model as it is now, unless there was an update or the averages were loaded.
 
         For weights that are loaded after the manager was made: ``ema = EMA(model); ...; model.load_state_dict(state);
-        ema.begin()``. It may be called at any time, and does nothing once the averages have a history.
+        ema.begin()``. It may be called at any time, and does nothing once the averages have a history. An attached
+        optimizer calls it before its first step; see `attach`.
 
         Returns:
             Whether it began again.
@@ -289,6 +291,11 @@ class EMA:
             if begins := self._fresh and self._step == 0:
                 self._run(Call("copy", (0.0,) * len(self.schedules)))
             return begins
+
+    def _begin(self) -> None:
+        """`begin`, before the first step of an attached optimizer. A CUDA graph would begin again at each replay."""
+        if not (self._cuda_devices() and torch.cuda.is_current_stream_capturing()):
+            self.begin()
 
     # ---- Evaluating
 
@@ -426,7 +433,10 @@ class EMA:
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
         if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
-            raise NoPlaceError(f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}")
+            raise NoPlaceError(
+                f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}; average only "
+                "what it has, by ema.reselect(lambda name, tensor: ...), or fill a copy of the model by ema.copy_to"
+            )
         taken = {key: values[id(value)] for key, value in tensors.items() if id(value) in values}
         report.warn_of_nonfinite([taken], self.nonfinite)
         for key, value in tensors.items():
@@ -552,6 +562,10 @@ class EMA:
         `first_step()` and `second_step()` of sharpness-aware optimizers (SAM) are one step together. Where no step was
         seen though the parameters have changed, the first look at the averages warns.
 
+        The first step calls `begin()`, so that weights may be loaded until then, if the optimizer has all averaged
+        tensors that are not frozen. It leaves averages alone that something else may have trained before: another
+        optimizer or, with averaged buffers, the forward pass. Call `begin()` after loading there.
+
         Args:
             optimizer: the one that steps last, if there are several; the outermost, if one wraps another. One that has
                 none of the model's parameters gives a warning.
@@ -561,8 +575,8 @@ class EMA:
                 first.
             save: the state of the manager is part of `optimizer.state_dict()`, under "fused_ema", and is loaded with
                 it. Attach before you load: an optimizer by itself ignores that part. A state without it gives a
-                warning, one that does not fit raises what `load_state_dict` does. Not with
-                `torch.distributed.checkpoint.state_dict`, which drops that part.
+                warning, and a manager without a history then begins at the next step; one that does not fit raises what
+                `load_state_dict` does. Not with `torch.distributed.checkpoint.state_dict`, which drops that part.
             schedules: with `save`, whose schedules and options hold after loading: see `load_state_dict`.
 
         Returns:
@@ -580,6 +594,8 @@ class EMA:
             on_host=self._averages.on_host,
             cuda_devices=self._cuda_devices,
             refuse_swapped=self._refuse_swapped,
+            averaged=lambda: self._current().values(),
+            begin=self._begin,
             update=self._update,
             progress=lambda: (self._step, self._decays),
             rewind=self._rewind,
@@ -629,7 +645,7 @@ class EMA:
         parameters that `select` turned down, and buffers); `problem`, where the model no longer fits."""
         others: list[str] = []
         try:
-            plan = (self._plan if self._plan and self._plan.prepared.current() else self._new_plan()).describe()
+            plan = (self._plan if self._plan and self._plan.fits() else self._new_plan()).describe()
             others = [name for name in tensors_of(self.model) if name not in self._averages]
         except (ValueError, TypeError, RuntimeError) as problem:
             plan = {"problem": str(problem)}

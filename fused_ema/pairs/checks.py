@@ -62,7 +62,8 @@ def check(pairs: Pairs, *, free_types: bool = False) -> Checked:
         _check_both(label, ema, model, free_types)
         moving = Action.AVERAGE if averaged and ema.dtype in WIDTH else Action.COPY
         actions.append(Action.NONE if ema.numel() == 0 else moving)
-    _drop_repeated(pairs, actions)
+    hint = "; call ema.reselect(), which takes the model as it is now" if free_types else ""
+    _drop_repeated(pairs, actions, hint)
 
     active = [
         (f"ema{label}", ema, f"model{label}", model, action)
@@ -71,7 +72,8 @@ def check(pairs: Pairs, *, free_types: bool = False) -> Checked:
     ]
     found = [(span(ema_name, ema), span(model_name, model)) for ema_name, ema, model_name, model, _ in active]
     spans = dict(zip((i for i, action in enumerate(actions) if action is not Action.NONE), found, strict=True))
-    no_swap = _overlap_refusal({ours for ours, _ in found}, {theirs for _, theirs in found})
+    objects = {name: id(model) for _, _, name, model, _ in active}
+    no_swap = _overlap_refusal({ours for ours, _ in found}, {theirs for _, theirs in found}, objects, hint)
     no_update = None
     for ema_name, ema, model_name, model, action in active:
         if action is Action.AVERAGE and not free_types:
@@ -96,8 +98,9 @@ def without_unfit(pairs: Pairs) -> Pairs:
     return Pairs(*([side[i] for i in kept] for side in pairs)) if unfit else pairs  # type: ignore[arg-type]
 
 
-def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
-    """Makes a pair that is tied to an earlier one run once; refuses one average of two different tensors."""
+def _drop_repeated(pairs: Pairs, actions: list[Action], hint: str) -> None:
+    """Makes a pair that is tied to an earlier one run once; refuses one average of two different tensors, with a
+    hint."""
     first: dict[tuple[object, ...], int] = {}
     for i, (ema, model) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
         if actions[i] is Action.NONE:
@@ -109,19 +112,20 @@ def _drop_repeated(pairs: Pairs, actions: list[Action]) -> None:
             one, other = pairs.labels[before], pairs.labels[i]
             raise ValueError(
                 f"ema{other}: expected one model tensor for each average, "
-                f"found model{one} and model{other} both feeding the average ema{one}"
+                f"found model{one} and model{other} both feeding the average ema{one}{hint}"
             )
         actions[i] = Action.NONE
 
 
-def _overlap_refusal(ema: set[Span], model: set[Span]) -> Exception | None:
+def _overlap_refusal(ema: set[Span], model: set[Span], objects: dict[str, int], hint_for_ties: str) -> Exception | None:
     """Raises where an average shares bytes with anything else. Where tensors of the model share bytes, a swap alone is
-    refused: returns the reason."""
+    refused: returns the reason. `objects` are the ids of the model's tensors by name; tied ones are one object."""
     refusal = None
     for before, after in overlaps(ema | model):
         if before in model and after in model:
+            hint = hint_for_ties if objects[before.name] == objects[after.name] else ""
             refusal = refusal or ValueError(
-                f"{after.name}: expected memory of its own, found bytes shared with {before.name}"
+                f"{after.name}: expected memory of its own, found bytes shared with {before.name}{hint}"
             )
             continue
         average, other = (after, before) if after in ema else (before, after)

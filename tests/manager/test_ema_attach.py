@@ -892,6 +892,102 @@ def test_an_optimizers_state_without_averages_is_warned_of(backend):
         optimizer.load_state_dict(plain)
 
 
+def fill(parameters, value):
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(value)
+            parameter.grad = torch.ones_like(parameter)
+
+
+def one(*tensors):
+    """The only value that these tensors hold."""
+    (value,) = {value for tensor in tensors for value in tensor.unique().tolist()}
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:EMA.attach. the optimizer's state has no averages")
+@pytest.mark.parametrize("history", ["none", "updated", "loaded"])
+def test_a_state_without_averages_begins_them_at_the_next_step(backend, history):
+    """With weights that are loaded before or after it, but only where there was nothing to go on with. The optimizer
+    has a part of the model, so that it would not begin by itself."""
+    model = net()
+    optimizer = torch.optim.SGD(model[0].parameters(), 1.0)
+    plain = optimizer.state_dict()
+    fill(model.parameters(), 1.0)
+    ema = EMA(model, 0.5)
+    if history == "updated":
+        ema.update()
+    elif history == "loaded":
+        ema.load_state_dict(copy.deepcopy(ema.state_dict()))
+    ema.attach(optimizer, save=True)
+    fill(model.parameters(), 9.0)
+    optimizer.load_state_dict(plain)
+    fill(model.parameters(), 99.0)
+    optimizer.step()
+    trained = averages(ema)
+    assert one(trained["0.weight"], trained["0.bias"]) == (98.5 if history == "none" else 49.5)
+    optimizer.step()
+    assert one(trained["0.weight"]) == (97.75 if history == "none" else 73.25)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_average_begins_with_what_is_there_at_the_first_step(backend, overlap, frozen):
+    model = net()
+    model[0].requires_grad_(not frozen)
+    fill(model.parameters(), 1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, overlap)
+    for value, expected in ((9.0, 8.5), (9.0, 8.25)):
+        fill(model.parameters(), value)
+        optimizer.step()
+        assert one(*(averages(ema)[name] for name, p in model.named_parameters() if p.requires_grad)) == expected
+    assert one(averages(ema)["0.weight"]) == (9.0 if frozen else 8.25)
+
+
+@pytest.mark.parametrize("trained_by", ["another optimizer", "a forward pass"])
+def test_what_else_was_trained_before_the_first_step_is_averaged(backend, trained_by):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    fill(model.parameters(), 1.0)
+    if trained_by == "another optimizer":
+        ema, moved = EMA(model, 0.5), model[0].weight
+        optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in model]
+    else:
+        ema, moved = EMA(model, 0.5, buffers="average"), model[1].running_mean
+        optimizers = [torch.optim.SGD(model.parameters(), 1.0)]
+        moved.fill_(1.0)
+        ema.begin()
+        moved.fill_(0.0)
+    ema.attach(optimizers[-1])
+    for optimizer in optimizers:
+        optimizer.step()
+    own = averages(ema)
+    assert one(moved) == 0.0
+    assert one(own["0.weight"], own["1.running_mean" if moved is model[1].running_mean else "1.weight"]) == 0.5
+
+
+def test_the_parts_of_a_step_begin_nothing(backend):
+    """In the second one the model has the weights that SAM looks at, though there was no update so far."""
+
+    class SAM(torch.optim.SGD):
+        def first_step(self):
+            fill(self.param_groups[0]["params"], 100.0)
+
+        def second_step(self):
+            fill(self.param_groups[0]["params"], 1.0)
+            self.step()
+
+    model = net()
+    optimizer = SAM(model.parameters(), 1.0)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer)
+    fill(model.parameters(), 1.0)
+    optimizer.first_step()
+    optimizer.second_step()
+    assert one(*averages(ema).values()) == 0.5
+
+
 def stepped():
     """A manager that is saved with its optimizer, after a step, and what both were before it."""
     model = net()

@@ -171,6 +171,65 @@ def test_reselect_of_tied_names(backend):
     assert values(ema)["new"] == 1.75
 
 
+def test_tied_since(backend):
+    ema = trained()
+    ema.model.body[1].bias = ema.model.body[0].bias
+    refused(ValueError, lambda: ema.swapped().__enter__(), averages(ema), names=["bytes shared", "call ema.reselect()"])
+    ema.reselect()
+    with ema.swapped():
+        assert ema.model.body[0].bias.eq(0.5).all()
+
+
+def test_untied_since(backend):
+    model = Net()
+    model.body[1].bias = model.body[0].bias
+    ema = EMA(model, 0.5)
+    model.body[1].bias = nn.Parameter(torch.zeros_like(model.body[0].bias))
+    refused(ValueError, ema.update, averages(ema), names=["one model tensor", "call ema.reselect()"])
+    ema.reselect()
+    ema.update()
+
+
+def test_bytes_shared_by_tensors_that_are_not_tied(backend):
+    """reselect() would not help."""
+    ema = trained()
+    ema.model.body[1].bias.data = ema.model.body[0].bias.data
+    with pytest.raises(ValueError, match=r"bytes shared with [^;]*$"):
+        ema.swapped().__enter__()
+
+
+class Adapters(nn.Module):
+    """Its state leaves frozen parts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapter = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def state_dict(self, **options):
+        return {name: value for name, value in super().state_dict(**options).items() if "adapter" in name}
+
+
+def test_a_state_that_leaves_averages_out(backend):
+    """As the error says: either way."""
+    ema = EMA(Adapters(), 0.5)
+    own = averages(ema)
+    refused(RuntimeError, ema.averaged_state_dict, own, names=["'base.weight'", "by ema.reselect(", "by ema.copy_to"])
+    ema.copy_to(other := copy.deepcopy(ema.model))
+    assert torch.equal(other.base.weight, own["base.weight"])
+    ema.reselect(lambda name, tensor: name in ema.model.state_dict())
+    assert [*ema.averaged_state_dict()] == ["adapter.weight", "adapter.bias"]
+
+
+def test_describe_keeps_the_plan_where_a_tensor_was_replaced(backend):
+    ema = trained()
+    ema.update()
+    plan = ema._plan
+    ema.model.head.bias = nn.Parameter(torch.zeros_like(ema.model.head.bias))
+    assert "problem" not in ema.describe()
+    assert ema._plan is plan
+    assert plan.prepared.current() or backend == "torch"
+
+
 def test_reselect_by_another_choice(backend):
     ema = trained(select=lambda name, _: name.startswith("body"))
     assert ema.reselect(lambda name, _: not name.startswith("body.0")) == (HEAD, ["body.0.weight", "body.0.bias"])

@@ -484,6 +484,20 @@ def test_lists_in_which_a_tensor_became_an_inference_tensor(backend):
     assert [array.tolist() for array in arrays] == [[1, 1], [1, 1]]
 
 
+def test_a_parameter_that_became_an_inference_tensor(backend):
+    """The same object, at the same address."""
+    array = np.zeros(2, np.float32)
+    ema, model = nn.Module(), nn.Module()
+    ema.w, model.w = nn.Parameter(torch.from_numpy(array)), nn.Parameter(torch.ones(2))
+    handle = fused_ema.bind(ema, model)
+    handle.update(0.5)
+    with torch.inference_mode():
+        inference = torch.from_numpy(array)
+    ema.w.data = inference
+    refused(RuntimeError, lambda: handle.update(0.5), model, names=["ema['w']", "InferenceMode"])
+    assert array.tolist() == [0.5, 0.5]
+
+
 class Compared(nn.Module):
     """Modules that compare by a value of theirs."""
 
