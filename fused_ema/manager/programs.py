@@ -23,9 +23,8 @@ def references(tensors: Iterable[Tensor]) -> int:
     if tensor is None or is_sharded(tensor):
         return 0
     node = None
-    if tensor.requires_grad and tensor.is_leaf:
-        with torch.inference_mode(False):  # the node that a graph refers to the tensor by: it counts once in any case
-            node = torch.autograd.graph.get_gradient_edge(tensor)
+    if tensor.requires_grad and tensor.is_leaf and not torch.is_inference_mode_enabled():
+        node = torch.autograd.graph.get_gradient_edge(tensor)  # by which a graph refers to it: counts once in any case
     uses: int = tensor._use_count()  # type: ignore[attr-defined]
     uses += sys.getrefcount(tensor)
     del node
