@@ -24,7 +24,7 @@ import torch
 
 from .. import checkpoints, schedules
 from .._warning import warn
-from ..manager.ema import EMA, NoPlaceError
+from ..manager.ema import EMA
 from ..manager.state import WAYS_ON, Whose, check_whose
 from ..manager.timetable import schedules_of
 from ..pairs import shards
@@ -289,9 +289,12 @@ class EMACallback(Callback):
             checkpoint[OWN], checkpoint["state_dict"] = trained["state_dict"], self._averaged(trainer, self.ema)
 
     def _averaged(self, trainer: Trainer, ema: EMA) -> dict[str, Any]:
-        with contextlib.suppress(NoPlaceError):  # the module's state_dict() is its own, and leaves some parameters out
+        try:
             if _takes_keep_vars(ema.model.state_dict):
                 return ema.averaged_state_dict(self.index, copy=False)
+        except RuntimeError as error:  # the module's state_dict() is its own, and leaves some parameters out
+            if type(error) is not RuntimeError:  # but out of memory
+                raise
         with ema.swapped(self.index):
             return copy.deepcopy(trainer.strategy.lightning_module_state_dict())
 

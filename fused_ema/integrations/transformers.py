@@ -25,7 +25,6 @@ except ImportError as error:
 
 from .._warning import warn
 from ..checkpoints.files import replacing
-from ..manager import report
 from ..manager.ema import EMA
 from ..manager.state import Whose, check_whose
 from ..pairs.shards import is_sharded
@@ -169,8 +168,7 @@ class EMACallback(TrainerCallback):
         folder = _checkpoint(args, state)
         if self.ema and self.save and args.should_save and self._written != folder:
             saved = self.ema.state_dict()
-            with report.checked():  # for NaN, by state_dict()
-                _export(self.ema, self.index, model, folder / FOLDER)
+            _export(self.ema, self.index, model, folder / FOLDER)
             with replacing(folder / STATE) as temporary:
                 torch.save(saved, temporary)
             self._written = folder

@@ -29,10 +29,6 @@ from .swap import Exchange, holds_average
 from .timetable import Nonfinite, Rounding, Timetable, schedules_of
 
 
-class NoPlaceError(RuntimeError):
-    """The model's state_dict has no place for some averages."""
-
-
 class EMA:
     """Exponential moving averages of a model's parameters, in one kernel launch per update.
 
@@ -432,13 +428,13 @@ class EMA:
         values = self._by_tensor(index, copy)
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         ids = {id(value) for value in tensors.values()}
-        if missing := [name for name, tensor in self._current().items() if id(tensor) not in ids]:
-            raise NoPlaceError(
+        averaged = self._current()
+        if missing := [name for name, tensor in averaged.items() if id(tensor) not in ids]:
+            raise RuntimeError(
                 f"model.state_dict(): expected the parameters themselves, found none for {missing[:5]}; average only "
                 "what it has, by ema.reselect(lambda name, tensor: ...), or fill a copy of the model by ema.copy_to"
             )
-        taken = {key: values[id(value)] for key, value in tensors.items() if id(value) in values}
-        report.warn_of_nonfinite([taken], self.nonfinite)
+        report.warn_of_nonfinite([{name: values[id(tensor)] for name, tensor in averaged.items()}], self.nonfinite)
         for key, value in tensors.items():
             if not is_lazy(value):  # a lazy one has no values yet, and is not averaged
                 if id(value) not in values:

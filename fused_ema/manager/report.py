@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,23 +46,8 @@ def summary(about: dict[str, Any], model: str) -> str:
     )
 
 
-_checked = contextvars.ContextVar("checked", default=False)
-
-
-@contextlib.contextmanager
-def checked() -> Iterator[None]:
-    """Inside, averages are not read for NaN: they just were."""
-    token = _checked.set(True)
-    try:
-        yield
-    finally:
-        _checked.reset(token)
-
-
 def warn_of_nonfinite(averages: Iterable[Mapping[str, Tensor]], nonfinite: Nonfinite) -> None:
     """Warns of averages, by name, that hold NaN or infinity; `nonfinite` is their manager's option."""
-    if _checked.get():
-        return
     named = [(name, local(tensor)) for each in averages for name, tensor in each.items()]
     named = [(name, tensor) for name, tensor in named if storage_refusal(name, tensor) is None]
     finite = reference.are_finite([tensor for _, tensor in named])

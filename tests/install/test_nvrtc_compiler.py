@@ -130,7 +130,7 @@ def test_machine_code(arch, tmp_path):
     code, usage = listings(of_nvrtc([f"sm_{arch}"], tmp_path))
     rows, complaints = audit_sass.audit(code, usage, (f"sm_{arch}",))
     assert not complaints
-    assert len(rows) == 29
+    assert {row.verdict for row in rows} == {"ok"}
 
 
 @needs_nvrtc
