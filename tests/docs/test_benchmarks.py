@@ -1,6 +1,8 @@
 """The benchmarks themselves: what they compute from times, what they check, and one small run from end to end."""
 
+import csv
 import gc
+import io
 import json
 import subprocess
 import sys
@@ -17,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_scaling  # noqa: E402
 import bench_update  # noqa: E402
+import export  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
@@ -118,6 +121,44 @@ def test_ratios_are_taken_within_rounds():
     }
     times["a"][2] = measure.Times(100.0, 0.0, 0.0)
     assert measure.ratio(times["a"], times["b"]) == 3
+
+
+def test_what_is_kept_of_times():
+    found = measure.spread([1e-6 * us for us in (1, 2, 3, 4, 5, 6, 7, 8, 109)])
+    expected = {"median": 5, "p20": 2, "p80": 8, "mean": 145 / 9, "min": 1, "max": 109, "iqr": 4, "outliers": 1}
+    assert found == pytest.approx(expected | {"std": 34.92}, rel=1e-3)
+
+
+def test_an_export_has_the_columns_of_kernels_benchmark():
+    ours, theirs = (dict.fromkeys(("mean", "std", "min", "max", "iqr"), us) for us in (100.0, 250.0))
+    common = {"case": "small", "rounds": 9, "match": True, "max_err_over_bound": 1.0}
+    rows = [
+        {**common, "method": methods.LOOP, "device_us": theirs | {"outliers": 1}},
+        {**common, "method": methods.BOUND, "device_us": ours | {"outliers": 0}},
+        {**common, "match": None, "case": "old", "method": methods.BOUND, "device_us": {"median": 3.0}},
+    ]
+    left_out = {"small": {"wrong": "ArithmeticError: a wrong result", "absent": "ImportError"}, "large": "MemoryError"}
+    file = io.StringIO()
+    export.write({"rows": rows, "left_out": left_out}, file)
+    found = list(csv.DictReader(file.getvalue().splitlines()))
+    columns = "Benchmark Workload N Speedup Mean(ms) Std(ms) Min(ms) Max(ms) IQR(ms) Outliers Ref(ms) Match Error"
+    assert list(found[0]) == columns.split()
+    assert [line["Workload"] for line in found] == [methods.LOOP, methods.BOUND, methods.BOUND, "wrong"]
+    assert [line["Speedup"] for line in found] == ["1.00x", "2.50x", "", ""]
+    assert [line["Match"] for line in found] == ["✓", "✓", "", "✗"]
+    assert [line["Mean(ms)"] for line in found] == ["0.2500", "0.1000", "", ""]
+
+
+def test_a_match_is_what_torch_testing_calls_one(pair):
+    model, average = pair
+    for off, match in ((0.0, True), (5e-6, True), (1e-4, False)):
+
+        @torch.no_grad()
+        def step(off=off):
+            for e, p in zip(average.parameters(), model.parameters(), strict=True):
+                e.lerp_(p, methods.WEIGHT).add_(off)
+
+        assert measure.compared(step, model, average)[1] is match
 
 
 def test_a_wrong_result_is_left_out(monkeypatch):
