@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from PIL import Image
 from report import machine, short
-from tables import ALT, drawable, times
+from tables import ALT, drawable, times, why
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OF_THE_PAGES = ("h200-torch2.11.0.json", "cpu-2core-torch2.13.0.json")
@@ -68,12 +68,6 @@ SHORT = {  # for axes
     APEX: "apex axpby",
     FOREACH_GRAPH: "foreach lerp, CUDA graph",
     BOUND_GRAPH: "fused_ema, CUDA graph",
-}
-MISSING = {  # what a method raised → the text in place of its bar
-    "ModuleNotFoundError": "not installed",
-    "ImportError": "not installed",
-    "NotImplementedError": "not tried",
-    "ArithmeticError": "inexact",
 }
 # Method → colour on a light and on a dark page, and the marker; the order is that of the legend.
 LINES = {
@@ -224,8 +218,7 @@ def ratios(content: dict[str, Any], style: Style) -> Figure:
         axes.barh(range(len(methods)), bars, color=[style.bar(name) for name in methods])
         highest = max(bars, default=0.0) or 1.0
         for at, value in enumerate(values):
-            why = left_out[case].get(methods[at], "")
-            text = times(value) if value else MISSING.get(why.partition(":")[0], "raises") if why else ""
+            text = times(value) if value else why(left_out[case].get(methods[at]))
             position = (value or 0.7) * 1.1 if highest > WIDE else (value or 0) + highest * 0.02
             axes.text(position, at, text, va="center", fontsize=8)
         axes.set_yticks(range(len(methods)), [SHORT[name] for name in methods])

@@ -2,7 +2,7 @@
 
 python benchmarks/readme_table.py [--check]
 
-A marker names the writer and the result file: <!-- models from benchmarks/results/x.json -->.
+A marker names the writer and the result file: <!-- equal from benchmarks/results/x.json -->.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Each writer takes the file's content and a link to it from the page.
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Callable
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -67,6 +68,18 @@ def escaped(method: str) -> str:
     return method.replace("_", r"\_")  # Markdown would take them for emphasis
 
 
+MISSING = {  # what a method raised → the word in place of its number
+    "ModuleNotFoundError": "not installed",
+    "ImportError": "not installed",
+    "NotImplementedError": "not tried",
+    "ArithmeticError": "inexact",
+}
+
+
+def why(left_out: str | None) -> str:
+    return MISSING.get(left_out.partition(":")[0], "raises") if left_out else ""
+
+
 class Rows:
     """A file's rows by case and method, and those of the wanted cases that it has."""
 
@@ -75,10 +88,15 @@ class Rows:
         self.cases = [case for case in cases if any(row["case"] == case for row in content["rows"])]
         named = dict.fromkeys(row["method"] for row in content["rows"])
         self.methods = [name for name in named if any((case, name) in self.found for case in self.cases)]
+        self.left_out = content["left_out"]
         self.cuda = content["env"]["device"] != "cpu"
 
     def of(self, method: str) -> list[dict[str, Any] | None]:
         return [self.found.get((case, method)) for case in self.cases]
+
+    def cells(self, method: str, show: Callable[[Any], str]) -> list[str]:
+        each = zip(self.cases, self.of(method), strict=True)
+        return [show(row) if row else why(self.left_out.get(case, {}).get(method)) for case, row in each]
 
     def head(self, first: str, *more: str) -> list[str]:
         cells = [first, *(HEADS[case] for case in self.cases), *more]
@@ -102,17 +120,18 @@ def spent(cases: tuple[str, ...], content: dict[str, Any], link: str) -> list[st
     rows = Rows(content, cases)
     lines = rows.head("time per update", "error")
     for method in rows.methods:
-        cells = []
-        for row in rows.of(method):
-            mark = "\\*" if row and waits(row["launches"]) else ""
-            cells.append(f"{mark}{duration(row['device_us']['median'])} ({times(row['ratio'])})" if row else "-")
         worst = max(row["max_err_over_bound"] for row in rows.of(method) if row)
-        lines.append(line(method, [*cells, error(worst)]))
+        lines.append(line(method, [*rows.cells(method, measured), error(worst)]))
     streams = {each["case"]: each["streams"] for each in content["ceiling"]}
     for stream in dict.fromkeys(name for case in rows.cases for name in streams.get(case, ())):
         cells = [duration(streams[case][stream]["us"]["median"]) for case in rows.cases]
         lines.append(line(f"({stream})", [*cells, ""]))
     return [*lines, "", rows.repeated(content, link)]
+
+
+def measured(row: dict[str, Any]) -> str:
+    mark = "\\*" if waits(row["launches"]) else ""
+    return f"{mark}{duration(row['device_us']['median'])} ({times(row['ratio'])})"
 
 
 # ---- Memory, launches, and the host
@@ -124,7 +143,7 @@ def extra(content: dict[str, Any], link: str) -> list[str]:
     lines = rows.head("extra memory")
     for method in rows.methods:
         if method not in GRAPHS:
-            lines.append(line(method, [memory(row["peak_extra_bytes"]) if row else "-" for row in rows.of(method)]))
+            lines.append(line(method, rows.cells(method, lambda row: memory(row["peak_extra_bytes"]))))
     return [*lines, "", rows.repeated(content, link)]
 
 
@@ -132,12 +151,14 @@ def launches(content: dict[str, Any], link: str) -> list[str]:
     rows = Rows(content, (GPT2, RESNET, MIXED, LLAMA))
     lines = rows.head("kernels")
     for method in rows.methods:
-        each = [row["launches"] if row else None for row in rows.of(method)]
-        lines.append(line(method, [counts(found) if found else "-" for found in each]))
+        lines.append(line(method, rows.cells(method, counts)))
     return [*lines, "", rows.repeated(content, link)]
 
 
-def counts(found: dict[str, int]) -> str:
+def counts(row: dict[str, Any]) -> str:
+    found = row["launches"]
+    if found is None:
+        return "?"  # the profiler counted nothing
     words = {"copies": ("copy", "copies"), "syncs": ("wait", "waits")}
     more = [f"{found[kind]} {words[kind][found[kind] > 1]}" for kind in words if found[kind]]
     return " + ".join([str(found["kernels"]), *more])
@@ -149,15 +170,15 @@ def host(content: dict[str, Any], link: str) -> list[str]:
     lines = rows.head("device / host" if rows.cuda else "whole / host")
     for method in rows.methods:
         if any(row and row["host_us"] for row in rows.of(method)):
-            cells = []
-            for row in rows.of(method):
-                known = [row["device_us"], row["host_us"]] if row and row["host_us"] else []
-                cells.append(" / ".join(duration(us["median"]) for us in known) or "-")
-            lines.append(line(method, cells))
+            lines.append(line(method, rows.cells(method, beside)))
     ours, theirs = (rows.found[RESNET, method]["host_us"]["median"] for method in (BOUND, FOREACH_CACHED))
     words = f"On ResNet-50, the host spends {duration(ours)} on a bound handle's update, which covers the buffers too, "
     words += f"and {duration(theirs)} on `_foreach_lerp_` on cached lists."
     return [*lines, "", f"{words} {rows.repeated(content, link)}"]
+
+
+def beside(row: dict[str, Any]) -> str:
+    return " / ".join(duration(us["median"]) if us else "?" for us in (row["device_us"], row["host_us"]))
 
 
 # ---- Training, several averages, and without a compiler
@@ -254,8 +275,8 @@ def share(content: dict[str, Any], link: str) -> list[str]:
         found = [(row["bytes"], row["share_of_ceiling"]) for row in content["rows"] if row["method"] == BOUND]
     shares = [each for size, each in found if size >= LARGE and each]
     if lines and shares:
-        words = f"Where an update moves {short(LARGE)} or more, a bound handle runs at {min(shares):.0%} to "
-        lines += ["", f"{words}{max(shares):.0%} of the plain stream's speed. {machine(content['env'])}."]
+        words = f"Where an update moves {short(LARGE)} or more, a bound handle runs at {min(shares):.1%} to "
+        lines += ["", f"{words}{max(shares):.1%} of the plain stream's speed. {machine(content['env'])}."]
     return lines
 
 
