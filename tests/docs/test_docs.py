@@ -78,3 +78,15 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def test_tests_that_pages_name_exist():
+    named = {
+        name for page in PAGES for name in re.findall(r"`([\w/]+/test_\w+\.py(?:::\w+)?)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 40
+    for name in named:
+        path, _, test = name.partition("::")
+        file = ROOT / "tests" / path.removeprefix("tests/")
+        assert file.is_file(), name
+        assert not test or f"def {test}(" in file.read_text(encoding="utf-8"), name
