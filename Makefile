@@ -42,7 +42,7 @@ test-long: setup  ## 100,000 random cases, 10,000 sequences of changes, 2000 pro
 	@$(PY) -m pytest -q $(call tests,differential stale_plans) $(call tests,files)::test_killed_at_any_moment \
 	    --hypothesis-profile=long $(ARGS)
 
-ci-full:  ## everything that CI runs: .ci/run, the slow tests, the oldest PyTorch, sanitizers, fuzzing, packaging
+ci-full:  ## everything that CI runs: .ci/run, the slow tests, the oldest PyTorch, sanitizers, fuzzing, site, packaging
 	@.ci/full
 
 sanitize: setup sanitize-plans  ## plans, the extension and concurrent updates under the sanitizers
@@ -93,7 +93,7 @@ docs:  ## the pages and the API as a site, build/site/index.html; broken links a
 	@$(PY) -c 'import material, mkdocstrings_handlers.python, ruff' 2>/dev/null || \
 	    sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d , | xargs $(PY) -m pip install -q --disable-pip-version-check
 	@rm -rf build/pages && mkdir -p build/pages && ln -s $(addprefix $(CURDIR)/,$(PAGES)) build/pages
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 bench: setup  ## measure the update against what others do: numbers and plots in OUT; options in ARGS
 	@mkdir -p $(OUT)
