@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from methods import FOREACH_CACHED
+from methods import FOREACH_CACHED, LOOP
 from report import AS_BUILT, machine
 from tables import escaped, source
 
@@ -78,11 +78,40 @@ def written(page: Path, marked: re.Match[str]) -> str:
     return marked[1] + "\n".join(WRITERS[marked[2]](content, link)) + "\n" + marked[4]
 
 
+# The column of docs/install.md that compares with the tutorial loop the runners that the two columns before it name.
+SPEEDUPS = re.compile(r"(<!-- speedups from (.+) -->\n)(\|.*?\n)\n?[^|]*?(<!-- end -->)", re.DOTALL)
+BY_BACKEND = {"cuda": ("CUDA", "extension"), "cpu": ("CPU", "extension"), "torch": ("CPU", "foreach")}
+
+
+def speedups(marked: re.Match[str]) -> str:
+    case, found, sources = "GPT-2 small, float32←float32", {}, []
+    for path in marked[2].split(", "):
+        content = json.loads((ROOT / path).read_text(encoding="utf-8"))
+        device, runner = BY_BACKEND[content["env"]["backend"]]
+        (ratio,) = (row["ratio"] for row in content["rows"] if (row["case"], row["method"]) == (case, LOOP))
+        found[device, runner] = f"{device} {ratio:.1f}"
+        sources.append(f"{runner} on {device}, [{machine(content['env'])}](../{path})")
+    lines = []
+    for number, line in enumerate(marked[3].splitlines()):
+        _, what, command, cuda, cpu, _, tested, _ = map(str.strip, line.split("|"))
+        if number > 1:
+            each = [found.get(("CUDA", cuda)), found.get(("CPU", cpu))]
+            speed = "" if tested.startswith("not tested") else ", ".join(filter(None, each))
+            line = f"| {what} | {command} | {cuda} | {cpu} | {speed} | {tested} |"
+        lines.append(line)
+    lines += [
+        "",
+        f"The numbers say how many times as fast as the tutorial loop a bound handle updates {case}: "
+        f"{'; '.join(sources)}. Each file has its command. nvrtc has not been measured.",
+    ]
+    return marked[1] + "\n".join(lines) + "\n" + marked[4]
+
+
 def main() -> int:
     stale = 0
     for page in (ROOT / "README.md", ROOT / "benchmarks" / "TUNING.md", *sorted((ROOT / "docs").glob("*.md"))):
         before = page.read_text(encoding="utf-8")
-        after = MARKED.sub(partial(written, page), before)
+        after = SPEEDUPS.sub(speedups, MARKED.sub(partial(written, page), before))
         if "--check" in sys.argv[1:]:
             stale += before != after
         else:
