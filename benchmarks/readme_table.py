@@ -96,7 +96,7 @@ def speedups(marked: re.Match[str]) -> str:
         _, what, command, cuda, cpu, _, tested, _ = map(str.strip, line.split("|"))
         if number > 1:
             each = [found.get(("CUDA", cuda)), found.get(("CPU", cpu))]
-            speed = "" if tested.startswith("not tested") else ", ".join(filter(None, each))
+            speed = "" if tested.startswith("not tested") else "<br>".join(filter(None, each))
             line = f"| {what} | {command} | {cuda} | {cpu} | {speed} | {tested} |"
         lines.append(line)
     lines += [
