@@ -18,9 +18,8 @@ from typing import Any, TextIO
 
 from methods import LOOP
 
-COLUMNS = ("mean", "std", "min", "max", "iqr")
-HEADS = ("Benchmark", "Workload", "N", "Speedup", *(f"{name.title()}(ms)" for name in COLUMNS), "Outliers", "Ref(ms)")
-HEADS = tuple(head.replace("Iqr", "IQR") for head in (*HEADS, "Match", "Error"))
+TIMES = {"Mean(ms)": "mean", "Std(ms)": "std", "Min(ms)": "min", "Max(ms)": "max", "IQR(ms)": "iqr"}
+HEADS = ("Benchmark", "Workload", "N", "Speedup", *TIMES, "Outliers", "Ref(ms)", "Match", "Error")
 
 
 def lines(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def lines(content: dict[str, Any]) -> list[dict[str, Any]]:
     for row in content["rows"]:
         us, mean = row["device_us"], means.get(row["case"])
         line = {"Benchmark": row["case"], "Workload": row["method"], "N": row["rounds"]}
-        line |= {head: f"{us[name] / 1e3:.4f}" for head, name in zip(HEADS[4:9], COLUMNS, strict=True) if name in us}
+        line |= {head: f"{us[name] / 1e3:.4f}" for head, name in TIMES.items() if name in us}
         if mean and "mean" in us:
             line |= {"Speedup": f"{mean / us['mean']:.2f}x", "Ref(ms)": f"{mean / 1e3:.4f}"}
         line |= {"Outliers": us.get("outliers"), "Error": f"{row['max_err_over_bound']:.2f}"}

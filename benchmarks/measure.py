@@ -190,16 +190,12 @@ def in_cache(size: int, sets: int, device: torch.device) -> bool:
 # ---- Errors, memory and launches of one call --------------------------------------------------------------
 
 
-def error_over_bound(step: Step, model: nn.Module, ema: nn.Module) -> float:
-    """The largest error of one step compared with float64, in units of the one-step bound:
-    half an ulp of the result in the average's type + 2^-23 * min(weight, decay) * |parameter - average|.
-    """
-    return compared(step, model, ema)[0]
-
-
 def compared(step: Step, model: nn.Module, ema: nn.Module) -> tuple[float, bool]:
-    """That error, and whether the results match those in float64 by the tolerance that `torch.testing.assert_close`
-    has for the average's type. In long tensors it checks about 65536 evenly spaced elements.
+    """The largest error of one step compared with float64, in units of the one-step bound:
+    half an ulp of the result in the average's type + 2^-23 * min(weight, decay) * |parameter - average|;
+    and whether all results match by the tolerance that `torch.testing.assert_close` has for the average's type.
+
+    In long tensors it checks about 65536 evenly spaced elements.
     """
 
     def sample(tensor: Tensor) -> Tensor:

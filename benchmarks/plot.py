@@ -138,10 +138,6 @@ def legend(figure: Figure, columns: int) -> None:
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1.4, handlelength=1.6)
 
 
-def size(value: float, _: int | None = None) -> str:
-    return short(value)
-
-
 # ---- The plots
 
 
