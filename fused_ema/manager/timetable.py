@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class Timetable:
         if self.nonfinite not in ("propagate", "skip"):
             raise ValueError(f"nonfinite: expected 'propagate' or 'skip', found {self.nonfinite!r}")
 
-    @property
+    @functools.cached_property
     def op(self) -> OpName:
         """What an update does, in the words of the runners."""
         if self.rounding == "nearest":
