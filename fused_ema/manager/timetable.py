@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +39,7 @@ class Timetable:
         if self.nonfinite not in ("propagate", "skip"):
             raise ValueError(f"nonfinite: expected 'propagate' or 'skip', found {self.nonfinite!r}")
 
-    @functools.cached_property
+    @property
     def op(self) -> OpName:
         """What an update does, in the words of the runners."""
         if self.rounding == "nearest":
