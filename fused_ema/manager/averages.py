@@ -35,8 +35,6 @@ class Averages:
         self.on_host = device is not None and device.type == "cpu" and any(t.is_cuda for t in tensors.values())
         self._first: dict[str, Tensor] = {}  # the first average of each; of sharded ones, the shard on this rank
         self._shardings = {name: sharding for name, tensor in tensors.items() if (sharding := Sharding.of(tensor))}
-        if device is not None and self._shardings:
-            raise ValueError(f"device: expected None for a model that is sharded over a mesh, found {device}")
         tied: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
             if id(tensor) not in tied:
@@ -124,8 +122,6 @@ class Averages:
         return list(dict.fromkeys(tensor.device for tensor in self._first.values() if tensor.is_cuda))
 
     def to(self, device: torch.device) -> None:
-        if self._shardings:
-            raise ValueError(f"device: averages that are sharded over a mesh stay on its devices, found {device}")
         from_cuda = bool(self.cuda_devices())
         self.on_host = device.type == "cpu" and (self.on_host or from_cuda)
         self._move(lambda memory: memory.to(device))

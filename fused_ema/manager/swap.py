@@ -147,7 +147,7 @@ class Exchange:
             return average
         if refusal := storage_refusal(f"the average of {name!r}, which is in the model", self._memory[name]):
             raise refusal
-        return self._memory[name].clone()
+        return self._memory[name].to(average.device, copy=True)
 
     def _bring_back_memory(self) -> None:
         """Allocates again what the block freed. An average that was in it starts again from the model's own value."""

@@ -24,7 +24,17 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor. Every rank has to call this for a sharded tensor."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    if local(tensor).device.type != mesh.device_type:  # the mesh may be unable to gather from host memory
+        tensor = Sharding.of(tensor).tensor(local(tensor).to(_gathers_on(mesh)))  # type: ignore[union-attr]
+    return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+
+def _gathers_on(mesh: Any) -> str:
+    """The type of the devices that the mesh communicates between."""
+    return str(mesh.device_type)
 
 
 def first_here(tensor: Tensor) -> bool:
@@ -63,11 +73,25 @@ class Sharding(NamedTuple):
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())  # type: ignore[attr-defined]
 
     def tensor(self, shard: Tensor) -> Tensor:
-        """The DTensor with this shard. The shape is known, so even uneven shards need no communication."""
+        """The DTensor with this shard. The shape is known, so even uneven shards need no communication.
+
+        A shard in host memory may belong to a mesh of CUDA devices, as FSDP2's CPUOffloadPolicy has it. `from_local`
+        would copy that to the device, so it describes a meta tensor first.
+        """
+        library: Any = torch.distributed.tensor
+        on_mesh = shard.device.type == self.mesh.device_type
         with torch.no_grad():
-            return torch.distributed.tensor.DTensor.from_local(
-                shard, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+            made: Any = library.DTensor.from_local(
+                shard if on_mesh else shard.detach().to("meta"),
+                self.mesh,
+                self.placements,
+                run_check=False,
+                shape=self.shape,
+                stride=self.stride,
             )
+            if not on_mesh:
+                made = library.DTensor(shard.detach(), made._spec, requires_grad=False)
+        return made  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         return f"a DTensor of shape {tuple(self.shape)} with placements {self.placements} on {self.mesh}"
@@ -89,9 +113,10 @@ def like(full: Tensor, other: Tensor) -> Tensor:
     library = torch.distributed.tensor
     mesh = other.device_mesh  # type: ignore[attr-defined]
     with torch.no_grad():
-        copies = [library.Replicate()] * mesh.ndim
-        everywhere = library.DTensor.from_local(full.detach().to(local(other).device), mesh, copies, run_check=False)
-        return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
+        copies = (library.Replicate(),) * mesh.ndim
+        here = full.detach().to(local(other).device)
+        everywhere = Sharding(mesh, copies, here.shape, here.stride()).tensor(here)
+        return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined, no-any-return]
 
 
 def refusal(name: str, ema: Tensor, model: Tensor, gather: str = "", shard: str = "") -> Exception | None:

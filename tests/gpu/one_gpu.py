@@ -1,4 +1,7 @@
-"""Compares averages of an FSDP2 model on one device with those of the unsharded model, for test_gpu_devices.py."""
+"""Compares averages of an FSDP2 model on one device with those of the unsharded model, for test_gpu_devices.py.
+
+python tests/gpu/one_gpu.py FOLDER WHERE, which is "cuda" or "cpu": where the averages of the FSDP2 model lie
+"""
 
 import copy
 import sys
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 
 import fused_ema
@@ -15,8 +19,11 @@ import gpu_checks
 import oracle
 from step_checks import transformer
 
+from fused_ema.pairs import shards
 
-def main(folder):
+
+def main(folder, where):
+    device = "cpu" if where == "cpu" else None
     dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     torch.manual_seed(0)
     plain, x = (side.cuda() for side in transformer())
@@ -24,7 +31,7 @@ def main(folder):
     for layer in sharded.layers:
         fully_shard(layer)
     fully_shard(sharded)
-    emas = [fused_ema.EMA(model, [0.9, 0.99]) for model in (plain, sharded)]
+    emas = [fused_ema.EMA(plain, [0.9, 0.99]), fused_ema.EMA(sharded, [0.9, 0.99], device=device)]
     optimizer = torch.optim.AdamW(sharded.parameters(), 0.01)
     emas[1].attach(optimizer, overlap=True)
     for _ in range(5):
@@ -39,9 +46,11 @@ def main(folder):
     for k in range(2):
         found, expected = (ema.averaged_state_dict(k) for ema in (emas[1], emas[0]))
         for name, tensor in expected.items():
-            assert oracle.same_bits(found[name].full_tensor(), tensor), (k, name)
+            assert found[name]._local_tensor.device.type == where, (k, name)
+            assert oracle.same_bits(shards.whole(found[name]), tensor), (k, name)
             assert not oracle.same_bits(tensor, plain.state_dict()[name]), (k, name)
-    step = fused_ema.EMA(sharded, 0.9).update
+    check_states(sharded, emas, folder)
+    step = fused_ema.EMA(sharded, 0.9, device=device).update
     gpu_checks.profile(step, 1)  # the first profile of a process loads CUPTI
     on_device, _ = gpu_checks.profile(step, 3)
     assert sum(on_device.values()) == 3, on_device
@@ -50,9 +59,45 @@ def main(folder):
         expected = emas[0].averaged_state_dict()["layers.0.linear1.weight"]
         assert oracle.same_bits(sharded.layers[0].linear1.weight.full_tensor(), expected)
         sharded(x)
+    if where == "cpu":
+        check_memory()
     dist.destroy_process_group()
     print("sharded as unsharded")
 
 
+def check_states(sharded, emas, folder):
+    """States go between averages on the device and in host memory, by themselves and through a checkpoint."""
+    for each in (None, "cpu"):
+        other = fused_ema.EMA(sharded, [0.9, 0.99], device=each)
+        other.load_state_dict(emas[1].state_dict())
+        saved = {"ema": other.state_dict()}
+        dcp.save(saved, checkpoint_id=f"{folder}/{each}")
+        for back in (None, "cpu"):
+            fresh = fused_ema.EMA(sharded, [0.9, 0.99], device=back)
+            state = {"ema": fresh.state_dict()}
+            dcp.load(state, checkpoint_id=f"{folder}/{each}")
+            fresh.load_state_dict(state["ema"])
+            for k in range(2):
+                for name, tensor in emas[0].averaged_state_dict(k).items():
+                    found = fresh.averaged_state_dict(k)[name]
+                    assert oracle.same_bits(shards.whole(found), tensor), (each, back, k, name)
+
+
+def check_memory():
+    """Updates and swaps of a model of 64 MiB take less than 1 MiB on the device, and its averages are pinned."""
+    model = fully_shard(torch.nn.Linear(4096, 4096, device="cuda"))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ema = fused_ema.EMA(model, [0.9, 0.99], device="cpu")
+    for _ in range(3):
+        ema.update()
+        with ema.swapped(1):
+            pass
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    for average in ema.state_dict()["averages"]:
+        assert all(tensor._local_tensor.is_pinned() for tensor in average.values())
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -83,9 +83,12 @@ def test_two_devices(current, idle_calls):
         fused_ema.update([torch.ones(3, device="cuda:0")], [torch.ones(3, device="cuda:1")], 0.5)
 
 
-def test_fsdp2_on_one_device(tmp_path):
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_fsdp2_on_one_device(where, tmp_path):
     script = Path(__file__).with_name("one_gpu.py")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NCCL_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=100, env=env)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, where], capture_output=True, text=True, timeout=100, env=env
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sharded as unsharded" in done.stdout

@@ -12,13 +12,14 @@ from conftest import refused
 import fused_ema
 
 SCRIPT = Path(__file__).with_name("sharded.py")
+HOST = Path(__file__).with_name("sharded_host.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def run(ranks, folder, *checks):
+def run(ranks, folder, *checks, script=SCRIPT):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, SCRIPT, folder, *checks],
+        [*command, script, folder, *checks],
         capture_output=True,
         text=True,
         timeout=300,
@@ -44,6 +45,18 @@ def test_a_checkpoint_of_4_ranks_loads_on_2_and_on_1(tmp_path):
     run(4, tmp_path, "save", "load")
     for ranks in (2, 1):
         run(ranks, tmp_path, "load")
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_with_averages_in_host_memory(ranks, tmp_path):
+    run(ranks, tmp_path, "host", "host_attach", "host_files", "host_save", "host_load", script=HOST)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_averages_in_host_memory_goes_from_4_ranks_to_2_and_back(tmp_path):
+    run(4, tmp_path, "host_save", script=HOST)
+    for ranks in (2, 4):  # each loads all before it, and saves what it loaded
+        run(ranks, tmp_path, "host_load", script=HOST)
 
 
 @pytest.mark.hazard(14, "guarded")
