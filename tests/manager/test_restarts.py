@@ -177,7 +177,7 @@ def test_a_dict_of_tensors(backend):
     assert averages(ema)["a"].tolist() == [8.0] * 3
 
 
-# ---- Switch EMA: docs/faq.md has these lines
+# ---- Switch EMA: docs/guide.md has these lines
 
 
 def switching(dtype, steps=8, every=4):
