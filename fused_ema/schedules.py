@@ -25,8 +25,10 @@ from .pairs.arguments import shown
 __all__ = [
     "Schedule",
     "constant",
+    "cosine",
     "exponential_ramp",
     "gamma_of",
+    "growing_half_life",
     "half_life",
     "inverse_power",
     "power_function",
@@ -86,8 +88,7 @@ class inverse_power(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min > self.D:
-            raise ValueError(f"min: expected a value in [0, D], where D is {self.D}, found {self.min}")
+        _check_min(self.min, self.D)
 
     def __call__(self, n: int) -> float:
         s = _update(n) - self.start - 1
@@ -174,6 +175,61 @@ class power_function(_Checked):
         return math.exp((self.gamma + 1.0) * math.log1p(-1 / n)) if n > 1 else 0.0
 
 
+@dataclass(frozen=True)
+class growing_half_life(_Checked):
+    """2^(-1/(fraction·n)): the half-life grows with training, as a fraction of the updates so far.
+
+    The decay is for one update, however many steps there are between two, as that of `power_function`: the average
+    covers the same share of the training, whatever `update_every` is.
+
+    Args:
+        fraction: the half-life after n updates, in n, > 0. 0.05 gives 2^(-20/n).
+
+    Source: torchtitan's EMAOptimizersContainer, whose `half_life_fraction` is fraction and whose `num_updates` is n.
+    Its `start_step` is `update_after_step` of `fused_ema.EMA`, which copies the model at that step.
+    """
+
+    fraction: float = 0.05
+    per_step: ClassVar[bool] = False
+
+    def __call__(self, n: int) -> float:
+        return math.pow(2.0, -1.0 / (self.fraction * _update(n)))
+
+
+@dataclass(frozen=True)
+class cosine(_Checked):
+    """From min at the first update to D after total of them, along half a wave: the momentum of a teacher.
+
+    Args:
+        total: the number of updates in the training, an integer >= 1. From update total + 1 on the decay is D.
+        min: the decay of the first update, in [0, D].
+        D: the decay that it ends with. With 1, the default, the average comes to rest.
+
+    Equivalent to::
+
+        k = n - 1
+        decay = D - (D - min) * (1 + cos(pi * k / total)) / 2 if k < total else D
+
+    Source: BYOL (Grill et al. 2020), whose k and K are n - 1 and total; DINO's `cosine_scheduler(min, D, epochs,
+    steps)`, whose element n - 1 is the decay, with total = epochs·steps.
+    """
+
+    total: int
+    min: float = 0.996
+    D: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_min(self.min, self.D)
+
+    def __call__(self, n: int) -> float:
+        k = _update(n) - 1
+        if k >= self.total:
+            return self.D
+        rise = math.sin(math.pi / 2 * (k / self.total)) ** 2  # (1 - cos)/2, with all digits near 0
+        return min(self.min + (self.D - self.min) * rise, self.D)
+
+
 def gamma_of(sigma_rel: float) -> float:
     """The gamma for which the profile t^gamma has the width sigma_rel, correctly rounded; see `power_function`.
 
@@ -238,6 +294,11 @@ def _update(n: int) -> int:
     return n
 
 
+def _check_min(least: float, D: float) -> None:
+    if least > D:
+        raise ValueError(f"min: expected a value in [0, D], where D is {D}, found {least}")
+
+
 def _checked(name: str, value: object, among: tuple[float, float, str] | None = None) -> float | int:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
@@ -246,19 +307,32 @@ def _checked(name: str, value: object, among: tuple[float, float, str] | None = 
     except OverflowError:  # an int
         number = math.inf
     low, high, expected = among or _RANGES[name]
-    if not low <= number <= high or (name == "start" and not isinstance(value, Integral)):  # refuses NaN too
+    whole = name in _WHOLE
+    if not low <= number <= high or (whole and not isinstance(value, Integral)):  # refuses NaN too
         raise ValueError(f"{name}: expected {expected}, found {number}")
-    return int(value) if isinstance(value, Integral) and name == "start" else number
+    return int(value) if whole and isinstance(value, Integral) else number
 
 
 _POSITIVE = (math.ulp(0.0), sys.float_info.max, "a finite value > 0")
 _WIDEST = math.sqrt(1 / 12) * (1 + 2**-51)  # allows for each way to compute 1/√12
+_WHOLE = ("start", "total")
 _RANGES = {
     **dict.fromkeys(("decay", "D", "min"), (0.0, 1.0, "a value in [0, 1]")),
-    **dict.fromkeys(("gamma", "power", "tau", "h", "interval"), _POSITIVE),
+    **dict.fromkeys(("gamma", "power", "tau", "h", "interval", "fraction"), _POSITIVE),
     "start": (0.0, sys.float_info.max, "an integer >= 0"),
+    "total": (1.0, sys.float_info.max, "an integer >= 1"),
     "sigma_rel": (sys.float_info.min, _WIDEST, "a value in (0, 1/sqrt(12) = 0.2887]"),  # 1/sigma_rel is finite
 }
 _BUILT_IN: dict[str, type[Any]] = {
-    each.__name__: each for each in (constant, inverse_power, tf_warmup, exponential_ramp, half_life, power_function)
+    each.__name__: each
+    for each in (
+        constant,
+        inverse_power,
+        tf_warmup,
+        exponential_ramp,
+        half_life,
+        power_function,
+        growing_half_life,
+        cosine,
+    )
 }

@@ -17,6 +17,7 @@ EXPECTED_SKIPS = [  # tests that can't run everywhere, or have nothing to test s
     r"no nvcc of NVRTC's version",
     r"no machine code for sm_\d+ by this NVRTC",
     r"could not import 'composer\.algorithms'",  # it can't be imported together with a current PyTorch
+    r"no (torchtitan|lerobot)",  # test_trainers.py says why they don't install here as they are
     r"FSDP2 runs on the CPU from PyTorch 2\.7 on",
     r"this PyTorch's AveragedModel: Tensors of the same index must be on the same device and the same dtype",
     r"its steps would not round away at that decay",

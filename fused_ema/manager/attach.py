@@ -143,8 +143,8 @@ class Attachment:
         if not self._warned and any(not equal_values(own, local(p).detach().to(own)) for own, p in pairs):
             self._warned = True
             warn(
-                "EMA: the model's parameters have changed since the manager was made, but the attached "
-                f"{self._optimizer} was not seen to step, so the averages are still the first weights. If it trains "
+                "EMA: the model's parameters have changed since the averages were copied from them, but the attached "
+                f"{self._optimizer} was not seen to step, so the averages are still those weights. If it trains "
                 "the model without a call of step(), call remove() on the handle that attach() returned, and "
                 "ema.update() after each training step; if the weights were loaded, call ema.begin() after that."
             )

@@ -288,6 +288,30 @@ class EMA:
                 self._run(Call("copy", (0.0,) * len(self.schedules)))
             return begins
 
+    def reset(self, *, keep_step: bool = False) -> None:
+        """Begins again from the model as it is now, whatever the averages hold: all of them become copies of it.
+
+        For a new phase of training, say another data set or learning rate. Where the averages may have no history yet,
+        and are to be kept if they have one, call `begin`. An attached optimizer stays attached. Load weights first and
+        call this then, since nothing follows the model from here to the next update.
+
+        Args:
+            keep_step: False: the step is 0 again, as in a new manager, so that schedules warm up again and up to
+                `update_after_step` the averages are copies. True: step, schedules and random bits go on. (Those of
+                `power_function` then give the copies the weight of all updates before.)
+
+        Raises:
+            ValueError, TypeError, RuntimeError: a tensor no longer fits its average; see `reselect`. Nothing changes.
+            RuntimeError: inside `swapped()`.
+        """
+        with one_at_a_time():
+            self.wait()
+            self._refuse_swapped("EMA.reset()")
+            self._run(Call("copy", (0.0,) * len(self.schedules)))
+            self._fresh = True
+            if not keep_step:
+                self._step, self._decays = 0, ()
+
     def _begin(self) -> None:
         """`begin`, before the first step of an attached optimizer. A CUDA graph would begin again at each replay."""
         if not (self._cuda_devices() and torch.cuda.is_current_stream_capturing()):

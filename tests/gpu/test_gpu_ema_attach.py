@@ -151,6 +151,20 @@ def test_remove(overlap, where):
     training.check()
 
 
+@WAYS
+def test_reset(overlap, where):
+    training = Training(DEVICE, OPTIMIZERS["adamw fused"], overlap, where)
+    for _ in range(3):
+        training.step()
+    training.ema.reset(), training.twin.reset()
+    assert training.ema.step == 0
+    training.check()
+    for _ in range(2):
+        training.step()
+    assert training.ema.step == 2
+    training.check()
+
+
 def check_scaler(device, make, overlap, where):
     """Steps 3, 4 and 7 overflow: no average moves, and once the host has looked, the steps are not counted."""
     training = Training(device, make, overlap, where)

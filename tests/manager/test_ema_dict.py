@@ -10,6 +10,7 @@ import torch
 from conftest import averages, clones, equal, net, parameters, refused, same_values
 from torch import nn
 
+import fused_ema
 from fused_ema import EMA, checkpoints
 
 
@@ -142,3 +143,83 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"^model: expected parameters to average"):
         EMA({})
     EMA(dict(MappingProxyType(weights))).update()  # as the error says
+
+
+class Masters:
+    """An optimizer with float32 copies of a 16-bit model, as mixed-precision trainers have."""
+
+    def __init__(self, model):
+        self.model = model
+        self.named = {name: tensor.detach().float() for name, tensor in model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(list(self.named.values()), lr=1e-3)
+
+    def step(self):
+        for name, tensor in self.model.named_parameters():
+            self.named[name].grad, tensor.grad = tensor.grad.float(), None
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, tensor in self.model.named_parameters():
+                tensor.copy_(self.named[name])
+
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(64, 8)).bfloat16()
+
+
+def train(trainer):
+    trainer.model(torch.randn(2, 8, 64, dtype=torch.bfloat16)).square().mean().backward()
+    trainer.step()
+
+
+def close(found, expected, steps):
+    """Within one step's bound per step: half an ulp of the average, and 2^-23 of what it moves by."""
+    for name, tensor in expected.items():
+        size = tensor.abs().clamp(min=1e-2)  # no weight here moves by more than 1e-3 a step
+        assert ((found[name].double() - tensor).abs() <= steps * 2.0**-23 * size).all(), name
+
+
+@pytest.mark.parametrize("kind", ["manager", "attached", "dict", "list", "bound dict", "bound list"])
+def test_masters_in_training(backend, kind):
+    """The masters' small steps, which bfloat16 would round away, are in the averages, through dicts and lists."""
+    trainer = Masters(encoder())
+    masters, decay, steps = trainer.named, 0.99, 10
+    own = clones(masters)
+    if kind in ("manager", "attached"):
+        ema = EMA(masters, decay)
+        own = averages(ema)
+        if kind == "attached":
+            ema.attach(trainer.optimizer)
+        update = ema.update if kind == "manager" else lambda: None
+    else:
+        pair = (own, masters) if "dict" in kind else (list(own.values()), list(masters.values()))
+        handle = fused_ema.bind(*pair)
+        update = (lambda: handle.update(decay)) if "bound" in kind else (lambda: fused_ema.update(*pair, decay))
+    expected = {name: tensor.double() for name, tensor in masters.items()}
+    rounded = {name: tensor.double() for name, tensor in masters.items()}
+    for _ in range(steps):
+        train(trainer)
+        update()
+        for name, tensor in masters.items():
+            expected[name].lerp_(tensor.detach().double(), 1 - decay)
+            rounded[name].lerp_(trainer.model.get_parameter(name).detach().double(), 1 - decay)
+    close(own, expected, steps)
+    with pytest.raises(AssertionError):
+        close(own, rounded, steps)  # what averages of the 16-bit parameters would be
+
+
+def test_masters_are_evaluated_through_a_copy(backend):
+    """swapped() on the masters leaves the 16-bit model as it is; copy_to fills another, by name."""
+    trainer = Masters(encoder())
+    ema = EMA(trainer.named, 0.5)
+    for _ in range(3):
+        train(trainer)
+        ema.update()
+    before = clones(parameters(trainer.model))
+    with ema.swapped():
+        same_values(parameters(trainer.model), before)
+    averaged = copy.deepcopy(trainer.model)
+    ema.copy_to(averaged)
+    same_values(parameters(averaged), {name: tensor.bfloat16() for name, tensor in averages(ema).items()})
+    same_values(parameters(trainer.model), before)

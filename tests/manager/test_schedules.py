@@ -20,9 +20,11 @@ from fused_ema import schedules
 from fused_ema.schedules import (
     as_schedule,
     constant,
+    cosine,
     exponential_ramp,
     from_state,
     gamma_of,
+    growing_half_life,
     half_life,
     inverse_power,
     power_function,
@@ -48,6 +50,12 @@ def inverse_powers(draw):
     return inverse_power(high, draw(positives), draw(positives), low, draw(starts))
 
 
+@st.composite
+def cosines(draw):
+    low, high = sorted([draw(units), draw(units)])
+    return cosine(draw(st.integers(1, 10) | st.integers(1, 10**7)), low, high)
+
+
 KINDS = {
     constant: st.builds(constant, units),
     inverse_power: inverse_powers(),
@@ -55,6 +63,8 @@ KINDS = {
     exponential_ramp: st.builds(exponential_ramp, units, positives),
     half_life: st.builds(half_life, positives, positives),
     power_function: st.builds(power_function, widths),
+    growing_half_life: st.builds(growing_half_life, positives),
+    cosine: cosines(),
 }
 any_schedule = st.one_of(*KINDS.values())
 ONE_OF_EACH = [
@@ -64,6 +74,8 @@ ONE_OF_EACH = [
     exponential_ramp(0.9999, 500.0),
     half_life(500_000.0, 2048.0),
     power_function(0.1),
+    growing_half_life(0.05),
+    cosine(1000, 0.9, 0.9999),
 ]
 each_schedule = pytest.mark.parametrize("schedule", ONE_OF_EACH, ids=lambda each: type(each).__name__)
 
@@ -89,6 +101,29 @@ def formula(s, n):
         case power_function():
             exponent = Decimal(s.gamma) + 1
             return (exponent * (one - one / n).ln()).exp() if n > 1 else Decimal(0)
+        case growing_half_life():
+            return (-one / (Decimal(s.fraction) * n) * Decimal(2).ln()).exp()
+        case cosine():
+            low, high = Decimal(s.min), Decimal(s.D)
+            return high - (high - low) * (1 + cosine_of((n - 1) / Decimal(s.total))) / 2 if n <= s.total else high
+
+
+def cosine_of(half_turns):
+    """cos(pi·x) for x in [0, 1], as a decimal: the power series, with pi by Machin's formula."""
+
+    def arctan_of_inverse(x):
+        total = term = Decimal(1) / x
+        for k in range(3, 2000, 2):
+            term /= -x * x
+            total += term / k
+        return total
+
+    angle = 4 * (4 * arctan_of_inverse(Decimal(5)) - arctan_of_inverse(Decimal(239))) * half_turns
+    total = term = Decimal(1)
+    for k in range(2, 400, 2):
+        term *= -angle * angle / (k * (k - 1))
+        total += term
+    return total
 
 
 # The values
@@ -153,6 +188,13 @@ def test_notable_values():
     assert [half_life(1)(1), half_life(1, 2)(9), half_life(4, 2)(1) ** 2] == [0.5, 0.25, pytest.approx(0.5, rel=EPS)]
     assert half_life(500_000, 2048)(1) ** (500_000 / 2048) == pytest.approx(0.5, rel=1e-13)
     assert power_function(0.05)(1) == 0.0
+    assert growing_half_life()(1) == pytest.approx(2**-20, rel=4 * EPS), "hardly more than a copy"
+    assert [growing_half_life(0.25)(n) for n in (4, 2)] == [0.5, 0.25]
+    assert growing_half_life(1e-4)(1) == 0.0, "an underflow is no error"
+    assert [cosine(100)(n) for n in (1, 101, 10**9)] == [0.996, 1.0, 1.0]
+    assert cosine(100, 0.5, 0.9)(51) == pytest.approx(0.7, rel=2 * EPS)
+    assert [cosine(1, 0.5)(n) for n in (1, 2)] == [0.5, 1.0]
+    assert cosine(10**6)(10**6) < 1.0, "the last of them still moves"
     # As Karras et al. have it: 16.97 and 6.94 for widths of 5% and 10%.
     assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)
     assert gamma_of(0.1) == pytest.approx(6.94, abs=0.005)
@@ -164,7 +206,10 @@ def test_plain_mean(schedule):
 
 
 def test_per_step():
-    assert [type(each).__name__ for each in ONE_OF_EACH if not each.per_step] == ["power_function"]
+    assert [type(each).__name__ for each in ONE_OF_EACH if not each.per_step] == [
+        "power_function",
+        "growing_half_life",
+    ]
     # The flag says that one decay over k steps equals k decays over one step.
     assert half_life(1000, 64)(1) == pytest.approx(half_life(1000, 8)(1) ** 8, rel=16 * EPS)
 
@@ -264,6 +309,11 @@ UNIT, POSITIVE = "[0, 1]", "a finite value > 0"
         ("tau", lambda x: exponential_ramp(0.9, tau=x), (0.0, -1.0, NAN, INF), POSITIVE),
         ("h", half_life, (0, -1.0, NAN, INF), POSITIVE),
         ("interval", lambda x: half_life(1.0, interval=x), (0, -1.0, NAN, INF), POSITIVE),
+        ("fraction", growing_half_life, (0, -1.0, NAN, INF), POSITIVE),
+        ("total", cosine, (0, -1, 1.5, 5.0, NAN, INF), "an integer >= 1"),
+        ("min", lambda x: cosine(5, x), (-0.1, 1.1, NAN), UNIT),
+        ("min", lambda x: cosine(5, x, 0.9), (0.91, 1.0), "[0, D], where D is 0.9"),
+        ("D", lambda x: cosine(5, 0.5, x), (-0.1, 1.1, NAN), UNIT),
         ("sigma_rel", power_function, (0.0, -0.1, 0.2887, 0.3, 1.0, NAN, INF, 5e-324), "(0, 1/sqrt(12) = 0.2887]"),
         ("sigma_rel", gamma_of, (0.0, -0.1, 0.2887, NAN, INF), "(0, 1/sqrt(12) = 0.2887]"),
         ("gamma", sigma_rel_of, (-0.1, -1.0, NAN, INF), "a finite value >= 0"),
@@ -402,7 +452,7 @@ def test_other_callables_are_kept_as_text():
         ({}, ["constant", "{}"]),
         (None, ["constant", "None"]),
         ({"D": 0.5}, ["name", "constant", "{'D': 0.5}"]),
-        ({"name": "cosine", "D": 0.5}, ["constant", "'cosine'"]),
+        ({"name": "linear", "D": 0.5}, ["constant", "'linear'"]),
         ({"name": ["constant"], "D": 0.5}, ["constant", "['constant']"]),
         ({"name": "constant"}, ["constant", "expected ['D'], found []"]),
         ({"name": "half_life", "h": 1.0}, ["half_life", "expected ['h', 'interval'], found ['h']"]),

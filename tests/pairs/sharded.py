@@ -151,6 +151,14 @@ def check_manager(folder):
                         torch.testing.assert_close(forward(model), forward(one))
                 same(model.state_dict(), before)
                 assert places == [address(parameter) for parameter in model.parameters()]
+            again = copy.deepcopy(one_ema)
+            state = ema.state_dict()
+            state = {**state, "averages": [{n: t.clone() for n, t in each.items()} for each in state["averages"]]}
+            again.reset(), no_communication(ema.reset)
+            assert ema.step == 0
+            for index in range(len(ema.schedules)):
+                same(ema.averaged_state_dict(index), again.averaged_state_dict(index))
+            ema.load_state_dict(state)
             other = shard(network(dtype))
             ema.copy_to(other)
             one_other = network(dtype)

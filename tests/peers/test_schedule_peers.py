@@ -9,15 +9,19 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from timm_files import timm_files
 from torch import nn
 
+from fused_ema import EMA
 from fused_ema.schedules import (
     constant,
+    cosine,
     exponential_ramp,
     gamma_of,
+    growing_half_life,
     half_life,
     inverse_power,
     power_function,
@@ -188,3 +192,61 @@ def test_composer(h, interval):
     theirs = algorithms.EMA(half_life=f"{h}ba", update_interval=f"{interval}ba").smoothing
     assert half_life(h, interval)(1) == pytest.approx(theirs, rel=2 * EPS)
     assert half_life(h)(1) ** interval == pytest.approx(theirs, rel=16 * EPS)
+
+
+@pytest.mark.parametrize(("start", "every", "fraction"), [(0, 1, 0.05), (0, 3, 0.05), (40, 1, 0.2), (40, 7, 0.01)])
+def test_torchtitan(start, every, fraction):
+    """Its EMAOptimizersContainer is in no release yet (the newest is 0.3.0), so this is what its documentation says:
+    from start_step on, at each update_every_n_steps-th step, the decay is 2 ** (-1 / (half_life_fraction *
+    num_updates)), and num_updates counts these updates, 1 at least."""
+
+    class Documented:
+        def step(self, step):
+            elapsed = step - start
+            if elapsed < 0 or elapsed % every:
+                return None
+            return 2.0 ** (-1.0 / (fraction * max(elapsed // every, 1)))
+
+    steps = range(start + 1, start + 400)  # at start_step itself it decays as at the first update, and ours copies
+    theirs = [decay for step in steps if (decay := Documented().step(step)) is not None]
+    model = One()
+    ema = EMA(model, growing_half_life(fraction), dtype=torch.float64, update_after_step=start, update_every=every)
+    took = []
+    for _ in range(start + 399):
+        with torch.no_grad():
+            (average,) = ema.state_dict()["averages"][0].values()
+            average.fill_(1)
+        moved = ema.updates
+        ema.update()
+        if ema.updates > moved:
+            took.append(average.item())
+    assert took == theirs
+
+
+def test_torchtitan_covers_the_same_share_of_the_training():
+    """The half of the weight that is newest covers about the same fraction of the updates, early and late."""
+    schedule = growing_half_life(0.05)
+    for n in (1000, 10_000):
+        weight, covered = 1.0, 0
+        while weight > 0.5:
+            weight *= schedule(n - covered)
+            covered += 1
+        assert covered / n == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.996, 1.0), (0.99, 1.0), (0.5, 0.9)])
+def test_dino(low, high):
+    """What DINO's cosine_scheduler(base_value, final_value, epochs, niter_per_ep) is without a warm-up, in numpy; its
+    training reads element `it`, which is 0 at the first step."""
+    epochs, per_epoch = 5, 80
+    iterations = np.arange(epochs * per_epoch)
+    theirs = high + 0.5 * (low - high) * (1 + np.cos(np.pi * iterations / len(iterations)))
+    schedule = cosine(epochs * per_epoch, low, high)
+    assert theirs.tolist() == near(schedule, range(1, len(iterations) + 1))
+    assert schedule(len(iterations) + 1) == high, "as in DINOv2, which has the final value from there on"
+
+
+def test_byol():
+    # tau = 1 - (1 - tau_base) * (cos(pi * k / K) + 1) / 2, with k the number of the step from 0 (section 3.3)
+    theirs = [1 - (1 - 0.996) * (np.cos(np.pi * k / 1000) + 1) / 2 for k in range(1001)]
+    assert theirs == near(cosine(1000), range(1, 1002))
