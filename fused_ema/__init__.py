@@ -1,9 +1,10 @@
 """The exponential moving average of a model's weights, in one kernel launch."""
 
-from . import checkpoints, posthoc, schedules
+from . import checkpoints, merging, posthoc, schedules
 from ._version import __version__
 from .functional import Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update
 from .manager.ema import EMA
+from .merging import merge
 
 __all__ = [
     "EMA",
@@ -14,12 +15,14 @@ __all__ = [
     "checkpoints",
     "copy_",
     "get_ema_multi_avg_fn",
+    "merge",
+    "merging",
     "posthoc",
     "schedules",
     "swap_",
     "update",
 ]
 
-for _public in (EMA, Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, swap_, update):
+for _public in (EMA, Binding, EMAMultiAvgFn, backend, bind, copy_, get_ema_multi_avg_fn, merge, swap_, update):
     _public.__module__ = __name__  # so that pickles and errors name this package, not its submodules
 del _public

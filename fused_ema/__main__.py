@@ -1,4 +1,5 @@
-"""Shows what runs here and why; `python -m fused_ema build` compiles the extension for this torch, or its kernels."""
+"""Shows what runs here and why; `build` compiles the extension for this torch, or its kernels; `merge` averages
+checkpoints."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from . import _cost
 from ._build import cache, kernels, library, nvrtc, toolkit
 from ._build.compile import PACKAGE, BuildError, Record, built_for
 from ._build.switch import switch
+from .merging import command as merge_command
 from .runners import RUNNERS, choose
 from .runners.slower import has_compiler, why_slower
 
@@ -251,7 +253,7 @@ def main() -> int:
     os.environ["FUSED_EMA_QUIET"] = "1"  # what is slow is said at the end
     parser = argparse.ArgumentParser(prog="python -m fused_ema", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fused_ema {fused_ema.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{build}")
+    commands = parser.add_subparsers(dest="command", metavar="{build,merge}")
     command = commands.add_parser(
         "build", help="compile the extension, or the CUDA kernels", description=_about_build()
     )
@@ -266,7 +268,10 @@ def main() -> int:
         metavar="9.0",
         help="for these GPUs, not for those that are here",
     )
+    merge_command.add_to(commands)
     arguments = parser.parse_args()
+    if arguments.command == "merge":
+        return merge_command.run(arguments)
     if arguments.command != "build":
         return info()
     if arguments.kernel:

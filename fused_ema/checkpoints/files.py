@@ -1,9 +1,10 @@
-"""Writes safetensors files so that a file under its final name is always complete."""
+"""Writes files and folders so that what is under its final name is always complete."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,6 +58,32 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)  # the directory holds the new name
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to write to, which becomes `path` once all its files are on disk, and is removed after
+    an error. An empty folder may be there before, but no other, since folders can't be exchanged at once."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = "one with files in it" if path.is_dir() else "a file"
+        raise FileExistsError(
+            f"{path}: expected no folder or an empty one, found {found}; remove it, or choose another"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder to write to, found none at {path.parent}; make it first")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for each in temporary.iterdir():
+            _sync(each)
+        _sync(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -13,10 +13,13 @@ import torch
 from .files import PathLike, safetensors
 
 
-def load(path: PathLike, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load(path: PathLike, map_location: str | torch.device = "cpu", *, mmap: bool = False) -> dict[str, Any]:
     """Loads a checkpoint from a .safetensors file, or from any other file with `torch.load(weights_only=True)`.
 
     timm's checkpoints hold an argparse.Namespace, which is allowed because it runs no code.
+
+    Args:
+        mmap: leaves the tensors of a file of `torch.save` in the file, which is mapped into memory.
 
     Raises:
         ValueError: the file is a pickle that could run code, as EDM2's are; it is truncated or corrupt; or it holds no
@@ -30,7 +33,7 @@ def load(path: PathLike, map_location: str | torch.device = "cpu") -> dict[str, 
             state = library.torch.load_file(path, device=str(map_location))
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location=map_location, weights_only=True)
+                state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except OSError:
         raise
     except Exception as error:

@@ -69,6 +69,23 @@ def profile_error(times: Numbers, gammas: Numbers, time: float, gamma: float) ->
     return math.sqrt(max(0.0, float(x @ a @ x - 2 * (b @ x) + 1)))
 
 
+def shares(times: Numbers, gamma: float) -> Tensor:
+    """The weights of checkpoints, rather than of averages, that follow a power profile of exponent gamma.
+
+    Each stands for the weights since the one before it, so its share is the integral of the profile over that time:
+    (times[k]^(gamma + 1) - times[k - 1]^(gamma + 1)) / times[-1]^(gamma + 1). With a checkpoint of each update these
+    are the shares of the updates in a power_function average.
+
+    Args:
+        times: when each was saved, rising, > 0; the training began at 0.
+
+    Returns: a float64 weight per checkpoint, on the CPU; they sum to 1.
+    """
+    t, _ = profiles(times, [gamma] * len(times))
+    reached = (t / t[-1]) ** (gamma + 1)
+    return torch.diff(reached, prepend=torch.zeros_like(reached[:1]))
+
+
 def inner_product(time_a: Tensor, gamma_a: Tensor, time_b: Tensor, gamma_b: Tensor) -> Tensor:
     """∫ p_a·p_b over 0 < s <= the earlier time. It may underflow, since profiles can be steep, but not overflow."""
     earlier, later = torch.minimum(time_a, time_b), torch.maximum(time_a, time_b)

@@ -117,7 +117,7 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     library = safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
-            yield file, _about(path, file.metadata() or {})
+            yield file, about_of(path, file.metadata() or {})
     except library.SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt: {error}") from error
 
@@ -136,7 +136,7 @@ def _memory(name: str, averages: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]
     return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in each)
 
 
-def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def about_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The metadata as `save_snapshot` writes them. Other keys, as older versions wrote, are ignored."""
     if metadata.get(MARK, FORMAT) != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, found {metadata[MARK]}; update fused_ema")

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import fused_ema
-from fused_ema import EMA, Binding, checkpoints, posthoc, schedules
+from fused_ema import EMA, Binding, checkpoints, merging, posthoc, schedules
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-MODULES = {"checkpoints": checkpoints, "posthoc": posthoc, "schedules": schedules}
+MODULES = {"checkpoints": checkpoints, "merging": merging, "posthoc": posthoc, "schedules": schedules}
 CALLBACKS = {"integrations.lightning.EMACallback", "integrations.transformers.EMACallback"}
 
 

@@ -16,6 +16,7 @@ ORDER = """
     _cost
     integrations
     __init__
+    merging
     posthoc checkpoints
     manager
     functional
@@ -29,6 +30,7 @@ LEVELS = {room: level for level, line in enumerate(ORDER) for room in line.split
 ALSO = {  # room: further modules, or rooms, that it may import
     "__init__": {"schedules"},
     "integrations": {"schedules"},
+    "merging": {"schedules"},
     "posthoc": {"checkpoints.files", "schedules"},
     "checkpoints": {"schedules"},
     "manager": {"schedules"},
