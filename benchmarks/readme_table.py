@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from measure import waits
-from methods import BOUND, FOREACH_CACHED, LOOP, MANAGER, OURS, UPDATE
+from methods import (
+    BOUND,
+    DIFFUSERS,
+    DIFFUSERS_FOREACH,
+    DIFFUSERS_FUSED,
+    FOREACH_CACHED,
+    LOOP,
+    MANAGER,
+    OURS,
+    UPDATE,
+)
 from report import AS_BUILT, machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +126,27 @@ def foreach(content: dict[str, Any], path: str) -> list[str]:
     return lines
 
 
+def ema_model(content: dict[str, Any], path: str) -> list[str]:
+    """For the drop-in for diffusers' EMAModel: its time, and theirs."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        rows.setdefault(row["case"], {})[row["method"]] = row
+    lines = ["| time of a step | here | diffusers | diffusers, `foreach=True` |", "| --- | ---: | ---: | ---: |"]
+    for case, found in rows.items():
+        ours, cells = found[DIFFUSERS_FUSED], [duration(found[DIFFUSERS_FUSED]["device_us"]["median"])]
+        for other in (found[DIFFUSERS], found[DIFFUSERS_FOREACH]):
+            times = other["ratio"] / ours["ratio"]
+            cells.append(f"{duration(other['device_us']['median'])} ({times:.1f})")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Medians of `ema.step(model.parameters())`. All methods alternate in one run, on alternating sets of tensors, so "
+        "that none is in a cache. In brackets: how many times as long as here, a ratio of medians within that run. "
+        f"{source(content, '../' + path)}.",
+    ]
+    return lines
+
+
 def averages(content: dict[str, Any], path: str) -> list[str]:
     gains = {}
     for case in content["averages"]:
@@ -192,6 +223,7 @@ def sweep(content: dict[str, Any], path: str) -> list[str]:
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "models": models,
     "foreach": foreach,
+    "ema_model": ema_model,
     "averages": averages,
     "training": training,
     "errors": errors,

@@ -17,7 +17,7 @@ import fused_ema
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Imports alone take seconds, and the frameworks have tests of their own.
-SLOW = re.compile("import lightning|transformers|accelerate|fully_shard")
+SLOW = re.compile("import lightning|transformers|accelerate|diffusers|fully_shard")
 BLOCKS = [
     pytest.param(
         block,
