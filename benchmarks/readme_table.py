@@ -140,8 +140,9 @@ def ema_model(content: dict[str, Any], path: str) -> list[str]:
         lines.append(f"| {case} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Medians of `ema.step(model.parameters())`. All methods alternate in one run, on alternating sets of tensors, so "
-        "that none is in a cache. In brackets: how many times as long as here, a ratio of medians within that run. "
+        "Medians of `ema.step(model.parameters())`. All methods alternate in one run, on alternating sets of tensors, "
+        "so that none is in a cache; `called in a row` has consecutive calls of each method on the same tensors. In "
+        "brackets: how many times as long as here, a ratio of medians within that run. "
         f"{source(content, '../' + path)}.",
     ]
     return lines

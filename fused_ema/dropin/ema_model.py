@@ -88,7 +88,7 @@ class EMAModel(training_utils.EMAModel):
     def _update(self, theirs: list[nn.Parameter], decay: float) -> None:
         _check_count(theirs, "shadow_params", self.shadow_params)
         averaged = [parameter.requires_grad for parameter in theirs]
-        pairs = pair(self.shadow_params, theirs, "copy")._replace(averaged=averaged)
+        pairs = pair(list(self.shadow_params), theirs, "copy")._replace(averaged=averaged)
         kept = self._plan if averaged == self._averaged else None
         self._plan = plans.run(kept, Call("update", (decay,)), _new_plan, pairs, pairs=pairs)
         self._averaged = averaged
@@ -156,8 +156,8 @@ def _gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManag
 
 def _new_plan(pairs: Pairs) -> Plan:
     for i, (average, parameter) in enumerate(zip(pairs.ema, pairs.model, strict=True)):
-        check_tensor(f"shadow_params[{i}]", average)
         check_tensor(f"parameters[{i}]", parameter)
+        check_tensor(f"shadow_params[{i}]", average)
         if average.device != parameter.device and not average.is_pinned():
             raise ValueError(
                 f"shadow_params[{i}]: expected a tensor on {parameter.device}, as parameters[{i}], found one on "

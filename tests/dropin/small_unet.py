@@ -1,8 +1,10 @@
 """What the tests of the drop-in for diffusers' EMAModel share: a small UNet with random weights."""
 
 import diffusers
+import pytest
 import torch
 
+WARM = {"use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75, "min_decay": 0.1, "update_after_step": 2}
 BLOCKS = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -11,6 +13,7 @@ BLOCKS = {
     "norm_num_groups": 2,
     "attention_head_dim": 4,
 }
+each_foreach = pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
 
 
 def unet(seed=0, dtype=torch.float32):
@@ -31,3 +34,20 @@ def clones(tensors):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def averaging(cls, model, **options):
+    return cls(model.parameters(), 0.95, model_cls=type(model), model_config=model.config, **options)
+
+
+def trained(cls, steps=5, **options):
+    model = unet()
+    ema = averaging(cls, model, **options)
+    for _ in range(steps):
+        ema.step(moved(model).parameters())
+    return model, ema
+
+
+def numbers(ema):
+    """What a state holds beside tensors, and the decay of the last step."""
+    return {**ema.state_dict(), "shadow_params": None}, ema.cur_decay_value

@@ -1,58 +1,32 @@
-"""fused_ema.dropin.EMAModel beside diffusers' own class, on a real UNet with random weights."""
+"""fused_ema.dropin.EMAModel beside diffusers' own class, on a real UNet: its steps, and the class itself."""
 
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import re
 import subprocess
 import sys
-import types
+import textwrap
 import weakref
 
-import diffusers
 import numpy as np
 import oracle
 import pytest
 import torch
 from checkpoint_checks import same
-from conftest import refused
 from diffusers.training_utils import EMAModel as Theirs
-from small_unet import clones, contents, moved, unet
+from small_unet import WARM, averaging, clones, each_foreach, moved, numbers, trained, unet
 from torch import nn
 
 import fused_ema
 from fused_ema.dropin import EMAModel, ema_model
 
-WARM = {"use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75, "min_decay": 0.1, "update_after_step": 2}
-both = pytest.mark.parametrize(("one", "other"), [(Theirs, EMAModel), (EMAModel, Theirs)], ids=["to ours", "to theirs"])
-
-
-def averaging(cls, model, **options):
-    return cls(model.parameters(), 0.95, model_cls=type(model), model_config=model.config, **options)
-
-
-def trained(cls, steps=5, **options):
-    model = unet()
-    ema = averaging(cls, model, **options)
-    for _ in range(steps):
-        ema.step(moved(model).parameters())
-    return model, ema
-
-
-def numbers(ema):
-    """What a state holds beside tensors, and the decay of the last step."""
-    return {**ema.state_dict(), "shadow_params": None}, ema.cur_decay_value
-
-
-@pytest.fixture(params=[False, True], ids=["loop", "foreach"])
-def foreach(request):
-    return request.param
-
-
 # ---- A step
 
 
+@each_foreach
 @pytest.mark.parametrize("options", [{}, WARM], ids=["plain", "warm-up"])
 def test_a_step_keeps_the_contract_and_is_near_theirs(backend, foreach, options):
     model = unet()
@@ -95,6 +69,7 @@ def test_types(average, parameter):
     assert [tensor.dtype for tensor in ours.shadow_params] == [tensor.dtype for tensor in theirs.shadow_params]
 
 
+@each_foreach
 def test_frozen_parameters_are_copied(backend, foreach):
     model, ours = trained(EMAModel, foreach=foreach)
     weight = model.conv_in.weight
@@ -160,6 +135,28 @@ def test_parameters_are_not_kept_alive():
     gc.collect()
     assert not any(reference() for reference in references)
     assert ours.optimization_step == 5
+
+
+def test_decay_1_writes_nothing():
+    model, ours = trained(EMAModel)
+    ours.decay = ours.min_decay = 1.0
+    old = clones(ours.shadow_params)
+    ours.step(moved(model).parameters())
+    assert same(ours.shadow_params, old)
+    assert (ours.optimization_step, ours.cur_decay_value) == (6, 1.0)
+
+
+def test_what_help_calls_equivalent():
+    lines = EMAModel.step.__doc__.partition("Equivalent to::\n")[2].splitlines()
+    lines = itertools.takewhile(lambda line: not line or line.startswith(" " * 12), lines)
+    model, ours = trained(EMAModel)
+    moved(model).conv_in.requires_grad_(False)
+    other = copy.deepcopy(ours)
+    ours.step(model.parameters())
+    exec(textwrap.dedent("\n".join(lines)), {"torch": torch, "ema": other, "parameters": list(model.parameters())})
+    assert numbers(other) == numbers(ours)
+    for found, expected in zip(other.shadow_params, ours.shadow_params, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_no_parameters():
@@ -247,199 +244,3 @@ def test_it_is_loaded_when_asked_for():
     subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'EMAModels'"):
         fused_ema.dropin.EMAModels  # noqa: B018
-
-
-# ---- Evaluation
-
-
-def test_store_copy_to_and_restore(foreach):
-    (model, ours), (_, theirs) = trained(EMAModel, foreach=foreach), trained(Theirs, foreach=foreach)
-    for average, value in zip(theirs.shadow_params, ours.shadow_params, strict=True):
-        average.copy_(value)
-    raw = clones(model.parameters())
-    for ema in (ours, theirs):
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-        assert same(model.parameters(), ours.shadow_params)
-        ema.restore(model.parameters())
-        assert same(model.parameters(), raw)
-        assert ema.temp_stored_params is None
-        with pytest.raises(RuntimeError, match="no `store\\(\\)`ed weights"):
-            ema.restore(model.parameters())
-    model.bfloat16()
-    ours.copy_to(model.parameters())
-    assert same(model.parameters(), [average.bfloat16() for average in ours.shadow_params])
-
-
-def test_copy_to_inside_autocast_shows():
-    ours = EMAModel([nn.Parameter(torch.ones(4, 4))])
-    weight = nn.Parameter(torch.zeros(4, 4))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (torch.ones(2, 4) @ weight).max() == 0  # autocast keeps a cast of the weight
-        ours.store([weight])
-        ours.copy_to([weight])
-        assert (torch.ones(2, 4) @ weight).min() == 4
-        ours.restore([weight])
-        assert (torch.ones(2, 4) @ weight).max() == 0
-
-
-# ---- States and folders
-
-
-@both
-def test_states_go_both_ways(one, other, tmp_path):
-    model, ema = trained(one, **WARM)
-    torch.save(ema.state_dict(), tmp_path / "ema.pt")
-    fresh = averaging(other, unet(seed=1))
-    fresh.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
-    assert same(fresh.shadow_params, ema.shadow_params)
-    assert numbers(fresh)[0] == numbers(ema)[0]
-    assert fresh.state_dict().keys() == ema.state_dict().keys()
-    again = averaging(one, unet(seed=2))
-    again.load_state_dict(fresh.state_dict())
-    moved(model)
-    again.step(model.parameters()), ema.step(model.parameters())
-    assert same(again.shadow_params, ema.shadow_params), "the same class goes on with the same bits"
-    assert numbers(again) == numbers(ema)
-
-
-@both
-def test_folders_go_both_ways(one, other, tmp_path):
-    _, ema = trained(one, **WARM)
-    same_state = averaging(other, unet(seed=1))
-    same_state.load_state_dict(ema.state_dict())
-    for name, each in (("one", ema), ("other", same_state)):
-        each.save_pretrained(tmp_path / name)
-    assert contents(tmp_path / "one") == contents(tmp_path / "other")
-    loaded = other.from_pretrained(tmp_path / "one", diffusers.UNet2DModel, foreach=True)
-    assert type(loaded) is other
-    assert loaded.foreach
-    assert same(loaded.shadow_params, ema.shadow_params)
-    assert numbers(loaded)[0] == numbers(ema)[0]
-    assert same(diffusers.UNet2DModel.from_pretrained(tmp_path / "one").parameters(), ema.shadow_params)
-
-
-def test_states_of_the_manager():
-    model, ours = trained(EMAModel, **WARM)
-    manager = fused_ema.EMA(model)
-    fused_ema.checkpoints.restore(manager, ours.state_dict())
-    averages = manager.state_dict()["averages"][0]
-    assert same([averages[name] for name, _ in model.named_parameters()], ours.shadow_params)
-    fresh = averaging(EMAModel, unet(seed=1))
-    fresh.load_state_dict(fused_ema.checkpoints.export(manager, "diffusers"))
-    assert same(fresh.shadow_params, ours.shadow_params)
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [("decay", 1.5), ("min_decay", 1), ("power", "2/3"), ("shadow_params", 3), ("shadow_params", [3])],
-)
-def test_a_state_that_is_refused_changes_nothing(entry, value):
-    _, ours = trained(EMAModel)
-    before, averages = numbers(ours), ours.shadow_params
-    state = {**trained(Theirs, steps=3, **WARM)[1].state_dict(), entry: value}
-    refused(ValueError, lambda: ours.load_state_dict(state), ours.shadow_params)
-    assert numbers(ours) == before
-    assert ours.shadow_params is averages
-
-
-# ---- Refusals
-
-
-def fewer(model):
-    return list(model.parameters())[:-1], "as many as shadow_params"
-
-
-def reordered(model):
-    return list(model.parameters())[::-1], "parameters[0]: expected shape"
-
-
-def that_would_be_broadcast(model):
-    listed = list(model.parameters())
-    return [
-        nn.Parameter(torch.zeros(1)) if x.dim() == 1 else x for x in listed
-    ], "expected shape (4,), as shadow_params"
-
-
-def without_values(model):
-    return model.to("meta").parameters(), "on the meta device"
-
-
-each_refusal = pytest.mark.parametrize(
-    "found", [fewer, reordered, that_would_be_broadcast, without_values], ids=lambda f: f.__name__
-)
-
-
-@each_refusal
-def test_a_step_that_is_refused_writes_and_counts_nothing(backend, foreach, found):
-    model, ours = trained(EMAModel, foreach=foreach)
-    before = numbers(ours)
-    parameters, words = found(copy.deepcopy(model))
-    refused(ValueError, lambda: ours.step(parameters), ours.shadow_params, names=[words])
-    assert numbers(ours) == before
-    ours.step(model.parameters())
-    assert ours.optimization_step == 6
-
-
-@pytest.mark.parametrize("found", [fewer, reordered, that_would_be_broadcast], ids=lambda f: f.__name__)
-def test_a_copy_that_is_refused_writes_nothing(foreach, found):
-    model, ours = trained(EMAModel, foreach=foreach)
-    other = copy.deepcopy(model)
-    parameters = found(other)[0]
-    ours.store(model.parameters())
-    for call in (ours.store, ours.copy_to, ours.restore):
-        refused(ValueError, lambda call=call: call(iter(parameters)), parameters, ours.temp_stored_params)
-    ours.copy_to(other.parameters())
-    ours.restore(other.parameters())
-    assert same(other.parameters(), model.parameters())
-
-
-@pytest.mark.parametrize("decay", [1.5, -0.1, float("nan")])
-def test_decays_outside_0_and_1_are_refused(decay):
-    model, ours = trained(EMAModel)
-    ours.get_decay = lambda _: decay
-    before = numbers(ours)
-    refused(ValueError, lambda: ours.step(moved(model).parameters()), ours.shadow_params, names=["expected a value in"])
-    assert numbers(ours) == before
-
-
-# ---- DeepSpeed's ZeRO-3
-
-
-class Gathered:
-    """Stands in for deepspeed.zero.GatheredParameters: parameters have their values inside the block alone."""
-
-    def __init__(self, parameters, modifier_rank):
-        assert modifier_rank is None
-        self.parameters = parameters
-
-    def __enter__(self):
-        for each in self.parameters:
-            each.data = each.whole
-
-    def __exit__(self, *_):
-        for each in self.parameters:
-            each.data = torch.empty(0)
-
-
-def test_parameters_that_zero_3_has_sharded_are_gathered(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "deepspeed", types.SimpleNamespace(zero=types.SimpleNamespace(GatheredParameters=Gathered))
-    )
-    model, ours = trained(EMAModel)
-    _, expected = trained(EMAModel)
-    expected.step(clones(moved(model).parameters())), expected.step(model.parameters())
-    ours.step(clones(model.parameters()))
-    for each in model.parameters():
-        each.whole, each.ds_numel, each.data = each.detach().clone(), each.numel(), torch.empty(0)
-    ours.step(model.parameters())
-    assert same(ours.shadow_params, expected.shadow_params)
-    assert not any(each.numel() for each in model.parameters())
-    for call in (ours.store, ours.copy_to):
-        refused(
-            ValueError, lambda call=call: call(model.parameters()), names=["within deepspeed.zero.GatheredParameters"]
-        )
-    with Gathered(list(model.parameters()), None):
-        ours.step(model.parameters())
-        ours.copy_to(model.parameters())
-    assert ours.optimization_step == 8
