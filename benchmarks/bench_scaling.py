@@ -2,16 +2,18 @@
 
     time = fixed + per_tensor * tensors + per_byte * bytes
 
-by least squares on relative errors. The fit tells from which size on a method is nearly as fast as fused_ema.
+by least squares on relative errors. The fit tells from which size on a method is nearly as fast as fused_ema. Beside
+the methods runs a stream of the same bytes: a method's share is its speed relative to the stream's.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 from typing import Any
 
 import torch
-from measure import alternating, in_cache, prepared, reason, sets_for, spread
+from measure import alternating, ceilings, in_cache, prepared, ratio, reason, sets_for, spread
 from methods import (
     AVERAGED,
     BOUND,
@@ -45,11 +47,22 @@ METHODS = (
 ELEMENTS = 4_000_000  # of all tensors together, when their number varies
 COUNTS = (1, 10, 100, 1000, 5000, 20000)
 TENSORS = 100  # when their size varies
-SIZES = (25_000, 250_000, 2_500_000, 25_000_000, 125_000_000)  # elements of all tensors together
+SIZES = (
+    25_000,
+    80_000,
+    250_000,
+    800_000,
+    2_500_000,
+    8_000_000,
+    25_000_000,
+    125_000_000,
+)  # elements of all tensors together
 GAIN = 1.1  # the least gain that counts
 
 
-def point(tensors: int, elements: int, device: torch.device, budget: float, names: list[str]) -> dict[str, Any]:
+def point(
+    tensors: int, elements: int, device: torch.device, budget: float, names: list[str], library: ctypes.CDLL | str
+) -> dict[str, Any]:
     build = equal_tensors(tensors, max(1, elements // tensors))
     size = 12 * tensors * max(1, elements // tensors)
     pairs = []
@@ -62,16 +75,21 @@ def point(tensors: int, elements: int, device: torch.device, budget: float, name
             steps[name] = prepared(partial(make_step, name), pairs)
         except Exception as problem:  # a missing package, or too little memory
             left_out[name] = reason(problem)
+    streams, longer = ceilings(size, pairs, library)
     with progress(f"{tensors} tensors, {short(size)}", budget) as tick:
-        times = alternating(steps, device, budget, tick=tick)
+        times = alternating({**steps, **streams}, device, budget, tick=tick)
     # A user waits for the longer of the host's and the device's time.
-    spent = {name: spread([max(t) for t in values]) for name, values in times.items()}
+    spent = {name: spread([max(t) for t in times[name]]) for name in steps}
+    ceiling = {name: spread([longer * t.device for t in times[name]]) for name in streams}
+    best = min(streams, key=lambda name: ceiling[name]["median"], default=None)
     return {
         "tensors": tensors,
         "bytes": size,
         "sets": len(pairs),
         "in_cache": in_cache(size, len(pairs), device),
         "us": spent,
+        "streams": ceiling,
+        "share_of_ceiling": {name: longer / ratio(times[name], times[best]) for name in steps} if best else {},
         "left_out": left_out,
     }
 
@@ -105,11 +123,11 @@ def break_even(theirs: dict[str, float], ours: dict[str, float], tensors: int) -
 
 
 @torch.no_grad()
-def measure(device: torch.device, budget: float, chosen: list[str]) -> dict[str, Any]:
+def measure(device: torch.device, budget: float, chosen: list[str], library: ctypes.CDLL | str) -> dict[str, Any]:
     names = [name for name in METHODS if name in chosen]
-    smallest = point(1, 1000, device, budget / 4, names)
-    by_count = [point(count, ELEMENTS, device, budget, names) for count in COUNTS]
-    by_size = [point(TENSORS, elements, device, budget, names) for elements in SIZES]
+    smallest = point(1, 1000, device, budget / 4, names, library)
+    by_count = [point(count, ELEMENTS, device, budget, names, library) for count in COUNTS]
+    by_size = [point(TENSORS, elements, device, budget, names, library) for elements in SIZES]
     points = [smallest, *by_count, *by_size]
     left_out = {name: why for each in points for name, why in each["left_out"].items()}
     names = [name for name in names if name not in left_out]
@@ -136,6 +154,14 @@ def show(by_count: Any, by_size: Any, fits: dict[str, dict[str, float]], ends: d
         table = columns(title, "method", [head(p) for p in points])
         for name in fits:
             table.add_row(name, *[f"{p['us'][name]['median']:,.0f}" for p in points])
+        console.print(table)
+    table = columns(
+        f"speed relative to the plain stream, {TENSORS} tensors", "method", [short(p["bytes"]) for p in by_size]
+    )
+    for name in fits:
+        if all(p["share_of_ceiling"] for p in by_size):
+            table.add_row(name, *[f"{p['share_of_ceiling'][name]:.0%}" for p in by_size])
+    if table.row_count:
         console.print(table)
     table = columns("Line fitted to both", "method", ["fixed µs", "µs per tensor", "ms per GB"])
     for name, each in fits.items():

@@ -13,7 +13,6 @@ with float64.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
@@ -30,14 +29,15 @@ import bench_device
 import bench_instructions
 import bench_scaling
 import bench_training
+import export
 import torch
 from measure import (
     Times,
     alternating,
     ceilings,
+    compared,
     compile_stream,
     environment,
-    error_over_bound,
     in_cache,
     launches,
     peak_extra_bytes,
@@ -76,12 +76,14 @@ def measure(case: Case, device: torch.device, budget: float, library: ctypes.CDL
     for name in names:
         try:
             made = prepared(partial(make_step, name), sets)
+            error, match = compared(made[0], *sets[0])
             facts[name] = {
-                "max_err_over_bound": error_over_bound(made[0], *sets[0]),
+                "max_err_over_bound": error,
+                "match": match,
                 "peak_extra_bytes": None if name in GRAPHS else peak_extra_bytes(made[0], device),  # graphs keep theirs
             }
-            if not facts[name]["max_err_over_bound"] < WRONG:
-                raise ArithmeticError(f"a wrong result: {facts[name]['max_err_over_bound']:.0f} times the bound")
+            if not error < WRONG:
+                raise ArithmeticError(f"a wrong result: {error:.0f} times the bound")
             steps[name] = made
         except Exception as problem:  # packages raise anything
             left_out[name] = reason(problem)
@@ -178,17 +180,6 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for a CSV file; nested values get names such as device_us_median."""
-    cells: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict) and key != "dtypes":
-            cells.update({f"{key}_{inner}": each for inner, each in value.items()})
-        else:
-            cells[key] = " ".join(value) if isinstance(value, dict) else value
-    return cells
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few rounds of a few cases, about two minutes")
@@ -201,7 +192,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, help="per case; default: 20, or 2 with --quick")
     parser.add_argument("--json", type=Path, help="write all numbers to this file, after each case")
-    parser.add_argument("--csv", type=Path, help="write the rows of `models` to this file")
+    parser.add_argument("--csv", type=Path, help="write `models` to this file, with the columns of export.py")
     arguments = parser.parse_args()
     device, parts = torch.device(arguments.device), [part.strip() for part in arguments.parts.split(",")]
     if device.type == "cuda":
@@ -231,12 +222,9 @@ def main() -> int:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if arguments.csv:
-            rows = [flat(row) for row in result["rows"]]
             arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-                writer.writeheader()
-                writer.writerows(rows)
+            with arguments.csv.open("w", encoding="utf-8") as file:
+                export.write(result, file)
 
     env = result["env"]
     console.print(
@@ -274,7 +262,7 @@ def main() -> int:
             save()
             free(device)
     others: dict[str, Callable[[], Any]] = {
-        "scaling": lambda: bench_scaling.measure(device, budget / 4, names),
+        "scaling": lambda: bench_scaling.measure(device, budget / 4, names, library),
         "averages": lambda: bench_averages.measure(device, budget),
         "training": lambda: bench_training.measure(device, 2 * budget, names),
         "device": lambda: bench_device.measure(device, budget),

@@ -36,6 +36,7 @@ __all__ = [
 
 
 Schedule: TypeAlias = Callable[[int], float]
+"""Any function from the number of an update, 1 for the first, to its decay."""
 
 
 class _Checked:
@@ -64,7 +65,7 @@ class inverse_power(_Checked):
     Args:
         D: the largest decay.
         gamma: in updates, > 0; the larger, the slower the warm-up.
-        power: > 0; with power 1 and gamma 1, the average is the plain mean until the decay reaches D.
+        power: positive; with power 1 and gamma 1, the average is the plain mean until the decay reaches D.
         min: the smallest decay, in [0, D], after the first start + 1 updates, whose decay is 0.
         start: the number of updates before the one that the average starts from, an integer >= 0.
 

@@ -312,6 +312,7 @@ BY_NAME: dict[str, Layout] = {
     for each in (AveragedModel(), Timm(), Diffusers(), EmaPytorch(), TorchEma(), LitEma(), MMEngine(), Dino(), Plain())
 }
 LAYOUTS = tuple(BY_NAME)
+"""The names of the layouts that `restore` and `export` know."""
 
 
 def named_layout(name: str) -> Layout:

@@ -31,9 +31,11 @@ def solve_weights(times: Numbers, gammas: Numbers, time: float, gamma: float) ->
     Args:
         times: the number of updates after which each average was taken, > 0.
         gammas: the exponent of each average's profile, >= 0; see `schedules.gamma_of`.
-        time, gamma: of the wanted average.
+        time: the number of updates after which the wanted average is taken, > 0.
+        gamma: the exponent of its profile, >= 0.
 
-    Returns: a float64 weight per average, on the CPU.
+    Returns:
+        A float64 weight per average, on the CPU.
 
     Raises:
         ValueError: times and gammas are empty, differ in length, or are out of range; or no average has weight where

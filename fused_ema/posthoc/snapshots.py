@@ -26,7 +26,14 @@ KEYS = ("step", "updates", "sigma_rels", "tensors", "complex")  # of the metadat
 
 
 class Snapshot(NamedTuple):
-    """A file of averages, one for each of sigma_rels, as they were after `updates` updates."""
+    """A file of averages, as `snapshots` finds it.
+
+    Attributes:
+        path: the file.
+        step: the calls of `EMA.update` before it was saved.
+        updates: how many of them moved the averages.
+        sigma_rels: one for each average in the file; see `schedules.power_function`.
+    """
 
     path: Path
     step: int

@@ -1,7 +1,10 @@
 """The benchmarks themselves: what they compute from times, what they check, and one small run from end to end."""
 
+import csv
 import gc
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_scaling  # noqa: E402
 import bench_update  # noqa: E402
+import export  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
+import plot  # noqa: E402
+import tables  # noqa: E402
 
 CPU = torch.device("cpu")
+RESULTS = [BENCHMARKS / "results" / name for name in (*plot.OF_THE_PAGES, "foreach-cpu-torch2.13.0.json")]
 
 
 @pytest.fixture
@@ -120,6 +127,104 @@ def test_ratios_are_taken_within_rounds():
     assert measure.ratio(times["a"], times["b"]) == 3
 
 
+@torch.no_grad()
+def test_shares_of_a_stream_at_each_size_are_measured_and_drawn(tmp_path, monkeypatch):
+    library = measure.compile_stream()
+    if isinstance(library, str):
+        pytest.skip(library)
+    names = [methods.LOOP, methods.FOREACH_CACHED, methods.UPDATE, methods.BOUND, methods.MANAGER]
+    points = [bench_scaling.point(4, elements, CPU, 0.0, names, library) for elements in (4000, 40000, 400000)]
+    for point in points:
+        assert point["share_of_ceiling"].keys() == point["us"].keys() == set(names)
+        assert all(0 < each < 100 for each in point["share_of_ceiling"].values())
+        assert point["streams"].keys() == {"plain C++ loop"}
+    scaling = {"by_size": points, "by_count": points, "tensors": 4, "fits": {name: {} for name in names}}
+    content = {"env": measure.environment(CPU), "rows": [], "ceiling": [], "left_out": {}, "scaling": scaling}
+    results = tmp_path / "some.json"
+    results.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(results)])
+    plot.main()
+    found = {path.name for path in tmp_path.glob("*.png")}
+    assert found == {"some-share.png", "some-share-dark.png", "some-count.png", "some-count-dark.png"}
+    assert "some-share-dark.png" in "".join(tables.share(content, "some.json"))
+    assert bench_scaling.point(4, 4000, CPU, 0.0, names[:1], "no compiler")["share_of_ceiling"] == {}
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_tables_are_made_of_older_results_too(file):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("run", "equal", "wider", "extra", "host", "ratios"):
+        lines = tables.WRITERS[name](content, f"results/{file.name}")
+        cells = {line.count("|") for line in lines if line.startswith("|")}
+        assert len(cells) == (name not in ("run", "ratios")), "each row of a table has as many cells"
+    bounds = {f"({stream})" for each in content["ceiling"] for stream in each["streams"]}
+    table = "".join(tables.WRITERS["equal"](content, ""))
+    assert all(tables.escaped(bound) in table for bound in bounds)
+    assert "error |" in table
+
+
+def test_the_table_of_the_front_page():
+    content = json.loads((BENCHMARKS / "results" / "h200-torch2.11.0.json").read_text(encoding="utf-8"))
+    lines = tables.front(content, "x.json")
+    assert [line.partition("| ")[2].partition(" | ")[2] for line in lines[2:6]] == [
+        "7.2 ms | 402 | 0 |",
+        "8.2 ms | 254 | 4.4 GB |",
+        "7.4 ms | 256 | 4.4 GB |",
+        "**2.6 ms** | **1** | **0** |",
+    ]
+    assert "NVIDIA H200" in lines[-1]
+    assert "(x.json)" in lines[-1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_pictures_are_there_for_light_and_dark_pages(page):
+    text = (BENCHMARKS.parent / page).read_text(encoding="utf-8")
+    pictures = re.findall(r'<source media=".*?dark.*?" srcset="(.*?)-dark.png">\s*<img alt=".+" src="(.*?).png">', text)
+    assert len(pictures) == text.count("<picture>")
+    for dark, light in pictures:
+        assert dark == light
+        for suffix in ("", "-dark"):
+            assert ((BENCHMARKS.parent / page).parent / f"{light}{suffix}.png").exists()
+
+
+def test_what_is_kept_of_times():
+    found = measure.spread([1e-6 * us for us in (1, 2, 3, 4, 5, 6, 7, 8, 109)])
+    expected = {"median": 5, "p20": 2, "p80": 8, "mean": 145 / 9, "min": 1, "max": 109, "iqr": 4, "outliers": 1}
+    assert found == pytest.approx(expected | {"std": 34.92}, rel=1e-3)
+
+
+def test_an_export_has_the_columns_of_kernels_benchmark():
+    ours, theirs = (dict.fromkeys(("mean", "std", "min", "max", "iqr"), us) for us in (100.0, 250.0))
+    common = {"case": "small", "rounds": 9, "match": True, "max_err_over_bound": 1.0}
+    rows = [
+        {**common, "method": methods.LOOP, "device_us": theirs | {"outliers": 1}},
+        {**common, "method": methods.BOUND, "device_us": ours | {"outliers": 0}},
+        {**common, "match": None, "case": "old", "method": methods.BOUND, "device_us": {"median": 3.0}},
+    ]
+    left_out = {"small": {"wrong": "ArithmeticError: a wrong result", "absent": "ImportError"}, "large": "MemoryError"}
+    file = io.StringIO()
+    export.write({"rows": rows, "left_out": left_out}, file)
+    found = list(csv.DictReader(file.getvalue().splitlines()))
+    columns = "Benchmark Workload N Speedup Mean(ms) Std(ms) Min(ms) Max(ms) IQR(ms) Outliers Ref(ms) Match Error"
+    assert list(found[0]) == columns.split()
+    assert [line["Workload"] for line in found] == [methods.LOOP, methods.BOUND, methods.BOUND, "wrong"]
+    assert [line["Speedup"] for line in found] == ["1.00x", "2.50x", "", ""]
+    assert [line["Match"] for line in found] == ["✓", "✓", "", "✗"]
+    assert [line["Mean(ms)"] for line in found] == ["0.2500", "0.1000", "", ""]
+
+
+def test_a_match_is_what_torch_testing_calls_one(pair):
+    model, average = pair
+    for off, match in ((0.0, True), (5e-6, True), (1e-4, False)):
+
+        @torch.no_grad()
+        def step(off=off):
+            for e, p in zip(average.parameters(), model.parameters(), strict=True):
+                e.lerp_(p, methods.WEIGHT).add_(off)
+
+        assert measure.compared(step, model, average)[1] is match
+
+
 def test_a_wrong_result_is_left_out(monkeypatch):
     monkeypatch.setitem(methods.METHODS, methods.LOOP, lambda model, ema: lambda: None)
     case = models.Case("small", models.equal_tensors(3, 100))
@@ -145,7 +250,7 @@ def test_a_small_run_from_end_to_end(tmp_path):
         assert (row["max_err_over_bound"] <= 1.001) == (row["method"] in methods.OURS or "fused" in row["method"])
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == len(content["rows"]) + 1
     subprocess.run([sys.executable, BENCHMARKS / "plot.py", results], check=True)
-    assert {path.suffix for path in tmp_path.glob("results-ratios*")} == {".png", ".svg"}
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"results-ratios.png", "results-ratios-dark.png"}
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 import fused_ema
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Imports alone take seconds, and the frameworks have tests of their own.
-SLOW = re.compile("import lightning|transformers|accelerate|diffusers|fully_shard")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Imports alone take seconds, and the frameworks and exports have tests of their own.
+SLOW = re.compile("import lightning|transformers|accelerate|diffusers|fully_shard|torch.onnx")
 BLOCKS = [
     pytest.param(
         block,
@@ -71,10 +71,22 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"(?:\]\(|\b(?:src|srcset|href)=\")([^)\"\s]+)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def test_tests_that_pages_name_exist():
+    named = {
+        name for page in PAGES for name in re.findall(r"`([\w/]+/test_\w+\.py(?:::\w+)?)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 40
+    for name in named:
+        path, _, test = name.partition("::")
+        file = ROOT / "tests" / path.removeprefix("tests/")
+        assert file.is_file(), name
+        assert not test or f"def {test}(" in file.read_text(encoding="utf-8"), name

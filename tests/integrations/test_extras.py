@@ -40,6 +40,7 @@ def test_the_page_lists_the_extras():
         "demo",
         "bench",
         "dev",
+        "docs",
     }  # of the checkout
     rows = (ROOT / "docs" / "install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == declared >= set(EXTRAS)

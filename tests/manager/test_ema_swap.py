@@ -934,9 +934,10 @@ def exchanges_weights(model):
     model[0].weight.data, model[1].weight.data = model[1].weight.data, model[0].weight.data
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [len, replaces_weights, exchanges_weights], ids=["", "replaced", "exchanged"])
-def test_interrupted_at_each_moment(backend, dtype, block):
+def test_interrupted_at_each_moment(backend, dtype, block, every):
     ema = trained(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype), [0.5, 0.9])
     whole = Whole(ema)
 
@@ -949,7 +950,7 @@ def test_interrupted_at_each_moment(backend, dtype, block):
         assert ema.describe()["swapped"] is None, f"moment {moment}: still swapped"
         assert whole.averages_are_true(), f"moment {moment}: other averages"
         assert equal(clones(parameters(ema.model)), whole.raw), f"moment {moment}: another model"
-        moment += 1
+        moment += every
     assert moment > 50
 
 
