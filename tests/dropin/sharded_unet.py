@@ -17,6 +17,7 @@ import oracle
 from diffusers.training_utils import EMAModel as Theirs
 from small_unet import averaging, unet
 
+import fused_ema
 from fused_ema.dropin import EMAModel
 
 
@@ -43,9 +44,8 @@ def main():
             ours.step(model.parameters())
         assert communication.get_total_counts() == 0
         assert all(isinstance(average, DTensor) for average in ours.shadow_params)
-        oracle.check_step(
-            old, shards(model.parameters()), shards(ours.shadow_params), ours.cur_decay_value, bitwise=True
-        )
+        new, bitwise = shards(ours.shadow_params), fused_ema.backend("cpu") != "torch"
+        oracle.check_step(old, shards(model.parameters()), new, ours.cur_decay_value, bitwise=bitwise)
         theirs.step(model.parameters())
     for a, b in zip(shards(ours.shadow_params), shards(theirs.shadow_params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
