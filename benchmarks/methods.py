@@ -43,6 +43,7 @@ EMA_PYTORCH_FOREACH = "ema-pytorch EMA, foreach"
 TORCH_EMA = "torch_ema"
 DIFFUSERS = "diffusers EMAModel"
 DIFFUSERS_FOREACH = "diffusers EMAModel, foreach"
+DIFFUSERS_FUSED = "EMAModel of fused_ema.dropin"
 LIGHTNING = "Lightning EMAWeightAveraging"
 APEX = "apex multi_tensor_axpby"
 FOREACH_GRAPH = "_foreach_lerp_ in a CUDA graph"
@@ -171,9 +172,9 @@ def _torch_ema(model: nn.Module, ema: nn.Module) -> Step:
     return lambda: manager.update()
 
 
-def _diffusers(foreach: bool) -> Make:
+def _diffusers(foreach: bool, package: str = "diffusers.training_utils") -> Make:
     def make(model: nn.Module, ema: nn.Module) -> Step:
-        library = importlib.import_module("diffusers.training_utils")
+        library = importlib.import_module(package)
         manager = library.EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY, foreach=foreach)
         manager.shadow_params = list(ema.parameters())
         manager.optimization_step = 10
@@ -257,6 +258,7 @@ METHODS: dict[str, Make] = {
     TORCH_EMA: _torch_ema,
     DIFFUSERS: _diffusers(False),
     DIFFUSERS_FOREACH: _diffusers(True),
+    DIFFUSERS_FUSED: _diffusers(False, "fused_ema.dropin"),
     LIGHTNING: _lightning,
     UPDATE: _update,
     BOUND: _bound,

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from methods import FOREACH_CACHED, LOOP
+from methods import DIFFUSERS, DIFFUSERS_FOREACH, DIFFUSERS_FUSED, FOREACH_CACHED, LOOP
 from report import AS_BUILT, machine
-from tables import escaped, source
+from tables import duration, escaped, source, times
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -88,11 +88,33 @@ def sweep(content: dict[str, Any], link: str) -> list[str]:
     ]
 
 
+def ema_model(content: dict[str, Any], link: str) -> list[str]:
+    """For the drop-in for diffusers' EMAModel: its time, and theirs."""
+    cases: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        cases.setdefault(row["case"], {})[row["method"]] = row
+    lines = ["| time of a step | here | diffusers | diffusers, `foreach=True` |", "| --- | ---: | ---: | ---: |"]
+    for case, found in cases.items():
+        ours = found[DIFFUSERS_FUSED]
+        cells = [duration(ours["device_us"]["median"])]
+        for other in (found[DIFFUSERS], found[DIFFUSERS_FOREACH]):
+            cells.append(f"{duration(other['device_us']['median'])} ({times(other['ratio'] / ours['ratio'])})")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Medians of `ema.step(model.parameters())`. All methods alternate in one run, on alternating sets of tensors, "
+        "so that none is in a cache; `called in a row` has consecutive calls of each method on the same tensors. In "
+        f"brackets: how many times as long as here, from ratios within each round. {source(content, link)}.",
+    ]
+    return lines
+
+
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     **tables.WRITERS,
     "errors": errors,
     "merging": merging,
     "sweep": sweep,
+    "ema_model": ema_model,
 }
 
 

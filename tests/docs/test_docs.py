@@ -17,7 +17,7 @@ import fused_ema
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Imports alone take seconds, and the frameworks and exports have tests of their own.
-SLOW = re.compile("import lightning|transformers|accelerate|import peft|fully_shard|torch.onnx")
+SLOW = re.compile("import lightning|transformers|accelerate|diffusers|import peft|fully_shard|torch.onnx")
 BLOCKS = [
     pytest.param(
         block,

@@ -14,7 +14,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 ORDER = """
     __main__
     _cost
-    integrations
+    integrations dropin
     __init__
     merging
     posthoc checkpoints

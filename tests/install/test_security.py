@@ -20,6 +20,7 @@ ALLOWED = {  # exactly what is imported: think about what another module can do 
     "copy",
     "ctypes",
     "dataclasses",
+    "diffusers",
     "enum",
     "errno",
     "fcntl",

@@ -13,7 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {
     "lightning": ["lightning", "lightning.pytorch", "pytorch_lightning"],
     "transformers": ["transformers"],
+    "diffusers": ["diffusers"],
     "files": ["safetensors"],
+}
+MODULES = {
+    "lightning": "fused_ema.integrations.lightning",
+    "transformers": "fused_ema.integrations.transformers",
+    "diffusers": "fused_ema.dropin.ema_model",
 }
 
 
@@ -21,10 +27,10 @@ EXTRAS = {
 def test_an_error_names_the_extra(monkeypatch, extra):
     for name in EXTRAS[extra]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"fused_ema.integrations.{extra}", raising=False)
+    monkeypatch.delitem(sys.modules, MODULES.get(extra, ""), raising=False)
     expected = f'run pip install "fused-ema[{extra}]", or pip install {EXTRAS[extra][0]}'
     with pytest.raises(ImportError, match=re.escape(expected)):
-        checkpoints.load("a.safetensors") if extra == "files" else import_module(f"fused_ema.integrations.{extra}")
+        checkpoints.load("a.safetensors") if extra == "files" else import_module(MODULES[extra])
 
 
 def test_the_page_lists_the_extras():
