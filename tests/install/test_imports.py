@@ -16,7 +16,7 @@ ORDER = """
     _cost
     integrations
     __init__
-    posthoc checkpoints
+    posthoc checkpoints dropin
     manager
     functional
     ops
