@@ -77,7 +77,7 @@ class AveragedModel(swa_utils.AveragedModel):
             return super().update_parameters(model)
         buffers: Buffers = "average" if self.use_buffers else "copy"
         try:
-            if count:
+            if count:  # update keeps its plan as a bound handle does, but it does not keep the model alive
                 update(self.module, model, decay, buffers=buffers)
             else:
                 copy_(self.module, model, buffers=buffers)
@@ -129,8 +129,9 @@ def _inner(function: Any) -> Any:
 
 
 def _codes(*makers: Callable[..., Any]) -> list[Any]:
-    """What all functions that a maker returns have in common."""
-    return [_inner(make()).__code__ for make in makers]
+    """What all functions that a maker returns have in common, by which they are known again."""
+    codes = (getattr(_inner(make()), "__code__", None) for make in makers)
+    return [code for code in codes if code]  # without one, a PyTorch to come runs its own code
 
 
 _MEANS = _codes(swa_utils.get_swa_avg_fn, swa_utils.get_swa_multi_avg_fn)
@@ -145,7 +146,7 @@ def _decay(function: Any, count: int) -> Any:
     code: Any = getattr(inner, "__code__", None)
     if function is None or code in _MEANS:
         return count / (count + 1)
-    if code in _EMAS:
+    if code in _EMAS and "decay" in code.co_freevars:
         return inner.__closure__[code.co_freevars.index("decay")].cell_contents
     return None
 

@@ -1,4 +1,4 @@
-"""The drop-in for torch's AveragedModel follows tensors that are replaced, keeps no model alive, and counts."""
+"""The drop-in for torch's AveragedModel follows tensors that are replaced, counts, and runs anywhere."""
 
 import copy
 import gc
@@ -8,7 +8,7 @@ import averaged_models
 import pytest
 import torch
 from averaged_models import FUNCTIONS, MEANS, shaken, used
-from conftest import bits, net, same_bits
+from conftest import bits, net, same_bits, tensors_of
 from torch import nn
 
 import fused_ema
@@ -110,3 +110,33 @@ def test_counters_of_inference_mode(backend, far):
         model, averaged = used(**MEANS["none"]())
         assert reads(lambda: three(model, averaged)) == 3
         assert averaged.n_averaged == 6
+
+
+# ---- Where it is called
+
+
+def test_inside_a_compiled_function(fused_alone):
+    model, averaged = used()
+    expected = copy.deepcopy(averaged.module)
+
+    @torch.compile(backend="eager")
+    def step():
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        averaged.update_parameters(model)
+
+    for _ in range(3):
+        step()
+        fused_ema.update(expected, model, 0.5)
+    assert same_bits(bits(expected), averaged.module)
+    assert averaged.n_averaged == 6
+
+
+def test_inside_autocast_and_with_grad(backend):
+    model, averaged = used(nn.Linear(3, 4))
+    x = torch.randn(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = averaged(x)
+        averaged.update_parameters(shaken(model))
+        assert not torch.equal(averaged(x), before)  # no cast of the old values is left
+    assert not any(tensor.grad_fn for tensor in tensors_of(averaged))
