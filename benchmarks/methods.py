@@ -37,6 +37,7 @@ FOREACH_CACHED = "_foreach_lerp_ on cached lists"
 COMPILED = "torch.compile of the loop"
 AVERAGED = "AveragedModel"
 AVERAGED_FUSED = "AveragedModel with fused_ema"
+AVERAGED_OURS = "fused_ema.AveragedModel"
 TIMM = "timm ModelEmaV3"
 EMA_PYTORCH = "ema-pytorch EMA"
 EMA_PYTORCH_FOREACH = "ema-pytorch EMA, foreach"
@@ -119,9 +120,9 @@ def _compiled_loop() -> Callable[[list[torch.Tensor], list[torch.Tensor]], None]
 # ---- Packages
 
 
-def _averaged(function: Callable[..., None]) -> Make:
+def _averaged(function: Callable[..., None], kind: type[AveragedModel] = AveragedModel) -> Make:
     def make(model: nn.Module, ema: nn.Module) -> Step:
-        manager = AveragedModel(model, multi_avg_fn=function)
+        manager = kind(model, multi_avg_fn=function)
         manager.module = ema
         manager.n_averaged.fill_(1)  # otherwise the first update would copy
         return lambda: manager.update_parameters(model)
@@ -252,6 +253,7 @@ METHODS: dict[str, Make] = {
     COMPILED: _compiled,
     AVERAGED: _averaged(get_ema_multi_avg_fn(DECAY)),
     AVERAGED_FUSED: _averaged(fused_ema.get_ema_multi_avg_fn(DECAY)),
+    AVERAGED_OURS: _averaged(get_ema_multi_avg_fn(DECAY), fused_ema.AveragedModel),
     TIMM: _timm,
     EMA_PYTORCH: _ema_pytorch(False),
     EMA_PYTORCH_FOREACH: _ema_pytorch(True),

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import methods
 import tables
 from methods import DIFFUSERS, DIFFUSERS_FOREACH, DIFFUSERS_FUSED, FOREACH_CACHED, LOOP
 from report import AS_BUILT, machine
@@ -23,6 +24,35 @@ from tables import duration, escaped, source, times
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def averaged_model(content: dict[str, Any], link: str) -> list[str]:
+    """For the drop-in for torch's AveragedModel: its time, and that of torch's with either function."""
+    cases: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        cases.setdefault(row["case"], {})[row["method"]] = row
+    lines = [
+        "| time of an update | `fused_ema.AveragedModel` | torch's | torch's, with `fused_ema.get_ema_multi_avg_fn` |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for case, found in cases.items():
+        ours = found[methods.AVERAGED_OURS]
+        cells = [tables.duration(ours["device_us"]["median"])]
+        for other in (methods.AVERAGED, methods.AVERAGED_FUSED):
+            if other in found:
+                ratio = tables.times(found[other]["ratio"] / ours["ratio"])
+                cells.append(f"{tables.duration(found[other]['device_us']['median'])} ({ratio})")
+            else:
+                cells.append("raises")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Medians of `update_parameters(model)` for a moving average. All methods alternate in one run, on alternating "
+        "sets of tensors, so that none is in a cache; `called in a row` has consecutive calls of each method on the "
+        "same tensors. In brackets: how many times as long as `fused_ema.AveragedModel`, from ratios within each "
+        f"round. {source(content, link)}.",
+    ]
+    return lines
 
 
 def errors(content: dict[str, Any], link: str) -> list[str]:
@@ -111,6 +141,7 @@ def ema_model(content: dict[str, Any], link: str) -> list[str]:
 
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     **tables.WRITERS,
+    "averaged_model": averaged_model,
     "errors": errors,
     "merging": merging,
     "sweep": sweep,

@@ -284,13 +284,13 @@ def check_training(device, make, buffers, model_dtype):
             assert same_bits(buffer, theirs[key].to(buffer.dtype)), key
 
 
-def check_averaged_model(device, use_buffers, decay=0.9):
+def check_averaged_model(device, use_buffers, decay=0.9, kind=swa_utils.AveragedModel):
     torch.manual_seed(12)
     network, x = residual_network()
     network, x = network.to(device), x.to(device)
     ours, theirs = (
-        swa_utils.AveragedModel(network, multi_avg_fn=module.get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
-        for module in (fused_ema, swa_utils)
+        each(network, multi_avg_fn=module.get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
+        for each, module in ((kind, fused_ema), (swa_utils.AveragedModel, swa_utils))
     )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     for _ in range(20):

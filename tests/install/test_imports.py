@@ -14,10 +14,10 @@ PACKAGE = Path(fused_ema.__file__).parent
 ORDER = """
     __main__
     _cost
-    integrations dropin
+    integrations
     __init__
     merging
-    posthoc checkpoints
+    posthoc checkpoints dropin
     manager
     functional
     ops
