@@ -13,6 +13,7 @@
 
 #include "ema_cpu.h"
 #include "plan.h"
+#include "sum_cpu.h"
 #include "watch.h"
 
 namespace fused_ema {
@@ -225,6 +226,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of fused_ema: see csrc/.";
   m.attr("cuda_built") = cuda_built();
   m.def("_set_grain", &set_grain, py::arg("elements"));
+  m.def("add_weighted", &add_weighted, py::arg("total"), py::arg("part"), py::arg("weight"), py::arg("first"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("round_sum", &round_sum, py::arg("total"), py::arg("out"), py::call_guard<py::gil_scoped_release>());
   py::enum_<Op>(m, "Op")
       .value("update", Op::update)
       .value("copy", Op::copy)

@@ -1,23 +1,15 @@
 // The CPU runner: the elements of all tensors are split evenly over the threads, and each pair of types has a plain
 // loop.
 //
-// The compiler builds each loop for several instruction sets, and one is chosen at load time (target_clones: x86-64-v4
-// is AVX-512, v3 is AVX2 with FMA). All of them give the bits that lerp.h promises.
+// All instruction sets that it is built for give the bits that lerp.h promises.
 #include "ema_cpu.h"
 
 #include <ATen/Parallel.h>
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 #include <atomic>
 #include <chrono>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define FUSED_EMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FUSED_EMA_CLONES
-#endif
+#include "cpu.h"
 
 namespace fused_ema {
 namespace {
@@ -209,18 +201,6 @@ void run_row(Op op, const Tables& tables, const Row& row, const Call& call, int6
     }
   }
 }
-
-// Keeps subnormals, whatever torch.set_flush_denormal() set on this thread.
-class KeepSubnormals {
- public:
-#ifdef __SSE2__
-  KeepSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }  // flush to zero, denormals are zero
-  ~KeepSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
 
 }  // namespace
 

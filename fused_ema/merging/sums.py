@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Elements of a piece: the buffers of a thread fit its cache. From 1 << 15 on PyTorch spreads some work over threads.
-PIECE = (1 << 15) - 2048
+from .._build.library import load
+
+PIECE = 1 << 16  # elements; the buffers of a thread fit its core's cache
+_BLOCK = (1 << 15) - 2048  # what PyTorch is given at a time: from 1 << 15 on it spreads some work over threads
 
 
 class Sum:
     """Buffers for the sum of pieces; each thread has its own."""
 
     def __init__(self) -> None:
-        self._total, self._term = (torch.empty(PIECE, dtype=torch.float64) for _ in range(2))
-        self._narrow = torch.empty(PIECE, dtype=torch.float32)
+        self._total = torch.empty(PIECE, dtype=torch.float64)
+        self._term = torch.empty(_BLOCK, dtype=torch.float64)
+        self._narrow = torch.empty(_BLOCK, dtype=torch.float32)
 
     def write(self, parts: Iterable[Tensor], weights: Sequence[float], out: Tensor) -> bool:
         """out ← the sum of weights[k] * parts[k], rounded once. Returns whether it is finite.
@@ -29,16 +33,26 @@ class Sum:
                 for, so that all may be in one buffer.
             out: of their type and size.
         """
-        total, term, narrow = (each[: out.numel()] for each in (self._total, self._term, self._narrow))
+        compiled: Any = load()
+        total = self._total[: out.numel()]
         for k, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            term.copy_(part)
-            if k == 0:
-                torch.mul(term, weight, out=total)
+            if compiled:
+                compiled.add_weighted(total, part, weight, k == 0)
             else:
-                total.add_(term.mul_(weight))  # not add_(alpha=...), which may fuse the two
-        finite = bool(total.sum().isfinite()) or bool(total.isfinite().all())
-        round_once(total, out, term, narrow)
-        return finite
+                self._add(total, part, weight, k == 0)
+        if compiled:
+            return compiled.round_sum(total, out)  # type: ignore[no-any-return]
+        for block, to in zip(total.split(_BLOCK), out.split(_BLOCK), strict=True):
+            round_once(block, to, self._term[: len(to)], self._narrow[: len(to)])
+        return bool(total.sum().isfinite()) or bool(total.isfinite().all())
+
+    def _add(self, total: Tensor, part: Tensor, weight: float, first: bool) -> None:
+        for to, values in zip(total.split(_BLOCK), part.split(_BLOCK), strict=True):
+            term = self._term[: len(to)].copy_(values)
+            if first:
+                torch.mul(term, weight, out=to)
+            else:
+                to.add_(term.mul_(weight))  # not add_(alpha=...), which may fuse the two
 
 
 _CUT = (1 << 29) - 1  # what a float64 has beyond the 23 bits of a float32's fraction
