@@ -202,15 +202,16 @@ class PyPreparedPairs {
   }
 
   void check_scratch(const Tensors& scratch) const {
-    for (const auto& [device, bytes] : prepared_.scratch_bytes()) {
-      const auto fits = [&, on = device, needed = bytes](const at::Tensor& memory) {
-        return memory.device() == on && memory.scalar_type() == at::kByte && memory.numel() >= needed &&
-               memory.is_contiguous() && reinterpret_cast<uintptr_t>(memory.const_data_ptr()) % kVectorBytes == 0;
-      };
-      if (std::none_of(scratch.begin(), scratch.end(), fits))
-        throw py::value_error(
-            "scratch: expected a contiguous uint8 tensor, aligned to 16 bytes, for each device in scratch_bytes()");
-    }
+    const auto fits = [](const at::Tensor& memory, const std::pair<c10::Device, int64_t>& needed) {
+      const auto& [device, bytes] = needed;
+      return (memory.device() == device || (device.is_cuda() && memory.is_cpu() && memory.is_pinned())) &&
+             memory.scalar_type() == at::kByte && memory.numel() >= bytes && memory.is_contiguous() &&
+             reinterpret_cast<uintptr_t>(memory.const_data_ptr()) % kVectorBytes == 0;
+    };
+    const auto needed = prepared_.scratch_bytes();
+    if (!std::equal(scratch.begin(), scratch.end(), needed.begin(), needed.end(), fits))
+      throw py::value_error(
+          "scratch: expected a contiguous uint8 tensor, aligned to 16 bytes, for each device in scratch_bytes()");
   }
 
   PreparedPairs prepared_;

@@ -386,10 +386,10 @@ void PreparedPairs::run(Op op, Call call, const at::Tensor& device_decays, const
     call.device_decay = device_decays.const_data_ptr();
     call.device_decay_is_f64 = device_decays.scalar_type() == at::kDouble;
   }
+  auto memory = scratch.begin();
   for (auto& device : devices_) {
-    call.scratch = nullptr;
-    for (const auto& memory : scratch)
-      if (memory.device() == device->device) call.scratch = static_cast<char*>(memory.mutable_data_ptr());
+    const bool waits = device->tables.scratch_bytes && memory != scratch.end();
+    call.scratch = waits ? static_cast<char*>((memory++)->mutable_data_ptr()) : nullptr;
     if (device->device.is_cpu()) {
       run_cpu(op, device->tables, call);
     } else {

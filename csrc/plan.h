@@ -95,7 +95,7 @@ class PreparedPairs {
 
   // One launch per CUDA device, one parallel loop for the CPU. `device_decays`, if defined, replaces the call's decays:
   // one for each average, on the model's device. `scratch`, for an exchange between two types, has a tensor for each
-  // device that scratch_bytes() lists.
+  // device that scratch_bytes() lists, in that order: on the device, or in pinned host memory.
   void run(Op op, Call call, const at::Tensor& device_decays, const Tensors& scratch);
   void bump_versions(Op op) const;
 

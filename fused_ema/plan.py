@@ -190,9 +190,14 @@ class Plan:
             )
         return self._refusals.get(call.op)
 
-    def new_scratch(self) -> list[Tensor]:
-        """Memory for a swap between types: a tensor of bytes for each device that needs one."""
-        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in self.prepared.scratch()]
+    def new_scratch(self, *, on_host: bool = False) -> list[Tensor]:
+        """Memory for a swap between types: bytes for each device that needs some, on it or in pinned host memory."""
+
+        def empty(device: torch.device, size: int) -> Tensor:
+            pinned = on_host and device.type != "cpu"
+            return torch.empty(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned)
+
+        return [empty(device, size) for device, size in self.prepared.scratch()]
 
     def describe(self) -> dict[str, Any]:
         return copy.deepcopy(self._about)

@@ -325,14 +325,15 @@ class EMA:
 
         One kernel launch on the way in and one on the way out, which restores the model bitwise whatever the block
         raised. Where an average has its parameter's type, the two exchange values; where not, the parameter's values
-        wait in scratch memory. So the block may replace the model's tensors, but must not train them: what it writes to
-        parameters that exchanged values stays in the average, what it writes to the others is discarded, and a warning
-        names them (writes through `.data` are not seen). What it writes to buffers that are not averaged stays there:
-        to measure BatchNorm's statistics for the averages, copy the model, `copy_to` the copy, and measure them on it.
-        Clone what is taken out of the block: a `state_dict()` of the model, or a program traced or exported from it,
-        shares the model's memory and has its own weights again afterwards; a warning names a program that outlives the
-        block. `copy.deepcopy(model)`, inside, is a model with the averages that stays.
-        Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields the model.
+        wait in scratch memory (of the host, if the averages are there). So the block may replace the model's tensors,
+        but must not train them: what it writes to parameters that exchanged values stays in the average, what it writes
+        to the others is discarded, and a warning names them (writes through `.data` are not seen). What it writes to
+        buffers that are not averaged stays there: to measure BatchNorm's statistics for the averages, copy the model,
+        `copy_to` the copy, and measure them on it. Clone what is taken out of the block: a `state_dict()` of the model,
+        or a program traced or exported from it, shares the model's memory and has its own weights again afterwards; a
+        warning names a program that outlives the block. `copy.deepcopy(model)`, inside, is a model with the averages
+        that stays. Keep a forward pass and its backward pass on one side of a swap; autograd raises otherwise. Yields
+        the model.
 
         Raises:
             RuntimeError: the model is already swapped, by this manager or another. At the end: the block replaced

@@ -31,7 +31,8 @@ MakePlan = Callable[[Mapping[str, Tensor] | None], Plan]  # for the model as it 
 class Exchange:
     """Puts average `index` into the model, and takes it out again.
 
-    The values change places in one launch each way; where the types differ, the model's values wait in scratch memory.
+    The values change places in one launch each way; where the types differ, the model's values wait in scratch memory,
+    which is where the averages are: on the model's device, or in pinned host memory.
     The memory of the model's tensors is held here, so that the exchange can be undone whatever the block does to
     the tensors themselves.
 
@@ -84,6 +85,7 @@ class Exchange:
         if self._exchanged():
             plan = self._run("restore", self._plan, lambda: self._plan_for_first_tensors(make))
             self.replaced |= not plan.lasts  # it does not watch the model, so that tensors may have been replaced
+            self._wait_for_scratch()
         lost: list[str] = []
         if self.replaced:
             try:
@@ -124,8 +126,14 @@ class Exchange:
 
     def _with_scratch(self, op: OpName, plan: Plan) -> Plan:
         if op == "swap":
-            self._scratch[:] = plan.new_scratch()  # the list that the call has
+            self._scratch[:] = plan.new_scratch(on_host=self._averages.on_host)  # the list that the call has
         return plan
+
+    def _wait_for_scratch(self) -> None:
+        """PyTorch gives freed pinned memory away at once, even while a kernel reads it."""
+        if any(memory.is_pinned() for memory in self._scratch):
+            for device in {memory.device for memory in self._memory.values() if memory.is_cuda}:
+                torch.cuda.current_stream(device).synchronize()
 
     def _plan_for_first_tensors(self, make: MakePlan) -> Plan:
         """A plan that undoes the exchange in the original tensors, where the block put others into the model."""

@@ -42,12 +42,12 @@ class Sum:
                 self._add(total, part, weight, k == 0)
         if compiled:
             return compiled.round_sum(total, out)  # type: ignore[no-any-return]
-        for block, to in zip(total.split(_BLOCK), out.split(_BLOCK), strict=True):
+        for block, to in zip(torch.split(total, _BLOCK), torch.split(out, _BLOCK), strict=True):
             round_once(block, to, self._term[: len(to)], self._narrow[: len(to)])
         return bool(total.sum().isfinite()) or bool(total.isfinite().all())
 
     def _add(self, total: Tensor, part: Tensor, weight: float, first: bool) -> None:
-        for to, values in zip(total.split(_BLOCK), part.split(_BLOCK), strict=True):
+        for to, values in zip(torch.split(total, _BLOCK), torch.split(part, _BLOCK), strict=True):
             term = self._term[: len(to)].copy_(values)
             if first:
                 torch.mul(term, weight, out=to)

@@ -57,7 +57,7 @@ class Call(NamedTuple):
     device_decays: Tensor | None = None  # replaces `decays`: float32 or float64, on the device, never read on the host
     keys: tuple[int, ...] = ()  # 64 random bits each, for stochastic rounding
     average: int = -1  # the only average that takes part; -1: all of them
-    scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes on each device, as `Prepared.scratch` asks
+    scratch: Sequence[Tensor] = ()  # for "swap" and "restore": bytes for each device that `Prepared.scratch` lists
 
 
 Slots: TypeAlias = Sequence[tuple[int, Any]]
@@ -105,7 +105,8 @@ class Prepared(Protocol):
         """Kernel launches (on the CPU, parallel loops) of one update; in foreach.py, operations on single tensors."""
 
     def scratch(self) -> list[tuple[torch.device, int]]:
-        """Bytes of scratch memory that a "swap" needs on each device, for pairs whose types differ."""
+        """Bytes of scratch memory that a "swap" needs for each device, where types differ. The call has it in this
+        order: on the device, or in pinned host memory."""
 
     def current(self) -> bool:
         """Whether the watched sources still hold the tensors that were prepared, unchanged in address, type, shape and

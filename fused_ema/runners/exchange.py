@@ -55,9 +55,9 @@ class Exchange:
 
     def run(self, call: Call, ema: Tensors, model: Tensors) -> None:
         """Runs a "swap", or a "restore" that undoes as much as was done."""
-        for device, size in self.scratch():
-            if not any(memory.device == device and memory.numel() >= size for memory in call.scratch):
-                raise ValueError(f"scratch: expected {size} bytes on {device}, as scratch() asks")
+        sizes = [memory.numel() for memory in call.scratch]
+        if len(sizes) != len(self._sizes) or any(map(int.__lt__, sizes, self._sizes.values())):
+            raise ValueError(f"scratch: expected {self.scratch()}, found {sizes} bytes")
         try:
             if call.op == "swap":
                 for done, step in enumerate(self._steps, 1):
@@ -81,7 +81,7 @@ class Exchange:
                 e.copy_(old_p)
                 p.copy_(old_e)
             else:
-                memory = {each.device: each for each in call.scratch}[p.device]
+                memory = dict(zip(self._sizes, call.scratch, strict=True))[p.device]
                 values = memory[step.waiting].view(p.dtype).view(p.shape)
                 if call.op == "swap":
                     values.copy_(p)

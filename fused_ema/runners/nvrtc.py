@@ -126,7 +126,7 @@ class PreparedNvrtc(PreparedInPython):
         if is_update(call.op) and call.device_decays is None and all(decay == 1 for decay in call.decays):
             return
         devices = [each for each in self._devices if call.op != "restore" or each.exchanged()]
-        scratch = {memory.device: memory.data_ptr() for memory in call.scratch}
+        scratch = {device: memory.data_ptr() for (device, _), memory in zip(self.scratch(), call.scratch, strict=False)}
         for each in devices:
             each.run(call, each.gpu.kernel(call.op), averages, scratch.get(each.device, 0))
         half = len(tensors) // 2
@@ -143,16 +143,17 @@ class PreparedNvrtc(PreparedInPython):
         if call.device_decays is not None and call.device_decays.numel() < averages.stop:
             raise ValueError("device_decays: expected one for each average")
         if call.op in ("swap", "restore"):
-            for device, size in self.scratch():
-                if not any(_holds(memory, device, size) for memory in call.scratch):
-                    raise ValueError(
-                        "scratch: expected a contiguous uint8 tensor, aligned to 16 bytes, for each device in "
-                        "scratch_bytes()"
-                    )
+            needed = self.scratch()
+            if len(needed) != len(call.scratch) or not all(map(_holds, call.scratch, needed)):
+                raise ValueError(
+                    "scratch: expected a contiguous uint8 tensor, aligned to 16 bytes, for each device in scratch()"
+                )
 
 
-def _holds(memory: Tensor, device: torch.device, size: int) -> bool:
-    fits = memory.device == device and memory.dtype is torch.uint8 and memory.numel() >= size
+def _holds(memory: Tensor, needed: tuple[torch.device, int]) -> bool:
+    device, size = needed
+    here = memory.device == device or memory.is_pinned()
+    fits = here and memory.dtype is torch.uint8 and memory.numel() >= size
     return fits and memory.is_contiguous() and memory.data_ptr() % VECTOR_BYTES == 0
 
 

@@ -43,11 +43,14 @@ class Several:
             if not all(part.run(self._writes_nothing, ema, model) for part in self._parts):
                 return False
             ran = False
+            waiting = list(call.scratch)
             for part in self._parts:
+                size = len(part.scratch()) if waiting else 0
+                own, waiting = call._replace(scratch=waiting[:size]), waiting[size:]
                 undone = call.op == "restore" and not part.exchanged()
                 if undone:
                     continue
-                if not part.run(call, ema, model):
+                if not part.run(own, ema, model):
                     if not ran:
                         return False
                     raise RuntimeError(

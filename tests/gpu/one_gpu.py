@@ -84,19 +84,23 @@ def check_states(sharded, emas, folder):
 
 
 def check_memory():
-    """Updates and swaps of a model of 64 MiB take less than 1 MiB on the device, and its averages are pinned."""
-    model = fully_shard(torch.nn.Linear(4096, 4096, device="cuda"))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ema = fused_ema.EMA(model, [0.9, 0.99], device="cpu")
-    for _ in range(3):
-        ema.update()
-        with ema.swapped(1):
-            pass
-    assert torch.cuda.max_memory_allocated() - before < 1 << 20
-    for average in ema.state_dict()["averages"]:
-        assert all(tensor._local_tensor.is_pinned() for tensor in average.values())
+    """Updates and swaps take less than 1 MiB on the device for parameters of 32 or 64 MiB, and averages are pinned."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = fully_shard(torch.nn.Linear(4096, 4096, device="cuda", dtype=dtype))
+        own = [p._local_tensor.clone().cpu() for p in model.parameters()]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ema = fused_ema.EMA(model, [0.9, 0.99], device="cpu")
+        for _ in range(3):
+            ema.update()
+            with ema.swapped(1):
+                pass
+        assert torch.cuda.max_memory_allocated() - before < 1 << 20
+        for average in ema.state_dict()["averages"]:
+            assert all(tensor._local_tensor.is_pinned() for tensor in average.values())
+        for parameter, values in zip(model.parameters(), own, strict=True):
+            assert oracle.same_bits(parameter._local_tensor.cpu(), values)
 
 
 if __name__ == "__main__":

@@ -242,9 +242,12 @@ def test_a_captured_update_and_swaps_between_its_replays(model_dtype):
 # ---- Averages in host memory ----
 
 
-def test_host_memory_is_pinned_and_the_device_has_no_copy():
-    """All averages of a model of 64 MiB are in host memory: the device holds only one more table."""
-    model = nn.Linear(4096, 4096, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_host_memory_is_pinned_and_the_device_has_no_copy(dtype):
+    """All averages of a model of 32 or 64 MiB are in host memory, and so are its own values while one is in it, if the
+    types differ: the device holds only one more table."""
+    model = nn.Linear(4096, 4096, device=DEVICE, dtype=dtype)
+    own = model.weight.detach().cpu()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -254,6 +257,7 @@ def test_host_memory_is_pinned_and_the_device_has_no_copy():
         with ema.swapped(1):
             pass
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert torch.equal(model.weight.detach().cpu(), own)
     for value in averages(ema).values():
         assert value.device.type == "cpu"
         assert value.is_pinned()

@@ -141,6 +141,17 @@ def test_swap_and_restore(prepared):
     assert same_bits(before, ema, model)
 
 
+def test_scratch_memory_that_does_not_fit_is_refused(prepared):
+    ema, model, pairs = prepared()
+    before = bits(ema, model)
+    ((device, size),) = pairs.scratch()
+    for scratch in ([], [torch.empty(size - 1, dtype=torch.uint8, device=device)]):
+        with pytest.raises(ValueError, match="scratch: expected"):
+            pairs.run(Call("swap", scratch=scratch))
+        assert same_bits(before, ema, model)
+    assert not pairs.exchanged()
+
+
 def test_a_swap_that_another_did_is_undone(runner, prepared, watch_of):
     ema, model, pairs = prepared()
     before = bits(ema, model)
