@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -122,6 +123,16 @@ class Checkpoint:
     entries: dict[str, Entry]
     about: Any = None
     ties: dict[str, str] = field(default_factory=dict)  # name → the first name of the same elements, where they differ
+
+
+def reserve(path: str | os.PathLike[str], file: int, size: int) -> None:
+    """So that a full disk shows before hours of work, where the file system can reserve space."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (OSError, AttributeError) as error:  # macOS has no such function
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror} for the {size} bytes of the average", str(path)) from None
+        os.truncate(file, size)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

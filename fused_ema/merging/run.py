@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -103,8 +104,9 @@ def in_threads(do: Callable[[Tools, T], None], work: Iterable[T]) -> None:
     except BaseException as error:
         errors.append(error)
         for thread in threads:
-            if thread.ident:
-                thread.join()
+            while thread.is_alive():
+                with suppress(KeyboardInterrupt):  # a second one: the files that they write must stay open
+                    thread.join()
         raise
     if errors:
         raise errors[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.files import replacing, replacing_folder
-from .entries import Checkpoint, Entry, InFile, Place
+from .entries import Checkpoint, Entry, InFile, Place, reserve
 
 FILE, FOLDER = "a safetensors file", "a folder of safetensors files"
 INDEX = ".safetensors.index.json"
@@ -156,18 +155,8 @@ def _laid_out(path: Path, newest: Checkpoint, names: list[str], metadata: dict[s
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.flush()
         start = 8 + len(text)
-        _reserve(path, stream.fileno(), start + end)
+        reserve(path, stream.fileno(), start + end)
         yield {
             name: InFile(str(path), stream.fileno(), start + offsets[name], newest.entries[name].real[0])
             for name in names
         }
-
-
-def _reserve(path: Path, file: int, size: int) -> None:
-    """So that a full disk shows before hours of work, where the file system can reserve space."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{error.strerror} for the {size} bytes of the average", str(path)) from None
-        os.truncate(file, size)

@@ -17,7 +17,7 @@ from ..checkpoints.load import load
 from ..pairs.checks import check_tensor
 from ..pairs.memory import extent
 from ..pairs.pairing import first_few
-from .entries import Checkpoint, Entry, InFile, InMemory, Place, contiguous_stride, found_ties
+from .entries import Checkpoint, Entry, InFile, InMemory, Place, contiguous_stride, found_ties, reserve
 
 KIND = "a file of torch.save"
 
@@ -124,11 +124,12 @@ def written_file(out: Path, newest: Checkpoint) -> Iterator[dict[str, Place]]:
     for each in reversed(keys):
         content = {each: content}
     with replacing(out) as temporary:
-        with torch.serialization.skip_data():  # which reserves the space of what follows
+        with torch.serialization.skip_data():  # which leaves holes for the elements
             torch.save(content, temporary)
         offsets = _offsets(temporary, keys)
         file = os.open(temporary, os.O_RDWR)
         try:
+            reserve(temporary, file, os.fstat(file).st_size)
             places: dict[str, Place] = {
                 name: InFile(str(temporary), file, offset, newest.entries[name].real[0])
                 for name, offset in offsets.items()

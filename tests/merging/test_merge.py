@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 
 import oracle
@@ -457,15 +458,17 @@ def test_a_failing_write_leaves_what_was_there(kind, error, tmp_path, monkeypatc
     assert threading.active_count() == threads, "no thread goes on"
 
 
-def test_a_full_disk_shows_first(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["safetensors", "folder", "torch"])
+def test_a_full_disk_shows_first(kind, tmp_path, monkeypatch):
     def full(file, offset, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    paths = saved("safetensors", tmp_path, states())
+    paths = saved(kind, tmp_path, states())
     before = everything(tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(run.Sum, "write", lambda *arguments: pytest.fail("something was averaged before"))
     with pytest.raises(OSError, match=r"No space left on device for the \d+ bytes of the average"):
-        merge(paths, tmp_path / "o.safetensors")
+        merge(paths, out_of(kind, tmp_path))
     assert everything(tmp_path) == before
 
 
@@ -476,6 +479,25 @@ def test_a_file_system_that_reserves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
     out = merge(saved("safetensors", tmp_path, states()), tmp_path / "o.safetensors", WEIGHTS)
     same_values(load_file(out), expected_of(states()))
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    out = merge(saved("torch", tmp_path, states()), tmp_path / "o.pt", WEIGHTS)
+    same_values(torch.load(out, weights_only=True), expected_of(states()))
+
+
+def test_a_second_interrupt_waits_for_the_threads_too(monkeypatch):
+    """They write to files that are closed next."""
+    join, interrupts, before = threading.Thread.join, [KeyboardInterrupt] * 3, threading.active_count()
+
+    def interrupted(thread):
+        if interrupts:
+            raise interrupts.pop()
+        join(thread)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.in_threads(lambda tools, each: time.sleep(0.2), range(10))
+    assert not interrupts
+    assert threading.active_count() == before
 
 
 def test_a_file_that_shrinks_meanwhile(tmp_path, monkeypatch):
