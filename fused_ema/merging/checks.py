@@ -22,7 +22,7 @@ def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
         missing = [name for name in first.entries if name not in other.entries]
         extra = [name for name in other.entries if name not in first.entries]
         if missing or extra:
-            parts = [("has no", missing), ("has, but the first has not,", extra)]
+            parts = [("has no", missing), ("has besides", extra)]
             listed = " and ".join(f"{what} {first_few(list(map(repr, names)), ', ')}" for what, names in parts if names)
             raise ValueError(f"{other.path}: expected the names of {first.path}, found a difference: it {listed}")
         unlike = [
@@ -46,10 +46,13 @@ def _tie(name: str | None) -> str:
 
 
 def warn_of_order(paths: Sequence[Path]) -> None:
-    """Warns where the last numbers in the paths fall, as those of `step-900 step-1000` do in the order of a shell."""
-    numbers = [re.findall(r"\d+", str(path.with_suffix("") if path.is_file() else path))[-1:] for path in paths]
-    for (before, earlier), (after, later) in pairwise(zip(paths, numbers, strict=True)):
-        if earlier and later and int(earlier[0]) > int(later[0]):
+    """Warns where the numbers in paths fall, as those of `step-1000 step-900` do in the order of a shell.
+
+    Only paths that are alike but for their numbers are compared, by the first number that differs.
+    """
+    split = [re.split(r"(\d+)", str(path)) for path in paths]
+    for (before, earlier), (after, later) in pairwise(zip(paths, split, strict=True)):
+        if earlier[::2] == later[::2] and [*map(int, earlier[1::2])] > [*map(int, later[1::2])]:
             warn(
                 f"{after} is taken for newer than {before}, whose number is larger; checkpoints come from the oldest "
                 "to the newest (`ls -v` sorts by number)"

@@ -69,8 +69,8 @@ def merge(
         FileExistsError: `out` is a folder with files in it, or is one of the checkpoints.
         OSError: a file can't be read or written.
 
-    Warns where an average has NaN or infinite values, and names it; and where the numbers in the names of checkpoints
-    fall, if the order matters.
+    Warns where an average has NaN or infinite values, and names it; and where the numbers in the paths fall, if the
+    order matters.
 
     Equivalent to, with K state dicts in memory::
 
@@ -86,7 +86,9 @@ def merge(
         raise ValueError(f"paths: expected a list of one checkpoint or more, found {shown(paths)}")
     targets = [Path(each).resolve() for each in paths]
     if twice := sorted({str(each) for each in targets if targets.count(each) > 1}):
-        raise ValueError(f"paths: expected each checkpoint once, found {twice[0]} more often; weight it instead")
+        raise ValueError(
+            f"paths: expected each checkpoint once, found {twice[0]} more than once; give it a larger weight instead"
+        )
     if Path(out).resolve() in targets:
         raise FileExistsError(f"{out}: expected a place of its own for the average, found a checkpoint to merge")
     with ExitStack() as closing:
@@ -102,7 +104,7 @@ def merge(
         )
         check_alike(found)
         if isinstance(weights, str) and weights not in ("mean", "pma:sma", "wsm:linear"):
-            warn_of_order(targets)
+            warn_of_order([Path(each) for each in paths])
         return _merged(found, numbers, Path(out), integers, progress)
 
 
@@ -135,7 +137,7 @@ def _check_out(out: Path, like: Checkpoint) -> None:
     """The name says which kind it is; a folder in the place of a file would show only at the end."""
     safetensors = out.suffix.lower() == ".safetensors"
     if safetensors != (like.kind == safetensors_files.FILE):
-        wanted = "a name that ends in .safetensors" if not safetensors else "another name"
+        wanted = "a name that ends in .safetensors" if not safetensors else "a name that does not end in .safetensors"
         raise ValueError(f"{out}: expected {wanted}, as the average is {like.kind}, like the checkpoints")
     if out.is_dir() and like.kind in (safetensors_files.FILE, torch_files.KIND):
         raise FileExistsError(f"{out}: expected a file or nothing there, as the average is {like.kind}, found a folder")

@@ -50,7 +50,7 @@ def _chosen(path: Path, content: Mapping[str, Any], key: str | None) -> tuple[Ma
 
     if key is None and holds(content):
         return content, []
-    inside = [str(name) for name, value in content.items() if holds(value)]
+    inside: list[Any] = [name for name, value in content.items() if holds(value)]
     hint = f"; found tensors under {first_few(list(map(repr, inside)), ', ')}" if inside else ""
     if key is None:
         if len(inside) != 1:

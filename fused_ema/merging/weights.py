@@ -53,7 +53,7 @@ def weights_of(weights: str | Sequence[float], count: int, times: Sequence[float
         return _of_rule(weights, rule, number, _rising(times, count))
     if times is not None:
         raise ValueError("times: expected them with ema or power weights, found numbers as weights")
-    numbers = [_finite(each) for each in weights]
+    numbers = [_finite("weights", each) for each in weights]
     if len(numbers) != count:
         raise ValueError(f"weights: expected {count}, as many as checkpoints, found {len(numbers)}")
     total = math.fsum(numbers)
@@ -103,18 +103,18 @@ def _number(weights: str, text: str) -> float:
         raise ValueError(f"weights: expected a number, found {text!r} in {weights!r}") from None
 
 
-def _finite(number: object) -> float:
+def _finite(name: str, number: object) -> float:
     if isinstance(number, SupportsFloat) and math.isfinite(number):
         return float(number)
-    raise ValueError(f"weights: expected finite numbers, found {shown(number)}")
+    raise ValueError(f"{name}: expected finite numbers, found {shown(number)}")
 
 
 def _rising(times: Sequence[float] | None, count: int) -> list[float]:
     if times is None:
         return [float(j + 1) for j in range(count)]
-    found = [float(each) for each in times]
+    found = [_finite("times", each) for each in times]
     if len(found) != count:
         raise ValueError(f"times: expected {count}, as many as checkpoints, found {len(found)}")
-    if not all(before < after for before, after in pairwise([0.0, *found])) or not math.isfinite(found[-1]):
-        raise ValueError(f"times: expected finite ones that rise from above 0, found {found}; sort the checkpoints")
+    if not all(before < after for before, after in pairwise([0.0, *found])):
+        raise ValueError(f"times: expected numbers that rise from above 0, found {found}; sort the checkpoints")
     return found

@@ -114,7 +114,8 @@ def test_weights_refuse(weights, message):
         ("ema:0.9", [1, 2], "expected 3, as many as checkpoints, found 2"),
         ("ema:0.9", [1, 3, 2], r"rise from above 0, found \[1.0, 3.0, 2.0\]; sort"),
         ("power:0.1", [0, 1, 2], "rise from above 0"),
-        ("power:0.1", [1, 2, math.inf], "finite"),
+        ("power:0.1", [1, 2, math.inf], "times: expected finite numbers, found inf"),
+        ("power:0.1", "123", "times: expected finite numbers, found '1'"),
     ],
 )
 def test_times_refuse(rule, times, message):
