@@ -183,7 +183,7 @@ class growing_half_life(_Checked):
     covers the same share of the training, whatever `update_every` is.
 
     Args:
-        fraction: the half-life after n updates, in n, > 0. 0.05 gives 2^(-20/n).
+        fraction: the half-life, as a fraction of the n updates so far, > 0. 0.05 gives 2^(-20/n).
 
     Source: torchtitan's EMAOptimizersContainer, whose `half_life_fraction` is fraction and whose `num_updates` is n.
     Its `start_step` is `update_after_step` of `fused_ema.EMA`, which copies the model at that step.
@@ -198,7 +198,7 @@ class growing_half_life(_Checked):
 
 @dataclass(frozen=True)
 class cosine(_Checked):
-    """From min at the first update to D after total of them, along half a wave: the momentum of a teacher.
+    """Rises from min at the first update to D after `total` updates, along half a cosine wave: a teacher's momentum.
 
     Args:
         total: the number of updates in the training, an integer >= 1. From update total + 1 on the decay is D.

@@ -70,9 +70,9 @@ class AveragedModel(swa_utils.AveragedModel):
         decay = _decay(function, count)
         if decay is None:
             warn_once(
-                f"fused_ema.AveragedModel: {_name(function)} is a function of your own, which PyTorch's code calls, as "
-                "fast as before; for one launch, pass multi_avg_fn=fused_ema.get_ema_multi_avg_fn(decay), or no "
-                "function for the mean"
+                f"fused_ema.AveragedModel: {_name(function)} is a function of your own, so PyTorch's own code calls "
+                "it, at the old speed; for one launch, pass multi_avg_fn=fused_ema.get_ema_multi_avg_fn(decay), or "
+                "no function for the mean"
             )
             return super().update_parameters(model)
         buffers: Buffers = "average" if self.use_buffers else "copy"
@@ -95,7 +95,7 @@ class AveragedModel(swa_utils.AveragedModel):
             self._counted = (counter, _version(counter), count + 1)
 
     def _count(self) -> int:
-        """`n_averaged` as a number. To read it from a GPU waits for the device, so it is read only where something else
+        """`n_averaged` as a number. Reading it from a GPU waits for the device, so it is read only if something other
         than the last update has written it."""
         counter = self.n_averaged
         if not _waits(counter):
@@ -129,9 +129,9 @@ def _inner(function: Any) -> Any:
 
 
 def _codes(*makers: Callable[..., Any]) -> list[Any]:
-    """What all functions that a maker returns have in common, by which they are known again."""
+    """What all functions that a maker returns have in common, by which they are recognized."""
     codes = (getattr(_inner(make()), "__code__", None) for make in makers)
-    return [code for code in codes if code]  # without one, a PyTorch to come runs its own code
+    return [code for code in codes if code]  # if a later PyTorch has none, its own code runs
 
 
 _MEANS = _codes(swa_utils.get_swa_avg_fn, swa_utils.get_swa_multi_avg_fn)

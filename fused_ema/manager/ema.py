@@ -291,14 +291,14 @@ class EMA:
     def reset(self, *, keep_step: bool = False) -> None:
         """Begins again from the model as it is now, whatever the averages hold: all of them become copies of it.
 
-        For a new phase of training, say another data set or learning rate. Where the averages may have no history yet,
-        and are to be kept if they have one, call `begin`. An attached optimizer stays attached. Load weights first and
-        call this then, since nothing follows the model from here to the next update.
+        For a new phase of training, say another data set or learning rate. To begin again only if the averages
+        have no history yet, call `begin`. An attached optimizer stays attached. Load weights before this call, not
+        after it: nothing follows the model from here to the next update.
 
         Args:
             keep_step: False: the step is 0 again, as in a new manager, so that schedules warm up again and up to
-                `update_after_step` the averages are copies. True: step, schedules and random bits go on. (Those of
-                `power_function` then give the copies the weight of all updates before.)
+                `update_after_step` the averages are copies. True: step, schedules and random bits go on. (The copies
+                then have the weight that `power_function` gives to all earlier updates.)
 
         Raises:
             ValueError, TypeError, RuntimeError: a tensor no longer fits its average; see `reselect`. Nothing changes.

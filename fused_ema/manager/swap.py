@@ -130,7 +130,7 @@ class Exchange:
         return plan
 
     def _wait_for_scratch(self) -> None:
-        """PyTorch gives freed pinned memory away at once, even while a kernel reads it."""
+        """PyTorch hands out freed pinned memory again at once, even while a kernel still reads it."""
         if any(memory.is_pinned() for memory in self._scratch):
             for device in {memory.device for memory in self._memory.values() if memory.is_cuda}:
                 torch.cuda.current_stream(device).synchronize()
