@@ -1,4 +1,4 @@
-// What loops on the CPU have in common.
+// What all loops on the CPU need.
 #pragma once
 
 #ifdef __SSE2__

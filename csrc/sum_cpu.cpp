@@ -23,20 +23,17 @@ inline float to_odd(double x) {
   FUSED_EMA_CLONES void add_##T(double* __restrict total, const T* __restrict part, int64_t n, double w) {   \
     for (int64_t i = 0; i < n; ++i) total[i] += w * cast<double>(part[i]);                                   \
   }                                                                                                          \
-  FUSED_EMA_CLONES void round_##T(const double* __restrict total, T* __restrict out, int64_t n) {            \
+  FUSED_EMA_CLONES bool round_##T(const double* __restrict total, T* __restrict out, int64_t n) {            \
     for (int64_t i = 0; i < n; ++i) out[i] = sizeof(T) == 2 ? cast<T>(to_odd(total[i])) : cast<T>(total[i]); \
+    bool finite = true;                                                                                      \
+    for (int64_t i = 0; i < n; ++i) finite &= is_finite(cast<double>(out[i]));                               \
+    return finite;                                                                                           \
   }
 FUSED_EMA_SUM_LOOPS(f32)
 FUSED_EMA_SUM_LOOPS(f64)
 FUSED_EMA_SUM_LOOPS(bf16)
 FUSED_EMA_SUM_LOOPS(f16)
 #undef FUSED_EMA_SUM_LOOPS
-
-FUSED_EMA_CLONES bool all_finite(const double* total, int64_t n) {
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) finite &= is_finite(total[i]);
-  return finite;
-}
 
 void check(const at::Tensor& total, const at::Tensor& other) {
   TORCH_CHECK_VALUE(total.is_cpu() && other.is_cpu() && total.scalar_type() == at::kDouble && total.is_contiguous() &&
@@ -72,12 +69,11 @@ bool round_sum(const at::Tensor& total, const at::Tensor& out) {
   const int64_t n = total.numel();
   switch (out.scalar_type()) {
 #define FUSED_EMA_CASE(type, T) \
-  case type: round_##T(from, static_cast<T*>(out.mutable_data_ptr()), n); break;
+  case type: return round_##T(from, static_cast<T*>(out.mutable_data_ptr()), n);
     FUSED_EMA_TYPES(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
     default: TORCH_CHECK_TYPE(false, "expected a floating type of 16, 32 or 64 bits, found ", out.scalar_type());
   }
-  return all_finite(from, n);
 }
 
 }  // namespace fused_ema

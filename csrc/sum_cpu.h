@@ -9,7 +9,7 @@ namespace fused_ema {
 // is float64, float32, bfloat16 or float16; both are contiguous, on the CPU, and as long as each other.
 void add_weighted(const at::Tensor& total, const at::Tensor& part, double weight, bool first);
 
-// out <- total, rounded once to nearest even. Returns whether the total is finite. Types and places as above.
+// out <- total, rounded once to nearest even. Returns whether all of `out` is finite. Types and places as above.
 bool round_sum(const at::Tensor& total, const at::Tensor& out);
 
 }  // namespace fused_ema

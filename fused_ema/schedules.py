@@ -198,11 +198,12 @@ class growing_half_life(_Checked):
 
 @dataclass(frozen=True)
 class cosine(_Checked):
-    """Rises from min at the first update to D after `total` updates, along half a cosine wave: a teacher's momentum.
+    """Rises from min at the first step to D after `total` steps, along half a cosine wave: a teacher's momentum.
 
     Args:
-        total: the number of updates in the training, an integer >= 1. From update total + 1 on the decay is D.
-        min: the decay of the first update, in [0, D].
+        total: the training steps, an integer >= 1; from step total + 1 on the decay is D. All steps count, also those
+            that `update_every` leaves out: an update then has the decay of its step, to the power of `update_every`.
+        min: the decay of the first step, in [0, D].
         D: the decay that it ends with. With 1, the default, the average comes to rest.
 
     Equivalent to::

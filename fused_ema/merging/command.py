@@ -23,7 +23,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("paths", nargs="+", metavar="CHECKPOINT", help="from the oldest to the newest")
     command.add_argument("-o", "--out", required=True, help="where to write the average")
     command.add_argument(
-        "--weights", default="mean", help=f"{FORMS}; or numbers with commas between them, one for each (mean)"
+        "--weights",
+        default="mean",
+        help=f"{FORMS}; or a number for each, with commas between them, as in --weights=-0.5,1.5 (mean)",
     )
     command.add_argument("--times", help="when each was saved, with commas between them, for ema and power (1,2,3,...)")
     command.add_argument("--key", help="where the model is in the checkpoints, such as state_dict")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             out = merge(
                 arguments.paths,
                 arguments.out,
-                parsed(arguments.weights),
+                arguments.weights,
                 times=times,
                 key=arguments.key,
                 integers=arguments.integers,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -123,6 +126,38 @@ class Checkpoint:
     entries: dict[str, Entry]
     about: Any = None
     ties: dict[str, str] = field(default_factory=dict)  # name → the first name of the same elements, where they differ
+    files: dict[str, tuple[int, ...]] = field(default_factory=dict)  # that are read, and what they were when opened
+
+    def open(self, path: Path, closing: ExitStack) -> int:
+        """A descriptor to read the file by, which `closing` closes."""
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                errno.ENOENT, f"{self.path} names this file, which is not there", str(path)
+            ) from None
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                many = (
+                    "too many open files; a merge opens each shard of each checkpoint: raise the limit by `ulimit -n`"
+                )
+                raise OSError(errno.EMFILE, many, str(path)) from None
+            raise
+        closing.callback(os.close, file)
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise ValueError(f"{path}: expected a file, found a folder")
+        self.files[str(path)] = identity(os.fstat(file))
+        return file
+
+    def check_unchanged(self) -> None:
+        """Raises where another file is at the place of one that is read, or it was written to."""
+        for path, before in self.files.items():
+            if identity(os.stat(path)) != before:
+                raise ValueError(f"{path}: changed while it was read; merge it again once it is complete")
+
+
+def identity(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def reserve(path: str | os.PathLike[str], file: int, size: int) -> None:

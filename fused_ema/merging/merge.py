@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -98,14 +98,23 @@ def merge(
                 f"{unlike[0].path}: expected {found[0].kind}, as {found[0].path} is, found {unlike[0].kind}"
             )
         _check_out(Path(out), found[0])
+        opened = found
         found, numbers = snapshot_files.weighed(found, weights, times) or (
             found,
             weights_of(weights, len(found), times),
         )
         check_alike(found)
-        if isinstance(weights, str) and weights not in ("mean", "pma:sma", "wsm:linear"):
+        if found[0].kind == safetensors_files.FOLDER:
+            safetensors_files.warn_of_configurations(found)
+        ordered = isinstance(weights, str) and weights not in ("mean", "pma:sma", "wsm:linear")
+        if ordered and found[0].kind != snapshot_files.KIND:
             warn_of_order([Path(each) for each in paths])
-        return _merged(found, numbers, Path(out), integers, progress)
+
+        def check() -> None:
+            for each in opened:
+                each.check_unchanged()
+
+        return _merged(found, numbers, Path(out), integers, progress, check)
 
 
 def _opened(path: Path, key: str | None, closing: ExitStack) -> Checkpoint:
@@ -151,8 +160,14 @@ def _no_key(path: Path, key: str | None) -> None:
 
 
 def _merged(
-    checkpoints: list[Checkpoint], weights: list[float], out: Path, integers: Integers, progress: bool | None
+    checkpoints: list[Checkpoint],
+    weights: list[float],
+    out: Path,
+    integers: Integers,
+    progress: bool | None,
+    check: Callable[[], None],
 ) -> Path:
+    """`check` is called once everything was read, before the average gets its name."""
     newest = checkpoints[-1]
     used = [(each, weight) for each, weight in zip(checkpoints, weights, strict=True) if weight]  # 0 times Inf is NaN
     numbers = [weight for _, weight in used]
@@ -163,7 +178,8 @@ def _merged(
             if entry.real[1] > 1 and not alike(entry, [each.entries[name].open() for each in checkpoints]):
                 raise ValueError(
                     f"{name!r}: expected the same {entry} in all checkpoints, found different ones: integers have no "
-                    "average; for those of the newest checkpoint pass integers='newest'"
+                    "average. If they are packed weights, merge the checkpoints before they were packed; if the newest "
+                    "ones are right, pass integers='newest'"
                 )
     averaged = {name: entry for name, entry in untied.items() if entry.averaged}
     bar = Progress(len(used) * sum(entry.bytes for entry in averaged.values()), progress)
@@ -182,7 +198,7 @@ def _merged(
                     copy([Job(name, entry, [entry.open()], place)])
                 return result
 
-            dcp_folders.write_folder(out, newest, tensor)
+            dcp_folders.write_folder(out, newest, tensor, check)
         else:
             with _writers[newest.kind](out, newest) as places:
                 jobs = (
@@ -191,6 +207,7 @@ def _merged(
                 )
                 not_finite = average(jobs, numbers, bar)
                 copy(Job(name, entry, [entry.open()], places[name]) for name, entry in copied.items())
+                check()
     finally:
         bar.close()
     if not_finite:

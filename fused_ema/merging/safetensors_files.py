@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._warning import warn
 from ..checkpoints.files import replacing, replacing_folder
+from ..pairs.pairing import first_few
 from .entries import Checkpoint, Entry, InFile, Place, reserve
 
 FILE, FOLDER = "a safetensors file", "a folder of safetensors files"
@@ -26,7 +28,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configuration and tokenizer, which belong to the model
+BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # configuration and tokenizer, or a model's code
+NOT_BESIDE = ("trainer_state.json",)  # of a training, which can't go on from an average
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 def open_file(path: Path, closing: ExitStack) -> Checkpoint:
@@ -71,11 +75,7 @@ def open_folder(path: Path, closing: ExitStack) -> Checkpoint:
 
 def _read(checkpoint: Checkpoint, path: Path, closing: ExitStack) -> dict[str, str]:
     """Adds the tensors of a file; returns its metadata."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except IsADirectoryError:
-        raise ValueError(f"{path}: expected a file, found a folder") from None
-    closing.callback(os.close, file)
+    file = checkpoint.open(path, closing)
     size = os.fstat(file).st_size
     try:
         length = int.from_bytes(os.pread(file, 8, 0), "little")
@@ -83,6 +83,7 @@ def _read(checkpoint: Checkpoint, path: Path, closing: ExitStack) -> dict[str, s
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(os.pread(file, length, 8))
         metadata: dict[str, str] = header.pop("__metadata__", {})
+        _check_whole(header, size - 8 - length)
         strange = {name: about["dtype"] for name, about in header.items() if about["dtype"] not in DTYPES}
         for name in [name for name in header if name not in strange]:
             checkpoint.entries[name] = _entry(str(path), file, name, header[name], 8 + length, size)
@@ -91,6 +92,17 @@ def _read(checkpoint: Checkpoint, path: Path, closing: ExitStack) -> dict[str, s
     for name, dtype in strange.items():
         raise TypeError(f"{path}: {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}, which has no average")
     return metadata
+
+
+def _check_whole(header: Mapping[str, Any], size: int) -> None:
+    """Raises unless the tensors lie one after the other, as the format has it."""
+    end = 0
+    for begin, after in sorted(about["data_offsets"] for about in header.values()):
+        if begin != end:
+            raise ValueError(f"expected the next tensor at byte {end}, found one at {begin}")
+        end = after
+    if end != size:
+        raise ValueError(f"expected tensors of {size} bytes, found {end}")
 
 
 def _entry(path: str, file: int, name: str, about: Mapping[str, Any], start: int, size: int) -> Entry:
@@ -107,6 +119,28 @@ def _entry(path: str, file: int, name: str, about: Mapping[str, Any], start: int
 
     entry = Entry(dtype, shape, None, count, start + begin, place)
     return entry
+
+
+def warn_of_configurations(folders: Sequence[Checkpoint]) -> None:
+    """Warns where folders have different configurations: the average has the newest one's."""
+    newest = folders[-1]
+    for name in CONFIGURATIONS:
+        found = [_settings(Path(each.path) / name) for each in folders]
+        for each, settings in zip(folders, found, strict=True):
+            if unlike := sorted(key for key in settings | found[-1] if settings.get(key) != found[-1].get(key)):
+                warn(
+                    f"{each.path}/{name} differs from that of {newest.path}, which the average has, in "
+                    f"{first_few(unlike, ', ')}; merge models of one configuration"
+                )
+                break
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in content.items() if key[0] != "_" and not key.endswith("_version")}
+    except (OSError, ValueError, AttributeError, IndexError):
+        return {}
 
 
 # ---- Writing
@@ -130,7 +164,8 @@ def written_folder(out: Path, newest: Checkpoint) -> Iterator[dict[str, Place]]:
                 places |= closing.enter_context(_laid_out(temporary / file, newest, names, metadata))
             yield places
         for each in sorted(Path(newest.path).iterdir()):
-            if each.is_file() and each.suffix in BESIDE and each.name != index and not each.name.endswith(INDEX):
+            belongs = each.suffix in BESIDE and ".index." not in each.name and each.name not in NOT_BESIDE
+            if each.is_file() and belongs:
                 (temporary / each.name).write_bytes(each.read_bytes())
         if index:
             weight_map = {name: file for file, (_, names) in files.items() for name in names}

@@ -23,7 +23,7 @@ class Sum:
         self._narrow = torch.empty(_BLOCK, dtype=torch.float32)
 
     def write(self, parts: Iterable[Tensor], weights: Sequence[float], out: Tensor) -> bool:
-        """out ← the sum of weights[k] * parts[k], rounded once. Returns whether it is finite.
+        """out ← the sum of weights[k] * parts[k], rounded once. Returns whether all of `out` is finite.
 
         Equivalent to ``out.copy_(sum(w * x.double() for w, x in zip(weights, parts)))`` with a copy that rounds once:
         products and sums are rounded to float64, in this order, on any machine.
@@ -44,7 +44,7 @@ class Sum:
             return compiled.round_sum(total, out)  # type: ignore[no-any-return]
         for block, to in zip(torch.split(total, _BLOCK), torch.split(out, _BLOCK), strict=True):
             round_once(block, to, self._term[: len(to)], self._narrow[: len(to)])
-        return bool(total.sum().isfinite()) or bool(total.isfinite().all())
+        return bool(out.isfinite().all())
 
     def _add(self, total: Tensor, part: Tensor, weight: float, first: bool) -> None:
         for to, values in zip(torch.split(total, _BLOCK), torch.split(part, _BLOCK), strict=True):

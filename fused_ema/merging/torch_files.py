@@ -24,11 +24,15 @@ KIND = "a file of torch.save"
 
 def open_file(path: Path, key: str | None, closing: ExitStack) -> Checkpoint:
     """`about` is the state dict, whose tensors are mapped, and the keys above it."""
-    state, keys = _chosen(path, load(path, mmap=True), key)
-    checkpoint = Checkpoint(str(path), KIND, {}, (state, keys))
-    file = os.open(path, os.O_RDONLY)
-    closing.callback(os.close, file)
+    checkpoint = Checkpoint(str(path), KIND, {})
+    file = checkpoint.open(path, closing)
+    try:
+        content = load(path, mmap=True)
+    except OSError as error:  # mmap's own, about the file's end
+        raise ValueError(f"{path}: truncated or corrupt: {error}") from error
+    state, keys = checkpoint.about = _chosen(path, content, key)
     offsets = _offsets(path, keys)
+    checkpoint.check_unchanged()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             _check_plain(path, name, tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import SupportsFloat
 
@@ -47,12 +47,16 @@ def weights_of(weights: str | Sequence[float], count: int, times: Sequence[float
             that does not use them.
     """
     if isinstance(weights, str):
+        weights = parsed(weights)
+    if isinstance(weights, str):
         rule, _, number = weights.partition(":")
         if times is not None and rule not in TIMED:
             raise ValueError(f"times: expected them with ema or power weights, found weights {weights!r}")
         return _of_rule(weights, rule, number, _rising(times, count))
     if times is not None:
         raise ValueError("times: expected them with ema or power weights, found numbers as weights")
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected a rule or a list of numbers, found {shown(weights)}")
     numbers = [_finite("weights", each) for each in weights]
     if len(numbers) != count:
         raise ValueError(f"weights: expected {count}, as many as checkpoints, found {len(numbers)}")

@@ -79,7 +79,7 @@ def save(kind, path, content):
         weight_map = {name: file for file, those in files.items() for name in those}
         index = {"metadata": {"total_size": 7}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
-        (path / "config.json").write_text(json.dumps({"of": path.name}))
+        (path / "config.json").write_text(json.dumps({"_name_or_path": path.name}))
         (path / "optimizer.pt").write_bytes(b"not the model's")
     return path
 

@@ -111,7 +111,7 @@ def test_a_folder_keeps_layout_and_configuration_of_the_newest(tmp_path):
     same_values(load("folder", out, None), expected_of(states()))
     names = {"config.json", "model.safetensors.index.json", *other.values()}
     assert {path.name for path in out.iterdir()} == names, "the optimizer stays behind"
-    assert json.loads((out / "config.json").read_text()) == {"of": "step-2"}
+    assert json.loads((out / "config.json").read_text()) == {"_name_or_path": "step-2"}
     index = "model.safetensors.index.json"
     assert json.loads((out / index).read_text()) == json.loads((paths[2] / index).read_text())
 

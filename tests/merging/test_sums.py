@@ -23,6 +23,9 @@ def compiled(request, monkeypatch):
     return request.param == "extension"
 
 
+EXTENSION = pytest.mark.parametrize("compiled", ["extension"] if load() else [], indirect=True)
+
+
 def rounded(values, dtype, compiled):
     out = torch.empty(len(values), dtype=dtype)
     if compiled:
@@ -94,11 +97,14 @@ def test_whether_a_sum_is_finite():
     assert not Sum().write([ones, torch.tensor([1.0, -math.inf, 1.0])], [0.5, 0.5], out)
     huge = torch.full((3,), 1e308, dtype=torch.float64)  # finite, though their sum over the piece is not
     assert Sum().write([huge], [1.0], torch.empty(3, dtype=torch.float64))
+    for dtype in (torch.float32, *HALVES):  # finite as a sum, but not once it is rounded
+        largest = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+        assert not Sum().write([-largest, largest], [-5.0, 6.0], torch.empty(3, dtype=dtype))
 
 
+@EXTENSION  # PyTorch's operations flush them as they are told to
 def test_the_extension_keeps_subnormals_that_a_thread_flushes(compiled):
-    if not (compiled and torch.set_flush_denormal(True)):
-        return  # PyTorch's operations flush them as they are told to
+    assert torch.set_flush_denormal(True)
     part, out = torch.full((100,), 3 * 2.0**-149), torch.empty(100)
     try:
         Sum().write([part, part], [0.5, 0.5], out)
@@ -107,9 +113,8 @@ def test_the_extension_keeps_subnormals_that_a_thread_flushes(compiled):
     assert oracle.same_bits(out, part)
 
 
+@EXTENSION
 def test_the_extension_refuses_what_would_be_read_beyond_its_end(compiled):
-    if not compiled:
-        return
     total = torch.zeros(4, dtype=torch.float64)
     for other in (torch.zeros(5), torch.zeros(8)[::2], torch.zeros(4, device="meta")):
         with pytest.raises(ValueError, match="float64 total"):
