@@ -38,7 +38,8 @@ CONFIG = {
 }
 COPY, LOOP, LOOP_SAFETENSORS = "copy", "torch.load loop", "load_file loop"
 FOLDERS, FILES, MERGEKIT = "fused_ema.merge", "fused_ema.merge, files of torch.save", "mergekit, linear"
-METHODS = [COPY, FOLDERS, LOOP_SAFETENSORS, MERGEKIT, FILES, LOOP]
+WITHOUT = "fused_ema.merge, no extension"
+METHODS = [COPY, FOLDERS, WITHOUT, LOOP_SAFETENSORS, MERGEKIT, FILES, LOOP]
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -78,10 +79,10 @@ def run(method: str, folder: Path) -> None:
     work: Any
     if method == COPY:
         work = lambda: copy([path / "model.safetensors" for path in paths], out)  # noqa: E731
-    elif method in (FOLDERS, FILES):
+    elif method in (FOLDERS, WITHOUT, FILES):
         import fused_ema
 
-        files, target = (paths, out) if method == FOLDERS else ([f"{path}.pt" for path in paths], out / "out.pt")
+        files, target = (paths, out) if method != FILES else ([f"{path}.pt" for path in paths], out / "out.pt")
         work = lambda: fused_ema.merge(files, target)  # noqa: E731
     elif method == MERGEKIT:
         work = mergekit(paths, out)
@@ -162,7 +163,8 @@ def measured(method: str, folder: Path, python: str) -> dict[str, float]:
     if method == FILES:
         (folder / "out").mkdir()
     command = [python, __file__, str(folder), "--run", method]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "FUSED_EMA_EXT": "0"} if method == WITHOUT else None
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     assert child.stdin
     assert child.stdout
     while (line := child.stdout.readline()).strip() != "ready":
@@ -253,7 +255,8 @@ def main() -> None:
         table.add_row(method, f"{row['seconds']:.2f}", speed, short(row["peak"]), short(row["anonymous"]), differ)
     console.print(table)
     env = environment(torch.device("cpu"))
-    env["command"] = "python benchmarks/bench_merge.py FOLDER --mergekit PYTHON"
+    mergekit = " --mergekit PYTHON" if arguments.mergekit else ""
+    env["command"] = f"python benchmarks/bench_merge.py FOLDER{mergekit} --rounds {arguments.rounds} --json FILE"
     content = {"env": env, "count": COUNT, "bytes": size, "rows": rows}
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
