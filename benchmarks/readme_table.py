@@ -26,33 +26,49 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def averaged_model(content: dict[str, Any], link: str) -> list[str]:
-    """For the drop-in for torch's AveragedModel: its time, and that of torch's with either function."""
+def drop_in(content: dict[str, Any], link: str, call: str, ours: str, others: dict[str, str]) -> list[str]:
+    """The time of a drop-in, and that of what it replaces. `others`: the titles of the columns, by method."""
     cases: dict[str, dict[str, Any]] = {}
     for row in content["rows"]:
         cases.setdefault(row["case"], {})[row["method"]] = row
     lines = [
-        "| time of an update | `fused_ema.AveragedModel` | torch's | torch's, with `fused_ema.get_ema_multi_avg_fn` |",
-        "| --- | ---: | ---: | ---: |",
+        f"| time of `{call}` | here | {' | '.join(others.values())} |",
+        "| --- | ---: " + "| ---: " * len(others) + "|",
     ]
     for case, found in cases.items():
-        ours = found[methods.AVERAGED_OURS]
-        cells = [tables.duration(ours["device_us"]["median"])]
-        for other in (methods.AVERAGED, methods.AVERAGED_FUSED):
+        here = found[ours]
+        cells = [duration(here["device_us"]["median"])]
+        for other in others:
             if other in found:
-                ratio = tables.times(found[other]["ratio"] / ours["ratio"])
-                cells.append(f"{tables.duration(found[other]['device_us']['median'])} ({ratio})")
+                ratio = times(found[other]["ratio"] / here["ratio"])
+                cells.append(f"{duration(found[other]['device_us']['median'])} ({ratio})")
             else:
                 cells.append("raises")
         lines.append(f"| {case} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Medians of `update_parameters(model)` for a moving average. All methods alternate in one run, on alternating "
-        "sets of tensors, so that none is in a cache; `called in a row` has consecutive calls of each method on the "
-        "same tensors. In brackets: how many times as long as `fused_ema.AveragedModel`, from ratios within each "
-        f"round. {source(content, link)}.",
+        "Medians. All methods alternate in one run, on alternating sets of tensors, so that none is in a cache; "
+        "`called in a row` has consecutive calls of each method on the same tensors. In brackets: how many times as "
+        f"long as here, from ratios within each round. {source(content, link)}.",
     ]
     return lines
+
+
+averaged_model = partial(
+    drop_in,
+    call="update_parameters(model)",
+    ours=methods.AVERAGED_OURS,
+    others={
+        methods.AVERAGED: "torch",
+        methods.AVERAGED_FUSED: "torch, with `fused_ema.get_ema_multi_avg_fn`",
+    },
+)
+ema_model = partial(
+    drop_in,
+    call="step(model.parameters())",
+    ours=DIFFUSERS_FUSED,
+    others={DIFFUSERS: "diffusers", DIFFUSERS_FOREACH: "diffusers, `foreach=True`"},
+)
 
 
 def errors(content: dict[str, Any], link: str) -> list[str]:
@@ -87,8 +103,7 @@ def merging(content: dict[str, Any], link: str) -> list[str]:
         f"The mean of {content['count']} checkpoints of {size:.2f} GB in bfloat16, which are in the system's cache, "
         "until the average is on disk: medians of runs in alternation, each in a process of its own. `copy` reads the "
         "same bytes and writes one checkpoint, without any arithmetic. Memory is the peak beyond what the process has "
-        f"after its imports. The two cores were shared with other work (load average {content['env']['load']:.1f}), so "
-        f"ratios say more than times. {source(content, link)}.",
+        f"after its imports. {source(content, link)}.",
     ]
     return lines
 
@@ -116,27 +131,6 @@ def sweep(content: dict[str, Any], link: str) -> list[str]:
         "",
         f"`make gpu-sweep`, {machine(content['env'])}, [all variants]({link}).",
     ]
-
-
-def ema_model(content: dict[str, Any], link: str) -> list[str]:
-    """For the drop-in for diffusers' EMAModel: its time, and theirs."""
-    cases: dict[str, dict[str, Any]] = {}
-    for row in content["rows"]:
-        cases.setdefault(row["case"], {})[row["method"]] = row
-    lines = ["| time of a step | here | diffusers | diffusers, `foreach=True` |", "| --- | ---: | ---: | ---: |"]
-    for case, found in cases.items():
-        ours = found[DIFFUSERS_FUSED]
-        cells = [duration(ours["device_us"]["median"])]
-        for other in (found[DIFFUSERS], found[DIFFUSERS_FOREACH]):
-            cells.append(f"{duration(other['device_us']['median'])} ({times(other['ratio'] / ours['ratio'])})")
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Medians of `ema.step(model.parameters())`. All methods alternate in one run, on alternating sets of tensors, "
-        "so that none is in a cache; `called in a row` has consecutive calls of each method on the same tensors. In "
-        f"brackets: how many times as long as here, from ratios within each round. {source(content, link)}.",
-    ]
-    return lines
 
 
 WRITERS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {

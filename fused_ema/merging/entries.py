@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -130,6 +129,8 @@ class Checkpoint:
 
     def open(self, path: Path, closing: ExitStack) -> int:
         """A descriptor to read the file by, which `closing` closes."""
+        if path.is_dir():
+            raise ValueError(f"{path}: expected a file, found a folder")
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -144,8 +145,6 @@ class Checkpoint:
                 raise OSError(errno.EMFILE, many, str(path)) from None
             raise
         closing.callback(os.close, file)
-        if stat.S_ISDIR(os.fstat(file).st_mode):
-            raise ValueError(f"{path}: expected a file, found a folder")
         self.files[str(path)] = identity(os.fstat(file))
         return file
 
