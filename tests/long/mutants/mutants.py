@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant("no average at decay 1 left alone", "csrc/tiles.h", "if (is_update(kOp) && step.decay == 1.0) return;", ""),
     # ---- csrc: the CPU runner
     Mutant("decay 1 computed on the CPU", "csrc/ema_cpu.cpp", "if (is_update(op) && step.decay == 1.0) continue;", ""),
-    Mutant("subnormals flushed", "csrc/ema_cpu.cpp", "_mm_setcsr(before_ & ~0x8040u);", "_mm_setcsr(before_);"),
+    Mutant("subnormals flushed", "csrc/cpu.h", "_mm_setcsr(before_ & ~0x8040u);", "_mm_setcsr(before_);"),
     Mutant(
         "first average for all", "csrc/ema_cpu.cpp", "step_of(call, row, average)", "step_of(call, row, call.first)"
     ),
@@ -212,7 +212,7 @@ MUTANTS = [
     Mutant("always complete", "csrc/bindings.cpp", "return complete_ && ", "return "),
     Mutant("exchanged for good", "csrc/bindings.cpp", "exchanged_ = op == Op::swap;", "exchanged_ = true;"),
     Mutant("version at decay 1", "csrc/bindings.cpp", "return decay == 1.0; };", "return decay == 2.0; };"),
-    Mutant("scratch memory not checked", "csrc/bindings.cpp", "memory.numel() >= needed &&", "true &&"),
+    Mutant("scratch memory not checked", "csrc/bindings.cpp", "memory.numel() >= bytes &&", "true &&"),
     Mutant("versions of sharded averages", "csrc/bindings.cpp", "    bump_versions(ema_dtensors_);\n", ""),
     # ---- Pairing and checks
     Mutant("double tie", "fused_ema/pairs/checks.py", "        actions[i] = Action.NONE\n", "        pass\n"),
@@ -475,8 +475,8 @@ MUTANTS = [
     Mutant(
         "power function by steps",
         "fused_ema/schedules.py",
-        "per_step: ClassVar[bool] = False",
-        "per_step: ClassVar[bool] = True",
+        "sigma_rel: float\n    per_step: ClassVar[bool] = False",
+        "sigma_rel: float\n    per_step: ClassVar[bool] = True",
     ),
     Mutant(
         "numbers of random bits",
@@ -585,14 +585,14 @@ MUTANTS = [
     Mutant(
         "pickles that run code",
         "fused_ema/checkpoints/load.py",
-        "map_location=map_location, weights_only=True)",
-        "map_location=map_location, weights_only=False)",
+        "mmap=mmap, weights_only=True)",
+        "mmap=mmap, weights_only=False)",
     ),
     Mutant(
         "written in place",
         "fused_ema/checkpoints/files.py",
-        'temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")',
-        "temporary = path",
+        'temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")\n    try:\n        temporary.touch()',
+        "temporary = path\n    try:\n        temporary.touch()",
     ),
     Mutant(
         "removed, then renamed",
@@ -618,7 +618,12 @@ MUTANTS = [
         "and count > updates)",
         "and count < 0)",
     ),
-    Mutant("not yet on the disk", "fused_ema/checkpoints/files.py", "        _sync(temporary)\n", ""),
+    Mutant(
+        "not yet on the disk",
+        "fused_ema/checkpoints/files.py",
+        "        _sync(temporary)\n        os.replace",
+        "        os.replace",
+    ),
     Mutant(
         "leftovers of failures", "fused_ema/checkpoints/files.py", "        temporary.unlink(missing_ok=True)\n", ""
     ),

@@ -29,6 +29,7 @@ FIRST = {  # by what is mutated; the grid's tests build the kernel's code by the
     "csrc/launch.h": "grid_manager grid_manager_vs_cpu",
     "csrc/ops.h": "grid_manager finite",
     "csrc/tiles.h": "grid_coverage grid_strided grid_huge grid_manager",
+    "csrc/cpu.h": "values sums",
     "csrc/ema_cpu.cpp": "grid_manager_vs_cpu grid_vs_cpu numerics values ema_swap",
     "csrc/plan.cpp": "stale_sources kinds calls ema_rounding patches",
     "csrc/bindings.cpp": "stale_sources names calls ema_swap threads grid_manager_vs_cpu distributed",
