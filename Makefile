@@ -31,7 +31,7 @@ demo: setup  ## train a small network with averaged weights: accuracy, and the c
 # One process per core, each with one OpenMP thread that does not spin; more threads would only wait for each other.
 # Tests that need several threads set their number themselves.
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q tests -n auto --maxprocesses 16 --dist worksteal
-test: setup  ## the tests that are not marked slow, in about three minutes; options for pytest in ARGS
+test: setup  ## the tests that are not marked slow, in about five minutes; options for pytest in ARGS
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: setup  ## all tests; options for pytest in ARGS

@@ -36,6 +36,7 @@ RANKS = """
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_one_two_and_four_ranks(tmp_path):
     wholes = []
     for i, ranks in enumerate((4, 2, 1)):
