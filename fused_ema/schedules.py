@@ -201,8 +201,9 @@ class cosine(_Checked):
     """Rises from min at the first step to D after `total` steps, along half a cosine wave: a teacher's momentum.
 
     Args:
-        total: the training steps, an integer >= 1; from step total + 1 on the decay is D. All steps count, also those
-            that `update_every` leaves out: an update then has the decay of its step, to the power of `update_every`.
+        total: the training steps, an integer >= 1; from step total + 1 on the decay is D. Every step counts,
+            including those that `update_every` skips; an update has the decay of its step to the power of
+            `update_every`.
         min: the decay of the first step, in [0, D].
         D: the decay that it ends with. With 1, the default, the average comes to rest.
 

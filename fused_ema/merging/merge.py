@@ -178,8 +178,8 @@ def _merged(
             if entry.real[1] > 1 and not alike(entry, [each.entries[name].open() for each in checkpoints]):
                 raise ValueError(
                     f"{name!r}: expected the same {entry} in all checkpoints, found different ones: integers have no "
-                    "average. If they are packed weights, merge the checkpoints before they were packed; if the newest "
-                    "ones are right, pass integers='newest'"
+                    "average. If they are packed weights, merge the unpacked checkpoints instead; if the newest "
+                    "checkpoint's are right, pass integers='newest'"
                 )
     averaged = {name: entry for name, entry in untied.items() if entry.averaged}
     bar = Progress(len(used) * sum(entry.bytes for entry in averaged.values()), progress)

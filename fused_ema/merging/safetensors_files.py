@@ -130,7 +130,7 @@ def warn_of_configurations(folders: Sequence[Checkpoint]) -> None:
             if unlike := sorted(key for key in settings | found[-1] if settings.get(key) != found[-1].get(key)):
                 warn(
                     f"{each.path}/{name} differs from that of {newest.path}, which the average has, in "
-                    f"{first_few(unlike, ', ')}; merge models of one configuration"
+                    f"{first_few(unlike, ', ')}; merge only models with the same configuration"
                 )
                 break
 

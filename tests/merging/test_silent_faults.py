@@ -87,7 +87,7 @@ def test_configurations_that_differ_are_named(tmp_path, recwarn):
         (path / "model.safetensors.index.fp16.json").write_text("{}")
     out = merge(paths, tmp_path / "o")
     (found,) = [str(each.message) for each in recwarn if issubclass(each.category, UserWarning)]
-    assert found.endswith("in lora_alpha; merge models of one configuration")
+    assert found.endswith("in lora_alpha; merge only models with the same configuration")
     assert sorted(each.name for each in out.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -519,28 +519,35 @@ def trained():
     return ema, model
 
 
-def check_files(folder):
-    """Files hold whole tensors, the same as those of one process, and any process reads them."""
+def written_files(folder, model, **options):
+    """Trains a model and the same one in one process, and compares the files of their managers. Returns these, the one
+    process's first, and a reconstruction from the files."""
     from safetensors.torch import load_file
 
     power = fused_ema.schedules.power_function
-    one, model = network(), fsdp(network())
-    managers = [fused_ema.EMA(m, decay=[power(0.05), power(0.1)]) for m in (one, model)]
-    for at, directory in enumerate(("one", "sharded")):
+    managers = [fused_ema.EMA(m, decay=[power(0.05), power(0.1)], **options) for m in (network(), model)]
+    places = [folder / f"{name}{options.get('device', '')}" for name in ("one", "sharded")]
+    for at, place in enumerate(places):
         for step in range(3):
             train(managers[at].model, step)
             managers[at].update()
         if at or dist.get_rank() == 0:
-            fused_ema.posthoc.save_snapshot(folder / directory, managers[at])
-            fused_ema.checkpoints.save_safetensors(folder / f"{directory}.safetensors", managers[at], 1)
+            fused_ema.posthoc.save_snapshot(place, managers[at])
+            fused_ema.checkpoints.save_safetensors(place.with_suffix(".safetensors"), managers[at], 1)
         dist.barrier()
-    same(load_file(folder / "sharded.safetensors"), load_file(folder / "one.safetensors"))
-    found, expected = (fused_ema.posthoc.reconstruct(folder / directory, 0.07) for directory in ("sharded", "one"))
+    same(*(load_file(place.with_suffix(".safetensors")) for place in places))
+    expected, found = (fused_ema.posthoc.reconstruct(place, 0.07) for place in places)
     same(found, expected)
-    exported = fused_ema.checkpoints.export(managers[1], "averaged_model")
+    return *managers, found
+
+
+def check_files(folder):
+    """Files hold whole tensors, the same as those of one process, and any process reads them."""
+    _, ema, _ = written_files(folder, fsdp(network()))
+    exported = fused_ema.checkpoints.export(ema, "averaged_model")
     other = fused_ema.EMA(fsdp(network()), decay=[0.9, 0.9])
     fused_ema.checkpoints.restore(other, exported)
-    same(dict(other.averaged_state_dict()), dict(managers[1].averaged_state_dict()))
+    same(dict(other.averaged_state_dict()), dict(ema.averaged_state_dict()))
 
 
 def check_unsharded(folder):

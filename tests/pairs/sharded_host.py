@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded import fsdp as sharded_by_fsdp
-from sharded import local, network, no_communication, parallel, same, train
+from sharded import local, network, no_communication, parallel, same, train, written_files
 from torch.distributed.tensor import DTensor
 
 import fused_ema
@@ -137,22 +137,7 @@ def check_host_attach(folder):
 
 
 def check_host_files(folder):
-    from safetensors.torch import load_file
-
-    power = fused_ema.schedules.power_function
-    one, model = network(), fsdp(network())
-    managers = [fused_ema.EMA(m, decay=[power(0.05), power(0.1)], device="cpu") for m in (one, model)]
-    for at, directory in enumerate(("host_one", "host_sharded")):
-        for step in range(3):
-            train(managers[at].model, step)
-            managers[at].update()
-        if at or dist.get_rank() == 0:
-            fused_ema.posthoc.save_snapshot(folder / directory, managers[at])
-            fused_ema.checkpoints.save_safetensors(folder / f"{directory}.safetensors", managers[at], 1)
-        dist.barrier()
-    same(load_file(folder / "host_sharded.safetensors"), load_file(folder / "host_one.safetensors"))
-    found, expected = (fused_ema.posthoc.reconstruct(folder / x, 0.07) for x in ("host_sharded", "host_one"))
-    same(found, expected)
+    *managers, found = written_files(folder, fsdp(network()), device="cpu")
     other = fused_ema.EMA(fsdp(network()), decay=[0.9, 0.9], device="cpu")
     weights = managers[0].averaged_state_dict(1)
     no_communication(fused_ema.checkpoints.restore, other, weights)
